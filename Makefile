@@ -1,0 +1,67 @@
+# `make demo` and `make test` do all their own set-up with a Python of 3.11 or newer; `make help` lists the rest.
+PYTHON ?= python3
+VENV ?= .venv
+VENV_OLDEST ?= .venv-oldest
+PYTEST_ARGS ?=
+
+PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
+# Spelled out, so that `accelerate launch` neither asks for a configuration nor warns, takes one GPU if there is one,
+# and does not cut a CPU run down to one thread.
+LAUNCH_ARGS = --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
+	--num_cpu_threads_per_process $$($(VENV)/bin/python -c "import os; print(min(os.cpu_count(), 8))")
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.PHONY: help demo test lint types test-oldest clean
+
+help:  ## Show this list
+	@awk -F ':.*  ## ' '/^[a-z-]+:.*  ## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@echo "  PYTHON=python3.12 names another Python, PYTEST_ARGS='-k sampler' narrows the tests."
+
+demo: $(VENV)/.demo-installed  ## Train on real images of four small domains and show the tables (minutes, no GPU)
+	@$(VENV)/bin/accelerate launch $(LAUNCH_ARGS) train_udon.py --config configs/demo.yaml
+	@echo
+	@echo "Where to look:"
+	@echo "  runs/demo/best/           the student, ready for the Hub: AutoModel loads it with trust_remote_code=True"
+	@echo "  runs/demo/results.json    the tables above, as numbers"
+	@echo "  runs/demo/metrics.jsonl   losses and sampling weights of the whole run"
+	@echo "  runs/demo/config.yaml     every setting and version, to run it again"
+
+test: lint types  ## Check style and types, then run all tests
+	@$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
+
+lint: $(VENV)/.dev-installed  ## Check style
+	@$(VENV)/bin/ruff check .
+	@$(VENV)/bin/ruff format --check .
+
+types: $(VENV)/.dev-installed  ## Check types
+	@$(VENV)/bin/mypy
+
+# Old libraries warn about what came after them, so a warning is no error here.
+test-oldest: $(VENV_OLDEST)/.dev-installed  ## Run all tests with the oldest supported versions
+	@$(VENV_OLDEST)/bin/python -m pytest -W default --disable-warnings $(PYTEST_ARGS)
+
+clean:  ## Remove environments, builds and caches; runs/ stays
+	rm -rf $(VENV) $(VENV_OLDEST) build dist modeling_udon.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# A stamp is touched last: what was interrupted is done again.
+%/.created:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, $(PYTHON) is %d.%d. Name another one: make PYTHON=/path/to/python3.12" % sys.version_info[:2])'
+	@$(PYTHON) -m venv --clear $(@D)
+	@touch $@
+
+$(VENV)/.demo-installed: pyproject.toml constraints.txt | $(VENV)/.created
+	@echo "Installing the tested versions into $(VENV), which takes some minutes the first time"
+	@$(VENV)/bin/python $(PIP_INSTALL) -c constraints.txt -e ".[demo-data]"
+	@touch $@
+
+$(VENV)/.dev-installed: pyproject.toml constraints.txt | $(VENV)/.created
+	@echo "Installing the tested versions and the developer's tools into $(VENV), which takes some minutes the first time"
+	@$(VENV)/bin/python $(PIP_INSTALL) -c constraints.txt -e ".[dev,demo-data]"
+	@touch $@ $(VENV)/.demo-installed
+
+$(VENV_OLDEST)/.dev-installed: pyproject.toml constraints-oldest.txt | $(VENV_OLDEST)/.created
+	@echo "Installing the oldest supported versions into $(VENV_OLDEST), which takes some minutes the first time"
+	@$(VENV_OLDEST)/bin/python $(PIP_INSTALL) -c constraints-oldest.txt -e ".[dev,demo-data]"
+	@touch $@

@@ -1,0 +1,384 @@
+"""The embedded demo: four small domains of real images that come inside well-known packages, no download.
+
+`numbers` (handwritten digits of scikit-learn), `letters` and `symbols` (drawn with the fonts that matplotlib brings),
+`places` (patches of scikit-image's and scikit-learn's photographs). Classes are disjoint over train, validation and
+test, and so is what they are made of: other pen strokes, other alphabets, other shapes, other photographs. Images are
+stored encoded, as any dataset on the Hub, so that training reads them through the usual path.
+"""
+
+import importlib
+import io
+import math
+import unicodedata
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from datasets import Dataset, DatasetDict, Features, Image, Value
+from PIL import Image as PILImage
+from PIL import ImageDraw, ImageFilter, ImageFont
+
+IMAGE_SIZE = 48
+GLYPH_SIZE = 64
+GLYPH_FONT_SIZE = 56
+LOOKALIKE_CORRELATION = 0.88
+PLACE_SIZE = 64
+MIN_PLACE_CONTRAST = 14.0
+
+# Inclusive ranges of code points.
+LATIN = ((0x41, 0x5A), (0x61, 0x7A))
+CYRILLIC = ((0x410, 0x44F),)
+PHONETIC = ((0x250, 0x2AF),)
+GEORGIAN = ((0x10D0, 0x10F0),)
+GREEK = ((0x391, 0x3A9), (0x3B1, 0x3C9))
+ARMENIAN = ((0x531, 0x556), (0x561, 0x586))
+SYMBOLS = ((0x2190, 0x23FF), (0x25A0, 0x27BF), (0x2900, 0x2BFF))
+MATH_LETTERS = range(0x1D400, 0x1D800)
+
+# Two glyphs are alike if they are alike in one of these, so that a serif or a slant cannot hide a twin.
+REFERENCE_FONTS = ("DejaVuSans", "DejaVuSerif", "DejaVuSerif-Italic", "STIXGeneral")
+
+TRAIN_PHOTOGRAPHS = ("astronaut", "brick", "coffee", "gravel", "hubble_deep_field", "immunohistochemistry")
+VALIDATION_PHOTOGRAPHS = ("camera", "chelsea", "flower.jpg")
+TEST_PHOTOGRAPHS = ("china.jpg", "coins", "grass", "stereo_motorcycle")
+
+Examples = list[tuple[str, bytes]]
+Face = tuple[str, str]  # font name, character to draw with it
+Sight = tuple[PILImage.Image, float, float]  # photograph, x and y of the place's centre in it
+
+
+def build_numbers(rng: np.random.Generator) -> dict[str, Examples]:
+    """Two handwritten digits side by side: the class is the number that they write, "00" to "99".
+
+    Source: `sklearn.datasets.load_digits`, 1797 grey images of 8x8 (the test half of UCI's Optical Recognition of
+    Handwritten Digits, CC BY 4.0). 60 / 10 / 30 classes of 25 / 12 / 12 images. A number goes to a split by the
+    difference of its digits, so every digit stands equally often in both positions of every split, and the digits of
+    a split come from its own block of the source images, which follow the writers.
+    """
+    digits = _require("sklearn.datasets").load_digits()
+    differences = rng.permutation(10)
+    plan = {
+        "train": (differences[:6], slice(0, 1000), 25),
+        "validation": (differences[6:7], slice(1000, 1300), 12),
+        "test": (differences[7:], slice(1300, None), 12),
+    }
+    splits: dict[str, Examples] = {}
+    for split, (split_differences, block, num_images) in plan.items():
+        strokes = [digits.images[block][digits.target[block] == digit] for digit in range(10)]
+        numbers = sorted((first, (first + int(d)) % 10) for first in range(10) for d in split_differences)
+        splits[split] = [
+            (f"{first}{second}", _draw_number(rng.choice(strokes[first]), rng.choice(strokes[second]), rng))
+            for first, second in numbers
+            for _ in range(num_images)
+        ]
+    return splits
+
+
+def build_letters(rng: np.random.Generator) -> dict[str, Examples]:
+    """Letters of five alphabets, each image in another font: the class is the letter.
+
+    Source: the fonts in matplotlib's wheel: DejaVu (Bitstream Vera licence), STIX (STIX font licence), Computer
+    Modern (BaKoMa licence), with the mathematical styles of STIX (script, fraktur, double-struck) as further fonts.
+    Train is Latin and Cyrillic, validation Georgian, test Greek and Armenian: alphabets never seen. Of letters that
+    look alike (Latin A, Greek Alpha, Cyrillic A; c and C) the first stays. About 80 / 30 / 90 classes of at most
+    12 / 6 / 6 images.
+    """
+    letters = _without_lookalikes(_characters(LATIN + CYRILLIC + PHONETIC + GEORGIAN + GREEK + ARMENIAN))
+    faces = _faces(letters)
+    plan = {"train": (LATIN + CYRILLIC + PHONETIC, 12), "validation": (GEORGIAN, 6), "test": (GREEK + ARMENIAN, 6)}
+    return {
+        split: [
+            (letter, _draw_glyph(face, rng))
+            for letter in letters
+            if letter in set(_characters(ranges))
+            for face in _pick(faces[letter], num_images, rng)
+        ]
+        for split, (ranges, num_images) in plan.items()
+    }
+
+
+def build_symbols(rng: np.random.Generator) -> dict[str, Examples]:
+    """Arrows, operators, technical signs, dingbats: the class is the symbol; long-tailed.
+
+    Source: the same fonts as `letters`. Symbols that look like a letter or like another symbol are left out, the rest
+    are shuffled: 240 classes for training, 30 for validation, 90 for the test. The i-th training class has
+    max(2, 60 / i^0.7) images, a power law as the counts of characters in texts; validation and test have 4 images a
+    class, in different fonts.
+    """
+    letters = _characters(LATIN + CYRILLIC + PHONETIC + GEORGIAN + GREEK + ARMENIAN)
+    shapes = _without_lookalikes(letters + _characters(SYMBOLS))
+    faces = _faces([symbol for symbol in shapes if symbol not in set(letters)])
+    symbols = [symbol for symbol, drawn in faces.items() if len(drawn) >= 4]
+    order = [symbols[i] for i in rng.permutation(len(symbols))]
+    plan = {
+        "train": [(symbol, max(2, round(60 / rank**0.7))) for rank, symbol in enumerate(order[:240], start=1)],
+        "validation": [(symbol, 4) for symbol in order[240:270]],
+        "test": [(symbol, 4) for symbol in order[270:360]],
+    }
+    return {
+        split: [(s, _draw_glyph(face, rng)) for s, num_images in counts for face in _pick(faces[s], num_images, rng)]
+        for split, counts in plan.items()
+    }
+
+
+def build_places(rng: np.random.Generator) -> dict[str, Examples]:
+    """Views of a place in a photograph, as another camera from another stand would take them: the class is the place.
+
+    Source: photographs inside the wheels of scikit-image (public domain or CC0 as its documentation says; the
+    stereo pair is of the Middlebury 2014 benchmark) and of scikit-learn (china and flower, CC BY 2.0). A place is a
+    square of 64 pixels on a grid, flat ones left out. Each view changes viewpoint, scale, roll, exposure, white
+    balance, gamma, focus, noise and JPEG quality; the stereo pair adds a true second viewpoint. The splits have
+    photographs of their own. About 400 / 60 / 200 classes of 5 / 4 / 4 images.
+    """
+    plan = {
+        "train": (TRAIN_PHOTOGRAPHS, 5),
+        "validation": (VALIDATION_PHOTOGRAPHS, 4),
+        "test": (TEST_PHOTOGRAPHS, 4),
+    }
+    return {
+        split: [
+            (place, _take_view(sights[view % len(sights)], rng))
+            for photograph in photographs
+            for place, sights in _places(photograph)
+            for view in range(num_images)
+        ]
+        for split, (photographs, num_images) in plan.items()
+    }
+
+
+BUILDERS: dict[str, Callable[[np.random.Generator], dict[str, Examples]]] = {
+    "numbers": build_numbers,
+    "letters": build_letters,
+    "symbols": build_symbols,
+    "places": build_places,
+}
+DEMO_DOMAINS: tuple[str, ...] = tuple(BUILDERS)
+
+
+def build_demo_domain(name: str, seed: int = 0) -> DatasetDict:
+    """Build one domain of the demo.
+
+    Args:
+        name: One of `DEMO_DOMAINS`.
+        seed: Which draw of the domain; the same seed and library versions give the same bytes.
+
+    Returns:
+        Splits "train", "validation" and "test" with disjoint classes; columns `image` (encoded, 48x48 pixels) and
+        `label` (the class's name).
+
+    Raises:
+        ValueError: If `name` is not a demo domain.
+        ImportError: If a package that holds the source images is missing.
+    """
+    if name not in BUILDERS:
+        raise ValueError(f"demo domain must be one of {', '.join(DEMO_DOMAINS)}. Got {name!r}.")
+    rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
+    features = Features({"image": Image(), "label": Value("string")})
+    return DatasetDict(
+        {
+            split: Dataset.from_dict(
+                {
+                    "image": [{"bytes": encoded, "path": None} for _, encoded in examples],
+                    "label": [label for label, _ in examples],
+                },
+                features=features,
+            )
+            for split, examples in BUILDERS[name](rng).items()
+        }
+    )
+
+
+def _require(module: str) -> Any:
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        package = module.partition(".")[0]
+        raise ImportError(
+            f'the demo domains need {package}, which is missing: pip install "modeling-udon[demo-data]"'
+        ) from error
+
+
+# Geometry and light, shared by the domains.
+
+
+def _warp(image: PILImage.Image, corners: np.ndarray, size: int) -> PILImage.Image:
+    """Map the quadrilateral `corners` of `image`, (4, 2) clockwise from the upper left, onto a square of side `size`."""
+    targets = [(0.0, 0.0), (size, 0.0), (size, size), (0.0, size)]
+    rows, values = [], []
+    for (u, v), (x, y) in zip(targets, corners, strict=True):
+        rows += [[u, v, 1, 0, 0, 0, -x * u, -x * v], [0, 0, 0, u, v, 1, -y * u, -y * v]]
+        values += [x, y]
+    coefficients = np.linalg.solve(np.array(rows), np.array(values))
+    return image.transform(
+        (size, size), PILImage.Transform.PERSPECTIVE, tuple(coefficients), PILImage.Resampling.BICUBIC
+    )
+
+
+def _random_corners(
+    centre: tuple[float, float], side: float, roll: float, tilt: float, rng: np.random.Generator
+) -> np.ndarray:
+    """Corners (4, 2) of a square around `centre`, rolled by up to `roll` radians, each moved by up to `tilt` sides."""
+    angle = rng.uniform(-roll, roll)
+    rotation = np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
+    square = np.array([[-0.5, -0.5], [0.5, -0.5], [0.5, 0.5], [-0.5, 0.5]])
+    return np.array(centre) + side * ((square + rng.uniform(-tilt, tilt, (4, 2))) @ rotation.T)
+
+
+def _expose(image: PILImage.Image, strength: float, rng: np.random.Generator) -> PILImage.Image:
+    """Focus, exposure, white balance, gamma and sensor noise; `strength` 1 is a careless photographer."""
+    pixels = np.asarray(image.filter(ImageFilter.GaussianBlur(rng.uniform(0, 1.2 * strength))), np.float32) / 255
+    gain = 2 ** (rng.uniform(-0.7, 0.7) * strength)
+    balance = 2 ** (rng.uniform(-0.25, 0.25, pixels.shape[2:]) * strength)
+    pixels = np.clip(pixels * gain * balance, 0, 1) ** (2 ** (rng.uniform(-0.4, 0.4) * strength))
+    pixels = pixels + rng.normal(0, 0.04 * strength * rng.uniform(), pixels.shape)
+    return PILImage.fromarray(np.round(np.clip(pixels, 0, 1) * 255).astype(np.uint8))
+
+
+def _paint(ink: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    dark, light = rng.uniform(0, 110, 3), rng.uniform(150, 255, 3)
+    return light + (dark - light) * ink[..., None] / 255
+
+
+def _encode(image: PILImage.Image, format: str, **options: int) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format, **options)
+    return buffer.getvalue()
+
+
+# Numbers.
+
+
+def _draw_number(first: np.ndarray, second: np.ndarray, rng: np.random.Generator) -> bytes:
+    """Write two digits, (8, 8) with values 0 to 16, beside each other in dark ink on grey paper."""
+    ink = np.zeros((IMAGE_SIZE, IMAGE_SIZE), np.float32)
+    for digit, x in ((first, 0), (second, IMAGE_SIZE // 2)):
+        tile = PILImage.fromarray((np.pad(digit, ((4, 4), (2, 2))) * 15).astype(np.uint8))
+        corners = _random_corners((6, 8), rng.uniform(9, 11), roll=0.1, tilt=0.05, rng=rng)
+        corners += rng.uniform(-0.5, 0.5, 2)
+        ink[:, x : x + IMAGE_SIZE // 2] = np.asarray(_warp(tile, corners, IMAGE_SIZE).resize((24, 48)))
+    pixels = _paint(ink, rng)
+    return _encode(_expose(PILImage.fromarray(pixels.astype(np.uint8)), 0.4, rng), "PNG")
+
+
+# Letters and symbols.
+
+
+def _characters(ranges: Sequence[tuple[int, int]]) -> list[str]:
+    return [
+        chr(code)
+        for first, last in ranges
+        for code in range(first, last + 1)
+        if unicodedata.category(chr(code)) not in ("Cn", "Mn")
+    ]
+
+
+def _font_path(font: str) -> Path:
+    return Path(_require("matplotlib").get_data_path(), "fonts", "ttf", f"{font}.ttf")
+
+
+def _charmap(font: str) -> set[str]:
+    return {chr(code) for code in _require("matplotlib.ft2font").FT2Font(str(_font_path(font))).get_charmap()}
+
+
+def _faces(characters: Sequence[str]) -> dict[str, list[Face]]:
+    """For each character, all (font, character to draw) that show it, mathematical styles included."""
+    wanted: dict[str, list[Face]] = {character: [] for character in characters}
+    for path in sorted(_font_path("*").parent.glob("*.ttf")):
+        if path.stem.startswith(("LastResort", "STIXNonUni", "cmex", "cmsy")):
+            continue
+        for drawn in sorted(_charmap(path.stem)):
+            base = unicodedata.normalize("NFKC", drawn) if ord(drawn) in MATH_LETTERS else drawn
+            # Computer Modern keeps TeX's own order: only its ASCII letters stand at their code points.
+            if base in wanted and (not path.stem.startswith("cm") or drawn.isascii()):
+                wanted[base].append((path.stem, drawn))
+    return wanted
+
+
+def _pick(faces: Sequence[Face], num_images: int, rng: np.random.Generator) -> Iterator[Face]:
+    """Draw `num_images` faces, no face again before all have been drawn."""
+    for start in range(0, num_images, len(faces)):
+        for index in rng.permutation(len(faces))[: num_images - start]:
+            yield faces[index]
+
+
+def _glyph(face: Face) -> PILImage.Image:
+    """The glyph in white on black, its ink centred and its longer side filling the square of `GLYPH_SIZE`."""
+    font, character = face
+    typeface = ImageFont.truetype(_font_path(font), GLYPH_FONT_SIZE)
+    left, top, right, bottom = typeface.getbbox(character)
+    canvas = PILImage.new("L", (max(1, int(right - left)), max(1, int(bottom - top))))
+    ImageDraw.Draw(canvas).text((-left, -top), character, fill=255, font=typeface)
+    ink = canvas.crop(canvas.getbbox() or (0, 0, 1, 1))
+    scale = GLYPH_SIZE / max(ink.size)
+    ink = ink.resize((max(1, round(ink.width * scale)), max(1, round(ink.height * scale))))
+    square = PILImage.new("L", (GLYPH_SIZE, GLYPH_SIZE))
+    square.paste(ink, ((GLYPH_SIZE - ink.width) // 2, (GLYPH_SIZE - ink.height) // 2))
+    return square
+
+
+def _without_lookalikes(characters: Sequence[str]) -> list[str]:
+    """Keep a character only if no earlier one that is kept looks like it in a reference font, and if it has ink."""
+    alike = np.zeros((len(characters), len(characters)), bool)
+    for font in REFERENCE_FONTS:
+        charmap = _charmap(font)
+        drawn = [row for row, character in enumerate(characters) if character in charmap]
+        # Blurred, because two thin outlines need not overlap to be the same shape.
+        blurred = [_glyph((font, characters[row])).filter(ImageFilter.GaussianBlur(3)).resize((24, 24)) for row in drawn]
+        pixels = np.array([np.asarray(shape, np.float32).ravel() for shape in blurred])
+        pixels -= pixels.mean(axis=1, keepdims=True)
+        pixels /= np.linalg.norm(pixels, axis=1, keepdims=True) + 1e-6
+        alike[np.ix_(drawn, drawn)] |= pixels @ pixels.T > LOOKALIKE_CORRELATION
+    kept: list[int] = []
+    for row in range(len(characters)):
+        if not alike[row, kept].any():
+            kept.append(row)
+    return [characters[row] for row in kept]
+
+
+def _draw_glyph(face: Face, rng: np.random.Generator) -> bytes:
+    """Print a glyph in a dark colour on light paper, or the other way round, and photograph it."""
+    side = GLYPH_SIZE * rng.uniform(1.1, 1.4)
+    centre = tuple(GLYPH_SIZE / 2 + rng.uniform(-0.5, 0.5, 2) * (side - GLYPH_SIZE))
+    corners = _random_corners(centre, side, roll=0.12, tilt=0.05, rng=rng)
+    ink = np.asarray(_warp(_glyph(face), corners, 2 * IMAGE_SIZE).reduce(2), np.float32)
+    pixels = _paint(ink, rng)
+    return _encode(_expose(PILImage.fromarray(pixels.astype(np.uint8)), 0.5, rng), "PNG")
+
+
+# Places.
+
+
+def _load_photograph(name: str) -> list[np.ndarray]:
+    """One photograph, or two of a stereo pair followed by the disparity of the first."""
+    if name.endswith(".jpg"):
+        return [_require("sklearn.datasets").load_sample_image(name)]
+    loaded = getattr(_require("skimage.data"), name)()
+    return list(loaded) if isinstance(loaded, tuple) else [loaded]
+
+
+def _places(name: str) -> Iterator[tuple[str, list[Sight]]]:
+    """Yield each place of a photograph with one sight of it, or with one in each photograph of a stereo pair."""
+    first, *stereo = _load_photograph(name)
+    image = PILImage.fromarray(first).convert("RGB")
+    grey = np.asarray(image.convert("L"), np.float32)
+    # Half a place of margin: views turn and zoom out, and must not leave the photograph.
+    for y in range(PLACE_SIZE, image.height - PLACE_SIZE + 1, PLACE_SIZE):
+        for x in range(PLACE_SIZE, image.width - PLACE_SIZE + 1, PLACE_SIZE):
+            window = np.s_[y - PLACE_SIZE // 2 : y + PLACE_SIZE // 2, x - PLACE_SIZE // 2 : x + PLACE_SIZE // 2]
+            if grey[window].std() < MIN_PLACE_CONTRAST:
+                continue
+            sights: list[Sight] = [(image, x, y)]
+            if stereo:
+                shift = float(np.nanmedian(np.where(np.isfinite(stereo[1][window]), stereo[1][window], np.nan)))
+                sights.append((PILImage.fromarray(stereo[0]), x - shift, y))
+            yield f"{name.removesuffix('.jpg')}-{x}-{y}", sights
+
+
+def _take_view(sight: Sight, rng: np.random.Generator) -> bytes:
+    image, x, y = sight
+    centre = (x + rng.uniform(-6, 6), y + rng.uniform(-6, 6))
+    corners = _random_corners(centre, PLACE_SIZE * rng.uniform(0.75, 1.3), roll=0.35, tilt=0.1, rng=rng)
+    view = _expose(_warp(image, corners, 2 * IMAGE_SIZE).reduce(2), 1.0, rng)
+    return _encode(view, "JPEG", quality=int(rng.integers(40, 95)))

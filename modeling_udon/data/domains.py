@@ -1,0 +1,263 @@
+"""A domain: images of one kind with their classes, named by anything that `datasets` can open."""
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from datasets import ClassLabel, Dataset, DatasetDict, Image, load_dataset, load_from_disk
+from pydantic import BaseModel, ConfigDict, Field
+from torch import nn
+
+from modeling_udon.data.demo import build_demo_domain
+
+DEMO_PREFIX = "demo:"
+
+_NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
+# Domains name the entries of module and parameter dicts, where a method's name cannot be a key.
+_RESERVED_NAMES = frozenset(dir(nn.ModuleDict())) | frozenset(dir(nn.ParameterDict()))
+
+Label = int | str
+
+
+class DomainSpec(BaseModel):
+    """Where a domain's images and classes are."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    path: str = Field(min_length=1)
+    """A Hub data set, a folder, a builder such as `parquet` or `imagefolder`, a folder written by `save_to_disk`, or
+    `demo:NAME`."""
+    name: str | None = None
+    """Configuration of the data set."""
+    revision: str | None = None
+    """Commit, tag or branch of a Hub data set."""
+    data_dir: str | None = None
+    """Folder that the builder reads."""
+    data_files: str | list[str] | dict[str, str | list[str]] | None = None
+    """Files that the builder reads, by split if need be."""
+    image_column: str = "image"
+    """Column of the images."""
+    label_column: str = "label"
+    """Column of the classes: integers, ClassLabel or strings; lists of them in query and index splits."""
+    train_split: str = "train"
+    """Split to train on."""
+    validation_split: str | None = "validation"
+    """Queries of the validation; also the index, unless that has a split of its own. `null`: no validation."""
+    validation_index_split: str | None = None
+    """Index of the validation, if it is not the query set."""
+    test_split: str | None = "test"
+    """Queries of the test; also the index, unless that has a split of its own. `null`: no test."""
+    test_index_split: str | None = None
+    """Index of the test, if it is not the query set."""
+
+
+@dataclass(frozen=True)
+class ImageSplit:
+    """Undecoded images with their labels.
+
+    Attributes:
+        images: Data set with the single column `image`, a struct of `bytes` and `path`.
+        labels: For each image a class, or a list of classes.
+    """
+
+    images: Dataset
+    labels: Sequence[Label] | Sequence[list[Label]]
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+
+@dataclass(frozen=True)
+class EvaluationSplit:
+    """Queries and the index they are searched in; `index` is `None` where the query set is the index."""
+
+    query: ImageSplit
+    index: ImageSplit | None
+
+
+@dataclass(frozen=True)
+class Domain:
+    """An opened domain.
+
+    Attributes:
+        name: The domain's name.
+        images: Undecoded training images.
+        labels: Class of each training image, of shape `(num_images,)`, int64, a position in `classes`.
+        classes: The training classes as the data has them, sorted; a ClassLabel gives its names.
+        fingerprint: Digest of the training labels and of a sample of the images.
+        evaluation: Query and index images of the splits `"validation"` and `"test"`, where the domain has them.
+    """
+
+    name: str
+    images: Dataset
+    labels: np.ndarray
+    classes: tuple[Label, ...]
+    fingerprint: str
+    evaluation: Mapping[str, EvaluationSplit]
+
+
+def check_domain_name(name: str) -> str:
+    """Returns the name, if it can name a teacher head.
+
+    Raises:
+        ValueError: If the name has other characters than letters, digits, `_` and `-`, or is a reserved word.
+    """
+    if not _NAME_PATTERN.fullmatch(name):
+        raise ValueError(
+            f"`domains` must be named with letters, digits, '_' and '-', starting with a letter or digit. Got {name!r}."
+        )
+    if name in _RESERVED_NAMES:
+        raise ValueError(f"`domains` must not be named like a method of a module. Got {name!r}; rename the domain.")
+    return name
+
+
+def open_domain(name: str, spec: DomainSpec, seed: int = 0) -> Domain:
+    """Opens a domain and makes its label map.
+
+    Args:
+        name: The domain's name.
+        spec: Where its images are.
+        seed: Seed of the demo domains' images; other domains ignore it.
+
+    Raises:
+        ValueError: If a split or column is missing or empty, or the labels are of no supported type.
+        FileNotFoundError: If `spec.path` names nothing that can be opened.
+    """
+    splits = _open_splits(name, spec, seed)
+    train = _image_split(name, spec, splits[spec.train_split], spec.train_split)
+    if not train.labels:
+        raise ValueError(f"`domains.{name}.train_split` must have at least one image. Got {spec.train_split!r}.")
+    if isinstance(train.labels[0], list):
+        raise ValueError(
+            f"`domains.{name}.label_column` must hold one class for each training image. Got lists in "
+            f"{spec.label_column!r}; only query and index splits may have several."
+        )
+    classes, labels = np.unique(np.asarray(train.labels), return_inverse=True)
+    return Domain(
+        name=name,
+        images=train.images,
+        labels=labels.astype(np.int64),
+        classes=tuple(classes.tolist()),
+        fingerprint=_fingerprint(train),
+        evaluation=_evaluation_splits(name, spec, splits),
+    )
+
+
+def label_maps(domains: Mapping[str, Domain]) -> dict[str, Any]:
+    """Describes the domains as `domains.json` keeps them: classes, number of images and fingerprint."""
+    return {
+        name: {
+            "num_classes": len(domain.classes),
+            "num_images": len(domain.images),
+            "fingerprint": domain.fingerprint,
+            "classes": list(domain.classes),
+        }
+        for name, domain in domains.items()
+    }
+
+
+def check_label_maps(domains: Mapping[str, Domain], path: Path) -> None:
+    """Compares opened domains with those a run was started with.
+
+    Args:
+        domains: The domains as they are now.
+        path: The run's `domains.json`.
+
+    Raises:
+        ValueError: If a domain came, went, or has other classes or images.
+    """
+    saved, current = json.loads(path.read_text(encoding="utf-8")), label_maps(domains)
+    if list(saved) != list(current):
+        raise ValueError(
+            f"`domains` must be those the run was started with, {', '.join(saved)}. Got {', '.join(current)}; "
+            "start a new run for other domains."
+        )
+    for name, now in current.items():
+        for what in ("num_classes", "num_images", "classes", "fingerprint"):
+            if saved[name][what] != now[what]:
+                detail = "" if what == "classes" else f": {saved[name][what]} then, {now[what]} now"
+                raise ValueError(
+                    f"`domains.{name}` must hold the data the run was started with. Its {what} changed{detail}; "
+                    "bring the old data back or start a new run."
+                )
+
+
+def _open_splits(name: str, spec: DomainSpec, seed: int) -> DatasetDict:
+    if spec.path.startswith(DEMO_PREFIX):
+        splits = build_demo_domain(spec.path.removeprefix(DEMO_PREFIX), seed)
+    elif (Path(spec.path) / "dataset_dict.json").is_file():
+        splits = load_from_disk(spec.path)
+    else:
+        splits = load_dataset(
+            spec.path, name=spec.name, revision=spec.revision, data_dir=spec.data_dir, data_files=spec.data_files
+        )
+    wanted = {
+        field: getattr(spec, field)
+        for field in ("train_split", "validation_split", "validation_index_split", "test_split", "test_index_split")
+    }
+    for field, split in wanted.items():
+        if split is not None and split not in splits:
+            raise ValueError(
+                f"`domains.{name}.{field}` must be a split of {spec.path}: {', '.join(splits)}. Got {split!r}."
+            )
+    return splits
+
+
+def _image_split(name: str, spec: DomainSpec, dataset: Dataset, split: str) -> ImageSplit:
+    for field in ("image_column", "label_column"):
+        column = getattr(spec, field)
+        if column not in dataset.column_names:
+            raise ValueError(
+                f"`domains.{name}.{field}` must be a column of split {split!r}: {', '.join(dataset.column_names)}. "
+                f"Got {column!r}."
+            )
+    images = dataset.select_columns([spec.image_column]).cast_column(spec.image_column, Image(decode=False))
+    if spec.image_column != "image":
+        images = images.rename_column(spec.image_column, "image")
+    return ImageSplit(images, _labels(name, spec, dataset))
+
+
+def _labels(name: str, spec: DomainSpec, dataset: Dataset) -> list[Any]:
+    column: pa.ChunkedArray = dataset.select_columns([spec.label_column]).with_format("arrow")[:][spec.label_column]
+    value_type = column.type.value_type if pa.types.is_list(column.type) else column.type
+    if not (pa.types.is_integer(value_type) or pa.types.is_string(value_type) or pa.types.is_large_string(value_type)):
+        raise ValueError(
+            f"`domains.{name}.label_column` must hold integers, ClassLabel or strings. "
+            f"Got {value_type} in {spec.label_column!r}."
+        )
+    if column.null_count:
+        raise ValueError(
+            f"`domains.{name}.label_column` must hold a label for every image. "
+            f"Got {column.null_count} empty ones in {spec.label_column!r}."
+        )
+    feature = dataset.features[spec.label_column]
+    labels = column.to_pylist()
+    return [feature.int2str(label) for label in labels] if isinstance(feature, ClassLabel) else labels
+
+
+def _evaluation_splits(name: str, spec: DomainSpec, splits: DatasetDict) -> dict[str, EvaluationSplit]:
+    evaluation = {}
+    for kind, query, index in (
+        ("validation", spec.validation_split, spec.validation_index_split),
+        ("test", spec.test_split, spec.test_index_split),
+    ):
+        if query is not None:
+            evaluation[kind] = EvaluationSplit(
+                query=_image_split(name, spec, splits[query], query),
+                index=None if index is None else _image_split(name, spec, splits[index], index),
+            )
+    return evaluation
+
+
+def _fingerprint(split: ImageSplit) -> str:
+    digest = hashlib.sha256(json.dumps(list(split.labels)).encode())
+    for row in np.linspace(0, len(split) - 1, num=min(len(split), 32), dtype=int):
+        image = split.images[int(row)]["image"]
+        digest.update(image["bytes"] if image["bytes"] is not None else str(Path(image["path"]).name).encode())
+    return digest.hexdigest()[:16]

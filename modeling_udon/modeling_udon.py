@@ -1,0 +1,243 @@
+"""The UDON image embedding model: a vision backbone with a student head and teacher heads.
+
+This file travels to the Hub beside `configuration_udon.py`, so it uses nothing else of the package it comes from.
+Method: Ypsilantis et al., "UDON: Universal Dynamic Online distillatioN", NeurIPS 2024 (arXiv 2406.08332).
+"""
+
+import inspect
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import AutoModel, PretrainedConfig, PreTrainedModel
+from transformers.utils import ModelOutput
+
+from .configuration_udon import UdonConfig
+
+# Standard deviation of a standard normal cut off at two deviations, by which flax's `lecun_normal` is corrected.
+_TRUNCATED_STD = 0.87962566103423978
+
+_CLASS_TOKEN_NAMES = ("cls_token", "class_embedding")
+
+
+def init_lecun_normal_(weight: torch.Tensor) -> None:
+    """Fills a weight of shape `(out, in)` with a truncated normal of variance 1 / `in`.
+
+    The initialisation of the original's heads and classifiers (flax's default); at a learning rate of 1e-3 the
+    length of a prototype decides how fast it turns, so it is part of the recipe.
+    """
+    std = 1 / math.sqrt(weight.shape[-1]) / _TRUNCATED_STD
+    nn.init.trunc_normal_(weight, mean=0.0, std=std, a=-2 * std, b=2 * std)
+
+
+@dataclass
+class UdonModelOutput(ModelOutput):
+    """Output of `UdonModel`.
+
+    Attributes:
+        last_hidden_state: The backbone's tokens, of shape `(batch_size, sequence_length, hidden_size)`.
+        pooler_output: The same tensor as `image_embeds`, under the name that pipelines look for.
+        image_embeds: Student embeddings of shape `(batch_size, embedding_dim)`, float32, unit norm.
+        teacher_embeds: Teacher embeddings of shape `(batch_size, teacher_dim)`, float32, unit norm, of the domain
+            that was asked for.
+        backbone_embeds: The backbone's class token of shape `(batch_size, hidden_size)`, float32, unit norm.
+        hidden_states: The backbone's hidden states, if asked for.
+        attentions: The backbone's attention maps, if asked for.
+    """
+
+    last_hidden_state: torch.FloatTensor | None = None
+    pooler_output: torch.FloatTensor | None = None
+    image_embeds: torch.FloatTensor | None = None
+    teacher_embeds: torch.FloatTensor | None = None
+    backbone_embeds: torch.FloatTensor | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    attentions: tuple[torch.FloatTensor, ...] | None = None
+
+
+class UdonHead(nn.Module):
+    """Projection of unit-norm backbone features to unit-norm embeddings.
+
+    Linear, or `Linear -> LayerNorm -> GELU` for each hidden width before the last linear layer.
+    """
+
+    def __init__(self, in_dim: int, hidden_dims: list[int], out_dim: int, bias: bool) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        for width in hidden_dims:
+            layers += [nn.Linear(in_dim, width), nn.LayerNorm(width, eps=1e-6), nn.GELU(approximate="tanh")]
+            in_dim = width
+        self.hidden = nn.Sequential(*layers)
+        self.projection = nn.Linear(in_dim, out_dim, bias=bias)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """Maps features of shape `(batch_size, in_dim)` to embeddings of shape `(batch_size, out_dim)`."""
+        # Half-precision norms are off by 3e-3, so both ends of the head are float32 whatever its weights are.
+        projected = self.projection(self.hidden(features.to(self.projection.weight.dtype)))
+        return F.normalize(projected.float(), dim=-1)
+
+
+class UdonPreTrainedModel(PreTrainedModel):
+    """Initialisation and loading for UDON models."""
+
+    config_class = UdonConfig
+    base_model_prefix = "udon"
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flash_attn_2 = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, nn.Linear):
+            init_lecun_normal_(module.weight)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.LayerNorm):
+            nn.init.ones_(module.weight)
+            nn.init.zeros_(module.bias)
+
+
+class UdonModel(UdonPreTrainedModel):
+    """One embedding for many domains.
+
+    Every image goes through the backbone and the student head. While training, the head of the image's domain is
+    its teacher; a published student has no teacher heads.
+
+    Raises:
+        ValueError: If `pooling` is `"cls"` and the backbone has no class token.
+    """
+
+    def __init__(self, config: UdonConfig) -> None:
+        super().__init__(config)
+        self.backbone = _drop_unused_pooler(AutoModel.from_config(config.backbone_config), config)
+        _check_class_token(self.backbone, config)
+        self.student_head = self._make_head(config.embedding_dim)
+        self.teacher_heads = nn.ModuleDict({name: self._make_head(config.teacher_dim) for name in config.domains})
+        self.post_init()
+
+    @classmethod
+    def from_backbone(cls, backbone: PreTrainedModel, **config_values: Any) -> "UdonModel":
+        """Puts fresh heads on a trained vision encoder.
+
+        Args:
+            backbone: A model from `AutoModel.from_pretrained`, or the vision tower of one. A whole CLIP model
+                stands for its vision tower. A `UdonModel` stands for its backbone.
+            config_values: Values for `UdonConfig` other than `backbone_config`.
+        """
+        if isinstance(backbone, UdonModel):
+            backbone = backbone.backbone
+        elif backbone.config.model_type == "clip":
+            # In transformers 4 `CLIPModel.vision_model` is the bare transformer inside a `CLIPVisionModel`.
+            tower = AutoModel.from_config(backbone.config.vision_config)
+            inner = getattr(tower, "vision_model", tower)
+            inner.load_state_dict(backbone.vision_model.state_dict())
+            backbone = tower
+        model = cls(UdonConfig(backbone_config=backbone.config, **config_values))
+        model.backbone = _drop_unused_pooler(backbone, model.config)
+        return model
+
+    def student(self) -> "UdonModel":
+        """Returns a model that shares backbone and student head with this one and has no teacher heads."""
+        values = self.config.to_dict() | {"domains": {}, "backbone_config": self.config.backbone_config}
+        with torch.device("meta"):
+            student = UdonModel(UdonConfig(**{name: values[name] for name in _CONFIG_NAMES}))
+        student.backbone = self.backbone
+        student.student_head = self.student_head
+        return student
+
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        domain: str | None = None,
+        interpolate_pos_encoding: bool = False,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> UdonModelOutput | tuple[torch.Tensor, ...]:
+        """Embeds a batch of images.
+
+        Args:
+            pixel_values: Normalised images of shape `(batch_size, num_channels, height, width)`.
+            domain: Domain whose teacher embeds the images as well.
+            interpolate_pos_encoding: Whether to interpolate the position embeddings to the images' size, for a
+                backbone that leaves this to its caller.
+            output_attentions: Whether to return the backbone's attention maps.
+            output_hidden_states: Whether to return the backbone's hidden states.
+            return_dict: Whether to return a `UdonModelOutput` (default) or a tuple of what it holds.
+
+        Raises:
+            ValueError: If the model has no teacher head for `domain`, or the backbone cannot interpolate.
+        """
+        if domain is not None and domain not in self.teacher_heads:
+            raise ValueError(
+                f"`domain` must be one with a teacher head: {', '.join(self.teacher_heads) or 'this model has none'}. "
+                f"Got {domain!r}."
+            )
+        outputs = self.backbone(
+            pixel_values,
+            **self._interpolation(interpolate_pos_encoding),
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+            return_dict=True,
+        )
+        token = outputs.pooler_output if self.config.pooling == "pooler" else outputs.last_hidden_state[:, 0]
+        backbone_embeds = F.normalize(token.float(), dim=-1)
+        image_embeds = self.student_head(backbone_embeds)
+        result = UdonModelOutput(
+            last_hidden_state=outputs.last_hidden_state,
+            pooler_output=image_embeds,
+            image_embeds=image_embeds,
+            teacher_embeds=None if domain is None else self.teacher_heads[domain](backbone_embeds),
+            backbone_embeds=backbone_embeds,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+        return result.to_tuple() if return_dict is False else result
+
+    def get_input_embeddings(self) -> nn.Module:
+        """Returns the backbone's patch embedding."""
+        return self.backbone.get_input_embeddings()
+
+    def _make_head(self, out_dim: int) -> UdonHead:
+        config = self.config
+        return UdonHead(config.backbone_config.hidden_size, config.head_hidden_dims, out_dim, config.head_bias)
+
+    def _interpolation(self, wanted: bool) -> dict[str, bool]:
+        if not wanted:
+            return {}
+        if "interpolate_pos_encoding" not in inspect.signature(type(self.backbone).forward).parameters:
+            raise ValueError(
+                "`interpolate_pos_encoding` must be False for a backbone that takes no such argument. "
+                f"Got True with {type(self.backbone).__name__}."
+            )
+        return {"interpolate_pos_encoding": True}
+
+
+_CONFIG_NAMES = tuple(inspect.signature(UdonConfig.__init__).parameters)[1:-1]
+
+
+def _drop_unused_pooler(backbone: PreTrainedModel, config: UdonConfig) -> PreTrainedModel:
+    # A pooler that is not read would be trained, counted and published for nothing.
+    if config.pooling == "cls" and isinstance(getattr(backbone, "pooler", None), nn.Module):
+        backbone.pooler = None
+    return backbone
+
+
+def _check_class_token(backbone: PreTrainedModel, config: UdonConfig) -> None:
+    names = [name for name, _ in backbone.named_parameters()]
+    if config.pooling == "cls" and not any(name.endswith(_CLASS_TOKEN_NAMES) for name in names):
+        raise ValueError(
+            "`pooling` 'cls' must go with a backbone that has a class token. "
+            f"Got {backbone.config.model_type!r}; use pooling 'pooler' or another backbone."
+        )
+
+
+
+UdonModel.register_for_auto_class("AutoModel")

@@ -1,0 +1,356 @@
+"""What a run can be told: a YAML file becomes a typed, frozen, checked object.
+
+A config may name a `base` file, whose values it takes over and overrides; `--section.key value` on the command line
+overrides both. Unknown keys, wrong types and values out of range are refused by name before any work starts.
+"""
+
+import difflib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from modeling_udon.data.domains import DomainSpec, check_domain_name
+
+
+class ConfigError(ValueError):
+    """A config that cannot be used; its message is one line for the user."""
+
+
+class Section(BaseModel):
+    """Base of all sections: frozen, unknown keys refused, infinite and undefined numbers too."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+
+
+class ModelConfig(Section):
+    """The backbone and the heads."""
+
+    backbone: str | None = None
+    """Trained vision encoder to start from: a Hub id or a folder; a UDON model stands for its backbone."""
+    revision: str | None = None
+    """Commit, tag or branch of `backbone` on the Hub."""
+    trust_remote_code: bool = False
+    """Whether code that comes with `backbone` may run."""
+    backbone_config: dict[str, Any] | None = None
+    """Vision encoder to train from scratch: its `model_type` and values of its configuration."""
+    pooling: Literal["cls", "pooler"] | None = None
+    """What of the backbone's output is the image's feature; `null` takes the class token after the last norm."""
+    embedding_dim: int = Field(64, gt=0)
+    """Size of the student embedding."""
+    teacher_dim: int = Field(256, gt=0)
+    """Size of the teacher embeddings."""
+    head_hidden_dims: tuple[int, ...] = ()
+    """Widths of the hidden layers of every head; empty for linear heads."""
+    head_bias: bool = True
+    """Whether the last layer of every head has a bias."""
+    attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    """How attention is computed."""
+    gradient_checkpointing: bool = False
+    """Whether activations are computed anew in the backward pass: less memory, about a third more time."""
+
+    @model_validator(mode="after")
+    def _one_backbone(self) -> "ModelConfig":
+        if (self.backbone is None) == (self.backbone_config is None):
+            raise ValueError("name either `backbone` (a trained one) or `backbone_config` (from scratch), not both")
+        return self
+
+
+class DataConfig(Section):
+    """From encoded images to batches."""
+
+    image_size: int = Field(224, gt=0)
+    """Side of the square images that the model sees, in pixels."""
+    resize_size: int | None = Field(None, gt=0)
+    """Side that training images are resized to before the crop; `null`: 8/7 of `image_size`, 256 for 224."""
+    flip: bool = True
+    """Whether half of the training images are mirrored; false where left and right matter, as in letters."""
+    eval_antialias: bool = True
+    """Resize evaluation images as the published image processor does; false as the original does."""
+    image_mean: tuple[float, float, float] | None = None
+    """Mean of each channel of images in 0..1; `null`: CLIP's for CLIP backbones, 0.5 elsewhere."""
+    image_std: tuple[float, float, float] | None = None
+    """Standard deviation of each channel; `null` as for `image_mean`."""
+    num_workers: int = Field(2, ge=0)
+    """Processes that decode images, for each training process."""
+
+
+class LossConfig(Section):
+    """The objective; every term can be weighted."""
+
+    kind: Literal["normface", "cosface", "arcface"] = "normface"
+    """Margin of the classification loss."""
+    scale: float = Field(16.0, gt=0)
+    """Factor on the cosines in the classification loss."""
+    margin: float = Field(0.0, ge=0)
+    """Margin of cosface (a cosine) or arcface (radians)."""
+    student_temperature: float = Field(0.1, gt=0)
+    """Divisor of the student's cosines in logit distillation."""
+    teacher_temperature: float = Field(0.1, gt=0)
+    """Divisor of the teacher's cosines in logit distillation."""
+    student_classification: float = Field(1.0, ge=0)
+    """Weight of the student's classification loss."""
+    teacher_classification: float = Field(1.0, ge=0)
+    """Weight of the teacher's classification loss."""
+    logit_distillation: float = Field(1.0, ge=0)
+    """Weight of the distillation of class probabilities."""
+    relational_distillation: float = Field(1.0, ge=0)
+    """Weight of the distillation of similarities."""
+    distill_through_backbone: bool = True
+    """Whether the distillation terms train the backbone too, as in the original, or only the student's head."""
+
+    def weights(self) -> dict[str, float]:
+        """Returns the weight of each term by its name."""
+        return {
+            "student_classification": self.student_classification,
+            "teacher_classification": self.teacher_classification,
+            "logit_distillation": self.logit_distillation,
+            "relational_distillation": self.relational_distillation,
+        }
+
+    @model_validator(mode="after")
+    def _usable(self) -> "LossConfig":
+        if sum(self.weights().values()) == 0:
+            raise ValueError("at least one term must have a weight above 0")
+        if self.kind == "normface" and self.margin != 0:
+            raise ValueError("`margin` must be 0 for kind 'normface'; use 'cosface' or 'arcface'")
+        return self
+
+
+class SamplingConfig(Section):
+    """Which domain each step takes."""
+
+    strategy: Literal["dynamic", "round_robin", "balanced", "dataset_size", "fixed"] = "dynamic"
+    """`dynamic` gives more steps to domains whose teacher's loss is higher."""
+    update_every: int = Field(1000, gt=0)
+    """Steps between two updates of the weights, over which steps are shared out exactly."""
+    weights: dict[str, float] | None = None
+    """Weight of each domain, for `fixed` alone."""
+
+
+class OptimConfig(Section):
+    """AdamW and its schedule."""
+
+    lr: float = Field(1e-3, ge=0)
+    """Learning rate of heads and prototypes."""
+    backbone_lr: float = Field(1e-5, ge=0)
+    """Learning rate of the backbone."""
+    frozen_fraction: float = Field(0.2, ge=0, lt=1)
+    """Share of the run in which the backbone's learning rate is 0 while its moments gather; 2 of 10 epochs."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decay of AdamW's first and second moment."""
+    eps: float = Field(1e-8, gt=0)
+    """AdamW's epsilon."""
+    weight_decay: float = Field(1e-6, ge=0)
+    """Decoupled weight decay of every parameter."""
+    schedule: Literal["constant", "cosine"] = "constant"
+    """Course of the learning rates after the warm-up; `cosine` ends at 0."""
+    warmup_steps: int = Field(0, ge=0)
+    """Steps in which the learning rates rise from 0."""
+    max_grad_norm: float | None = Field(None, gt=0)
+    """Norm to which the gradient is clipped; `null`: never."""
+    idle_heads: Literal["coast", "hold"] = "coast"
+    """Heads of domains that are not in the batch: moved on by their momentum, as in the original, or held still."""
+
+    @field_validator("betas")
+    @classmethod
+    def _betas_in_range(cls, betas: tuple[float, float]) -> tuple[float, float]:
+        if not all(0 <= beta < 1 for beta in betas):
+            raise ValueError("both must be at least 0 and below 1")
+        return betas
+
+
+class TrainSection(Section):
+    """Length and shape of the run."""
+
+    num_steps: int | None = Field(None, gt=0)
+    """Optimiser steps."""
+    num_epochs: float | None = Field(None, gt=0)
+    """Passes over as many images as all domains have together, instead of `num_steps`."""
+    batch_size: int = Field(128, gt=1)
+    """Images of one optimiser step, over all processes and accumulated batches."""
+    accumulation_steps: int = Field(1, gt=0)
+    """Parts into which each process cuts its share of the batch; more parts need less memory."""
+    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    """Precision of the backbone's arithmetic; losses and weights stay float32."""
+    compile: bool = False
+    """Whether the backbone is compiled by torch."""
+    checkpoint_every: int = Field(1000, gt=0)
+    """Steps between two checkpoints; there is always one at the end."""
+    keep_checkpoints: int = Field(2, gt=0)
+    """How many checkpoints are kept."""
+
+    @model_validator(mode="after")
+    def _one_length(self) -> "TrainSection":
+        if (self.num_steps is None) == (self.num_epochs is None):
+            raise ValueError("give either `num_steps` or `num_epochs`, not both")
+        return self
+
+
+class EvalConfig(Section):
+    """Validation on the way and the test at the end."""
+
+    every: int = Field(1000, gt=0)
+    """Steps between two validations; the start and the end are always measured."""
+    batch_size: int = Field(128, gt=0)
+    """Images of one forward pass on each process."""
+
+
+class LogConfig(Section):
+    """Where progress is told."""
+
+    every: int = Field(50, gt=0)
+    """Steps between two lines of `metrics.jsonl`, the log and the trackers."""
+    trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
+    """Trackers that get the same numbers, through Accelerate."""
+    project: str = "udon"
+    """The trackers' project."""
+
+
+class TrainConfig(Section):
+    """A run."""
+
+    name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Name of the run and of its folder."""
+    output_dir: Path = Path("runs")
+    """Folder of the runs."""
+    seed: int = Field(0, ge=0)
+    """Seed of everything that is drawn."""
+    domains: dict[str, DomainSpec] = Field(min_length=1)
+    """Domains by name; a plain string stands for `path`."""
+    model: ModelConfig
+    data: DataConfig = DataConfig()
+    loss: LossConfig = LossConfig()
+    sampling: SamplingConfig = SamplingConfig()
+    optim: OptimConfig = OptimConfig()
+    train: TrainSection
+    eval: EvalConfig = EvalConfig()
+    log: LogConfig = LogConfig()
+
+    @field_validator("domains", mode="before")
+    @classmethod
+    def _expand_domains(cls, domains: Any) -> Any:
+        if not isinstance(domains, Mapping):
+            return domains
+        names = [check_domain_name(str(name)) for name in domains]
+        specs = [{"path": spec} if isinstance(spec, str) else spec for spec in domains.values()]
+        return dict(zip(names, specs, strict=True))
+
+    @property
+    def run_dir(self) -> Path:
+        """Folder of this run."""
+        return self.output_dir / self.name
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
+    """Reads a config file.
+
+    Args:
+        path: A YAML file, whose `base` key may name another, relative to it.
+        overrides: Command line arguments such as `["--optim.lr", "3e-4"]` or `["--optim.lr=3e-4"]`.
+
+    Raises:
+        ConfigError: If a file or a value cannot be used; the message is one line.
+    """
+    values = _read(Path(path), ())
+    for key, value in _pairs(overrides):
+        _set(values, key, value)
+    try:
+        return TrainConfig.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(_explain(error, path)) from None
+
+
+def dump_config(config: TrainConfig) -> dict[str, Any]:
+    """Returns the resolved config as YAML and JSON take it."""
+    return config.model_dump(mode="json")
+
+
+def _read(path: Path, including: tuple[Path, ...]) -> dict[str, Any]:
+    path = path.resolve()
+    if path in including:
+        raise ConfigError(f"`base` must not lead back to its own file. Got {path} again; remove one `base`.")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"`config` must be a file that can be read. Got {path}: {error.strerror}.") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"`config` must be a UTF-8 text file. Got {path}, which is not.") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" line {mark.line + 1}: {getattr(error, 'problem', '')}" if mark else ""
+        raise ConfigError(f"`config` must be valid YAML. Got {path}{where}.") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"`config` must hold keys with values. Got {type(values).__name__} in {path}.")
+    base = values.pop("base", None)
+    if base is None:
+        return values
+    return _merge(_read(path.parent / str(base), (*including, path)), values)
+
+
+def _merge(base: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in values.items():
+        both_nested = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        # Half of one backbone and half of another would be neither.
+        merged[key] = _merge(merged[key], value) if both_nested and key != "backbone_config" else value
+    return merged
+
+
+def _pairs(overrides: Sequence[str]) -> list[tuple[str, Any]]:
+    pairs, words = [], list(overrides)
+    while words:
+        word = words.pop(0)
+        if not word.startswith("--"):
+            raise ConfigError(f"An override must look like `--section.key value`. Got {word!r}.")
+        key, equals, text = word[2:].partition("=")
+        if not equals:
+            if not words:
+                raise ConfigError(f"An override must have a value. Got `{word}` with none; write `{word} VALUE`.")
+            text = words.pop(0)
+        try:
+            pairs.append((key, yaml.safe_load(text)))
+        except yaml.YAMLError:
+            raise ConfigError(f"`{key}` must have a YAML value. Got {text!r}; put it in quotes.") from None
+    return pairs
+
+
+def _set(values: dict[str, Any], key: str, value: Any) -> None:
+    *parents, last = key.split(".")
+    for parent in parents:
+        nested = values.setdefault(parent, {})
+        if parents[0] == "domains" and isinstance(nested, str):
+            nested = values[parent] = {"path": nested}
+        if not isinstance(nested, dict):
+            raise ConfigError(f"`{key}` must lead through sections. Got the value {nested!r} at `{parent}`.")
+        values = nested
+    values[last] = value
+
+
+def _explain(error: ValidationError, path: str | Path) -> str:
+    first, *others = error.errors()
+    where = ".".join(str(part) for part in first["loc"]) or "the config"
+    more = f" ({len(others)} more)" if others else ""
+    if first["type"] == "extra_forbidden":
+        known = _known_keys(first["loc"][:-1])
+        close = difflib.get_close_matches(str(first["loc"][-1]), known, n=1)
+        hint = f"did you mean `{close[0]}`?" if close else f"known here: {', '.join(known)}."
+        return f"`{where}` is not a key of {path}; {hint}{more}"
+    message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "missing":
+        return f"`{where}` is missing in {path}.{more}"
+    got = "" if isinstance(first["input"], dict | BaseModel) else f" Got {first['input']!r}."
+    return f"`{where}`: {message[0].lower() + message[1:] if message[1:2].islower() else message}.{got}{more}"
+
+
+def _known_keys(location: tuple[str | int, ...]) -> list[str]:
+    model: type[BaseModel] = TrainConfig
+    for part in location:
+        field = model.model_fields.get(str(part))
+        if field is None:
+            return list(DomainSpec.model_fields)
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            model = field.annotation
+    return list(model.model_fields) if location[:1] != ("domains",) else list(DomainSpec.model_fields)

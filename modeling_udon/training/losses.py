@@ -1,0 +1,137 @@
+"""The four terms of the UDON objective, as pure functions: tensors in, scalar out.
+
+Formulas: arXiv 2406.08332, section 4; what the paper leaves open follows numbers of the original implementation.
+"""
+
+import math
+
+import torch
+from torch.nn import functional as F
+
+CLASSIFICATION_KINDS = ("normface", "cosface", "arcface")
+
+
+def cosine_logits(embeds: torch.Tensor, prototypes: torch.Tensor) -> torch.Tensor:
+    """Cosine of each unit-norm embedding with each prototype, whose gradient goes through the prototype's norm.
+
+    Args:
+        embeds: Unit-norm embeddings of shape `(batch_size, dim)`.
+        prototypes: Classifier weights of shape `(num_classes, dim)`, of any length.
+
+    Returns:
+        Cosines of shape `(batch_size, num_classes)`.
+    """
+    # Dividing the logits rather than the prototypes saves a second tensor of the prototypes' size.
+    norms = torch.linalg.vector_norm(prototypes, dim=1).clamp_min(1e-12)
+    return (embeds @ prototypes.t()) / norms  # (B, D) x (D, C) -> (B, C)
+
+
+def classification_loss(
+    cosine_logits: torch.Tensor,
+    labels: torch.Tensor,
+    scale: float = 16.0,
+    margin: float = 0.0,
+    kind: str = "normface",
+) -> torch.Tensor:
+    """Cross entropy of scaled cosines, averaged over the batch.
+
+    Args:
+        cosine_logits: Cosines of shape `(batch_size, num_classes)`.
+        labels: Classes of shape `(batch_size,)`, int64.
+        scale: Factor on the cosines; 16 in the paper.
+        margin: `cosface` subtracts it from the cosine of the true class (arXiv 1801.09414), `arcface` adds it, in
+            radians, to its angle (arXiv 1801.07698); `normface` (arXiv 1704.06369) has none.
+        kind: `"normface"`, `"cosface"` or `"arcface"`.
+
+    Raises:
+        ValueError: If `kind` is unknown, or `normface` comes with a margin.
+    """
+    if kind not in CLASSIFICATION_KINDS:
+        raise ValueError(f"`kind` must be one of {', '.join(CLASSIFICATION_KINDS)}. Got {kind!r}.")
+    if kind == "normface" and margin != 0:
+        raise ValueError(f"`margin` must be 0 for kind 'normface'; use 'cosface' or 'arcface'. Got {margin}.")
+    if margin != 0:
+        true_cosines = cosine_logits.gather(1, labels[:, None])  # (B, C) -> (B, 1)
+        harder = true_cosines - margin if kind == "cosface" else _add_angle(true_cosines, margin)
+        cosine_logits = cosine_logits.scatter(1, labels[:, None], harder)
+    return F.cross_entropy(scale * cosine_logits, labels)
+
+
+def logit_distillation_loss(
+    student_logits: torch.Tensor,
+    teacher_logits: torch.Tensor,
+    student_temperature: float = 0.1,
+    teacher_temperature: float = 0.1,
+) -> torch.Tensor:
+    """`KL(softmax(teacher / T_t) || softmax(student / T_s))`, averaged over the batch.
+
+    The teacher gets no gradient, and there is no factor T^2 (numbers of the original).
+
+    Args:
+        student_logits: Cosines of shape `(batch_size, num_classes)`.
+        teacher_logits: Cosines of the same shape.
+        student_temperature: Divisor of the student's cosines.
+        teacher_temperature: Divisor of the teacher's cosines.
+    """
+    student_log_probs = F.log_softmax(student_logits / student_temperature, dim=1)
+    teacher_log_probs = F.log_softmax(teacher_logits.detach() / teacher_temperature, dim=1)
+    return F.kl_div(student_log_probs, teacher_log_probs, reduction="batchmean", log_target=True)
+
+
+def relational_distillation_loss(
+    student_embeds: torch.Tensor, teacher_embeds: torch.Tensor, reduction_size: float
+) -> torch.Tensor:
+    """Mean squared difference between the student's and the teacher's similarities over all pairs of the batch.
+
+    Args:
+        student_embeds: Unit-norm embeddings of shape `(batch_size, embedding_dim)`.
+        teacher_embeds: Unit-norm embeddings of shape `(batch_size, teacher_dim)`; they get no gradient.
+        reduction_size: Factor on the mean. The original sums over a quarter of the global batch B, so that its
+            default is B / 4.
+    """
+    difference = student_embeds @ student_embeds.t() - _similarities(teacher_embeds)  # (B, D), (B, E) -> (B, B)
+    return reduction_size * difference.square().mean()
+
+
+def relational_distillation_block(
+    student_embeds: torch.Tensor,
+    teacher_embeds: torch.Tensor,
+    student_bank: torch.Tensor,
+    teacher_bank: torch.Tensor,
+    position: int,
+    reduction_size: float,
+) -> torch.Tensor:
+    """This block's share of `relational_distillation_loss` over a batch that is spread over blocks.
+
+    The blocks are the slices of one global batch that lie on several processes or come one after the other when
+    gradients are accumulated. Averaged over equal blocks, values and gradients are those of the whole batch. A pair
+    of two blocks is seen by each of them with only its own side alive, so its gradient counts twice.
+
+    Args:
+        student_embeds: This block's embeddings of shape `(block_size, embedding_dim)`.
+        teacher_embeds: This block's embeddings of shape `(block_size, teacher_dim)`.
+        student_bank: All blocks' embeddings of shape `(batch_size, embedding_dim)`, without gradient.
+        teacher_bank: All blocks' embeddings of shape `(batch_size, teacher_dim)`, without gradient.
+        position: Row of the bank at which this block starts.
+        reduction_size: As in `relational_distillation_loss`.
+    """
+    stop = position + len(student_embeds)
+    targets = teacher_embeds.detach() @ teacher_bank.t()  # (b, E) x (E, B) -> (b, B)
+    own = student_embeds @ student_embeds.t() - targets[:, position:stop]
+    others = torch.cat([student_bank[:position], student_bank[stop:]])
+    crossing = student_embeds @ others.t() - torch.cat([targets[:, :position], targets[:, stop:]], dim=1)
+    crossing_sum = crossing.square().sum()
+    pairs = own.square().sum() + 2 * crossing_sum - crossing_sum.detach()
+    return reduction_size * pairs / targets.numel()
+
+
+def _similarities(embeds: torch.Tensor) -> torch.Tensor:
+    embeds = embeds.detach()
+    return embeds @ embeds.t()
+
+
+def _add_angle(cosines: torch.Tensor, margin: float) -> torch.Tensor:
+    sines = (1 - cosines.square()).clamp_min(1e-12).sqrt()
+    turned = cosines * math.cos(margin) - sines * math.sin(margin)
+    # Past pi - margin the turned cosine would rise again, so a line of the same fall takes over.
+    return torch.where(cosines > math.cos(math.pi - margin), turned, cosines - math.sin(margin) * margin)
