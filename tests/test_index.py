@@ -100,14 +100,15 @@ def test_places_that_the_index_cannot_fill_hold_no_id(backend):
 @pytest.mark.parametrize("chunk_size", [1, 7, 25])
 def test_chunks_do_not_change_the_result(backend, chunk_size):
     queries, index = unit_vectors(8, 25, dim=64), unit_vectors(9, 200, dim=64)
-    index[100:] = index[:100]
+    index[50:] = index[np.arange(150) % 5]  # some queries have more ties at the last place than are proposed
     expected = exact_search(queries, index, 6)
     assert_same(exact_search(queries, index, 6, chunk_size=chunk_size, **backend), expected)
 
 
 def test_low_precision_products_do_not_change_the_result():
-    queries, index = unit_vectors(10, 50, dim=64), unit_vectors(11, 400, dim=64)
-    expected = exact_search(queries, index, 5)
+    queries = unit_vectors(10, 50, dim=64)
+    index = queries[:1] + 0.05 * unit_vectors(11, 400, dim=64)  # scores closer than bfloat16 can tell apart
+    expected = search_by_loop(queries, index, 5)
     with torch.autocast("cpu", torch.bfloat16):
         assert_same(exact_search(queries, index, 5, backend="torch", device="cpu"), expected)
 

@@ -119,7 +119,7 @@ class DomainBatchSampler(Sampler[BatchDraw]):
         sizes: Number of training images of each domain.
         num_steps: Number of steps of the whole run.
         batch_size: Images of one step over all processes.
-        strategy: `"dynamic"` (by the losses given to `advance`; round-robin before the first update),
+        strategy: `"dynamic"` (by the losses given to `observe`; round-robin before the first update),
             `"round_robin"`, `"balanced"` (equal weights, shuffled), `"dataset_size"` or `"fixed"`.
         update_every: Steps of an interval.
         seed: Seed of all draws.
@@ -192,17 +192,21 @@ class DomainBatchSampler(Sampler[BatchDraw]):
     def __len__(self) -> int:
         return len(self._order) - self._interval_step
 
-    def advance(self, losses: Mapping[str, float] | None = None) -> bool:
-        """Counts one trained step.
+    @property
+    def ends_interval(self) -> bool:
+        """Whether the step that `advance` counts next is the last of its interval."""
+        return self._interval_step + 1 >= len(self._order)
 
-        Args:
-            losses: The mean loss of the domain that was trained, by its name, for the dynamic weights.
+    def observe(self, domain: str, loss: float) -> None:
+        """Adds the mean loss of a batch to those that decide the next dynamic weights."""
+        self._dynamic.observe(self.names.index(domain), loss)
+
+    def advance(self) -> bool:
+        """Counts one trained step; all losses up to it must have been observed where `ends_interval`.
 
         Returns:
-            Whether an interval ended and the weights were set anew.
+            Whether an interval ended and the next one was planned.
         """
-        for name, loss in (losses or {}).items():
-            self._dynamic.observe(self.names.index(name), loss)
         self.step += 1
         self._interval_step += 1
         if self._interval_step < len(self._order) or self.step >= self.num_steps:

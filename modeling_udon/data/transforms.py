@@ -32,7 +32,7 @@ IMAGENET_STANDARD_STD = (0.5, 0.5, 0.5)
 OPENAI_CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 OPENAI_CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
-# Pillow's default limit (a gigabyte over 4 bytes and 3 channels), kept here because other libraries move theirs.
+# Pillow's default limit, 2**30 // 4 // 3, kept here because other libraries move Pillow's own.
 MAX_IMAGE_PIXELS = 89_478_485
 # JPEG first, since nearly every file is one; AVIF last, since Pillow has it from 11.3 on and stops at a name it does
 # not know. Not all that Pillow reads: for EPS, for one, it starts a program.
@@ -41,7 +41,6 @@ IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000",
 MAX_ASPECT_RATIO = 32
 
 _EXIF_ORIENTATION = 0x0112
-_JPEG_END = b"\xff\xd9"
 # Tables, restart interval, comment, application data; not APP1, which holds EXIF and XMP.
 _HARMLESS_JPEG_MARKERS = frozenset({0xC4, 0xDB, 0xDD, 0xFE, 0xE0, *range(0xE2, 0xF0)})
 _warnings_lock = threading.Lock()
@@ -59,8 +58,8 @@ def use_one_thread(worker_id: int = 0) -> None:
 def decode_image(data: bytes) -> np.ndarray:
     """Decode an image file into upright RGB, `(H, W, 3)` uint8, contiguous and writable.
 
-    Whole grey and RGB JPEGs go through OpenCV, which gives Pillow's bytes in half of Pillow's time; all other files
-    through Pillow. EXIF orientation is applied; transparency is composited on white; of an animation the first frame
+    Grey and RGB JPEGs go through OpenCV, which gives Pillow's bytes in half of Pillow's time; all other files through
+    Pillow. EXIF orientation is applied; transparency is composited on white; of an animation the first frame
     counts. 16-bit values are divided by 256, not clipped (Pillow's mode `I` is read as 16-bit); floats are read as 0
     to 1, or as 0 to 255 if one of them is above 1. Colour profiles are not applied. Damage within the pixels of a
     whole JPEG may pass unnoticed.
@@ -74,22 +73,20 @@ def decode_image(data: bytes) -> np.ndarray:
     if _is_bare_jpeg(data) and (pixels := _decode_with_opencv(data)) is not None:
         return pixels
     image = _open_image(data)
-    pixels = None
-    # Without its end marker a JPEG may be cut short. OpenCV would fill the rest with grey, Pillow complains.
-    if image.format in ("JPEG", "MPO") and image.mode in ("RGB", "L") and data.endswith(_JPEG_END):
-        pixels = _decode_with_opencv(data)
+    is_plain_jpeg = image.format in ("JPEG", "MPO") and image.mode in ("RGB", "L")
+    pixels = _decode_with_opencv(data) if is_plain_jpeg else None
     if pixels is None:
         pixels = _decode_with_pillow(image)
     return _turn_upright(pixels, _read_orientation(image))
 
 
 def _is_bare_jpeg(data: bytes) -> bool:
-    """Whether this is a whole 8-bit grey or RGB JPEG of allowed size without EXIF or XMP: nothing to ask Pillow about.
+    """Whether this is a grey or RGB JPEG of allowed size without EXIF or XMP: there is nothing to ask Pillow about.
 
     Pillow's reading of the header would cost a seventh of the decoding of a 341 x 256 image. Markers as in ITU-T T.81,
     table B.1.
     """
-    if not (data.startswith(b"\xff\xd8") and data.endswith(_JPEG_END)):
+    if not data.startswith(b"\xff\xd8"):
         return False
     position, has_frame = 2, False
     while position + 10 <= len(data) and data[position] == 0xFF:
@@ -97,8 +94,8 @@ def _is_bare_jpeg(data: bytes) -> bool:
         if marker == 0xDA:  # start of scan
             return has_frame
         if marker in (0xC0, 0xC1, 0xC2):  # baseline, extended or progressive frame
-            bits, height, width, channels = struct.unpack_from(">BHHB", data, position + 4)
-            if bits != 8 or channels not in (1, 3) or not 0 < height * width <= MAX_IMAGE_PIXELS:
+            height, width, channels = struct.unpack_from(">HHB", data, position + 5)
+            if channels not in (1, 3) or not 0 < height * width <= MAX_IMAGE_PIXELS:
                 return False
             has_frame = True
         elif marker not in _HARMLESS_JPEG_MARKERS:
@@ -108,7 +105,7 @@ def _is_bare_jpeg(data: bytes) -> bool:
 
 
 def _decode_with_opencv(data: bytes) -> np.ndarray | None:
-    """None where OpenCV gives up."""
+    """None where OpenCV gives up, on files that are cut short among others: Pillow will say why."""
     return cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION)
 
 
@@ -170,7 +167,7 @@ def _to_grey_8_bit(image: Image.Image) -> np.ndarray:
 
 
 def _read_orientation(image: Image.Image) -> int:
-    """EXIF orientation, 1 (upright) to 8, from EXIF or XMP."""
+    """EXIF orientation, 1 (upright) to 8, from EXIF or XMP (of a JPEG in the newer Pillows only)."""
     try:
         with _without_warnings():
             return image.getexif().get(_EXIF_ORIENTATION, 1)

@@ -181,6 +181,8 @@ class TrainSection(Section):
     """Steps between two checkpoints; there is always one at the end."""
     keep_checkpoints: int = Field(2, gt=0)
     """How many checkpoints are kept."""
+    keep_teachers: bool = False
+    """Whether the teacher heads go out with the student in `best/`."""
 
     @model_validator(mode="after")
     def _one_length(self) -> "TrainSection":

@@ -1,5 +1,6 @@
 """The training model: a `UdonModel` with the prototypes of its classes, giving the loss and its named terms."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -63,6 +64,11 @@ class UdonForDistillation(nn.Module):
         config: Shape of the model; `config.domains` gives the classes of each domain.
         objective: Weights, temperatures and margins of the loss.
         udon: A model to train instead of a new one; its configuration must be `config`.
+
+    Attributes:
+        gather: Concatenates a tensor of every process along its first dimension; `None` where there is one process.
+            The relational term then compares pairs of the whole global batch.
+        rank: This process's number.
     """
 
     def __init__(
@@ -71,6 +77,8 @@ class UdonForDistillation(nn.Module):
         super().__init__()
         self.config = config
         self.objective = objective or LossConfig()
+        self.gather: Callable[[torch.Tensor], torch.Tensor] | None = None
+        self.rank = 0
         self.udon = udon or UdonModel(config)
         self.student_prototypes = _make_prototypes(config.domains, config.embedding_dim)
         self.teacher_prototypes = _make_prototypes(config.domains, config.teacher_dim)
@@ -84,10 +92,15 @@ class UdonForDistillation(nn.Module):
             pixel_values: Normalised images of ONE domain, of shape `(batch_size, num_channels, height, width)`.
             labels: Their classes in that domain, of shape `(batch_size,)`, int64.
             domain: Name of the domain.
-            bank: Embeddings of the global batch that this batch is a block of; `None` if it is the whole.
+            bank: Embeddings of the global batch that this batch is a block of; `None` if this is the whole share of
+                its process.
         """
         embeds = self.udon(pixel_values, domain=domain)
         student, teacher = embeds.image_embeds, embeds.teacher_embeds
+        if bank is None and self.gather is not None:
+            bank = RelationalBank(
+                self.gather(student.detach()), self.gather(teacher.detach()), self.rank * len(student)
+            )
         distilled = student if self.objective.distill_through_backbone else self._student_of_detached(embeds)
         # Half precision would round the cosines to steps of 4e-3, a quarter of what one unit of `scale` can move.
         with torch.autocast(pixel_values.device.type, enabled=False):

@@ -1,5 +1,6 @@
 import io
 import struct
+import sys
 import warnings
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -10,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, PngImagePlugin
 from transformers import AutoImageProcessor, image_utils
 
 from modeling_udon.data import transforms
@@ -85,27 +86,50 @@ def test_a_plain_jpeg_is_decoded_without_pillow(monkeypatch):
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-@pytest.mark.parametrize("file_format", ["JPEG", "JPEG and more", "PNG", "WEBP", "TIFF"])
-def test_the_image_is_upright_whatever_its_exif_orientation(file_format, orientation):
-    data = encode(PICTURE, file_format.split()[0], exif=with_orientation(orientation))
-    if file_format == "JPEG and more":  # What follows the end marker leads past OpenCV.
-        data += b"\0"
+@pytest.mark.parametrize(
+    ("file_format", "mode"),
+    [
+        ("JPEG", "RGB"),
+        ("JPEG", "L"),
+        ("JPEG", "CMYK"),
+        ("PNG", "RGB"),
+        ("PNG", "RGBA"),
+        ("WEBP", "RGB"),
+        ("TIFF", "RGB"),
+    ],
+)
+def test_the_image_is_upright_whatever_its_exif_orientation(file_format, mode, orientation):
+    data = encode(PICTURE.convert(mode), file_format, exif=with_orientation(orientation))
     upright = decode_image(data)
     assert upright.shape == ((37, 53, 3) if orientation <= 4 else (53, 37, 3))
+    assert upright.flags.c_contiguous and upright.flags.writeable
     np.testing.assert_array_equal(upright, decode_all_by_pillow(data))
 
 
+XMP = '<x><rdf:Description tiff:Orientation="6"/></x>'
+
+
 def test_the_orientation_in_xmp_counts_where_exif_has_none():
-    data = encode(PICTURE, "JPEG")
-    xmp = b'http://ns.adobe.com/xap/1.0/\0<x><rdf:Description tiff:Orientation="6"/></x>'
+    notes = PngImagePlugin.PngInfo()
+    notes.add_itxt("XML:com.adobe.xmp", XMP)
+    np.testing.assert_array_equal(decode_image(encode(PICTURE, "PNG", pnginfo=notes)), np.rot90(PICTURE, -1))
+
+
+def test_the_xmp_of_a_jpeg_is_read_as_in_pillow():
+    data, xmp = encode(PICTURE, "JPEG"), b"http://ns.adobe.com/xap/1.0/\0" + XMP.encode()
     marked = data[:2] + b"\xff\xe1" + struct.pack(">H", len(xmp) + 2) + xmp + data[2:]
-    np.testing.assert_array_equal(decode_image(marked), np.rot90(decode_image(data), -1))
+    np.testing.assert_array_equal(decode_image(marked), decode_all_by_pillow(marked))
 
 
 @pytest.mark.parametrize("exif", [b"Exif\0\0garbage", b"Exif\0\0MM\0*\0\0\0\x08\xff\xff", b"Exif\0\0MM\0*\xff\0\0\x08"])
 def test_damaged_exif_leaves_the_pixels_as_they_are(exif):
     expected = decode_image(encode(PICTURE, "JPEG"))
     np.testing.assert_array_equal(decode_image(encode(PICTURE, "JPEG", exif=exif)), expected)
+
+
+def test_a_cmyk_jpeg_gives_the_same_pixels_as_in_pillow():
+    data = encode(PICTURE.convert("CMYK"), "JPEG")
+    np.testing.assert_array_equal(decode_image(data), decode_all_by_pillow(data))
 
 
 @pytest.mark.parametrize("colour", [(255, 0, 0), (0, 128, 255), (250, 240, 20)])
@@ -208,7 +232,12 @@ def test_a_transparent_16_bit_grey_becomes_white():
 
 @pytest.mark.parametrize(
     ("values", "expected"),
-    [([0.0, 0.5, 1.0], [0, 128, 255]), ([-3.0, 127.6, 300.0], [0, 128, 255]), ([np.nan, 0.2, np.inf], [0, 0, 255])],
+    [
+        ([0.0, 0.5, 1.0], [0, 128, 255]),
+        ([-3.0, 127.6, 300.0], [0, 128, 255]),
+        ([np.nan, 0.5, 1.0], [0, 128, 255]),
+        ([np.inf, -np.inf], [255, 0]),
+    ],
 )
 def test_float_values_are_fractions_of_white_or_grey_levels(values, expected):
     image = Image.fromarray(np.array([values], np.float32))
@@ -314,10 +343,14 @@ def test_a_damaged_file_gives_pixels_or_one_clear_line(seed, changes, cut):
 
 def test_decoding_in_threads_leaves_the_warning_filters_alone():
     data = encode(PICTURE, "JPEG", exif=b"Exif\0\0MM\0*\0\0\0\x08\xff\xff")
-    before = list(warnings.filters)
-    with ThreadPoolExecutor(8) as pool:
-        list(pool.map(decode_image, [data] * 200))
-    assert warnings.filters == before
+    filters, interval = list(warnings.filters), sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(decode_image, [data] * 300))
+    finally:
+        sys.setswitchinterval(interval)
+    assert warnings.filters == filters
 
 
 def bilinear(image: np.ndarray, height: int, width: int) -> np.ndarray:
@@ -455,13 +488,18 @@ def test_a_single_pixel_fills_the_whole_image(antialias):
 
 @pytest.mark.parametrize("antialias", [True, False])
 @pytest.mark.parametrize("shape", [(1, 5000), (5000, 1), (1, 4999), (2, 65535)])
-def test_the_middle_of_a_very_long_image_is_kept(shape, antialias):
+def test_of_a_very_long_image_only_the_middle_is_resized(shape, antialias, monkeypatch):
+    sizes = []
+    by_opencv, by_pillow = cv2.resize, Image.Image.resize
+    monkeypatch.setattr(cv2, "resize", lambda image, size, **kw: sizes.append(size) or by_opencv(image, size, **kw))
+    monkeypatch.setattr(Image.Image, "resize", lambda image, size, *a: sizes.append(size) or by_pillow(image, size, *a))
     ramp = np.linspace(0, 255, max(shape))
     image = np.broadcast_to(ramp[None] if shape[0] < shape[1] else ramp[:, None], shape)
     image = np.repeat(image.round().astype(np.uint8)[:, :, None], 3, axis=2)
     result = EvalTransform(224, antialias)(image)
     assert result.shape == (224, 224, 3)
     assert np.abs(result.astype(int) - 127.5).max() <= 1
+    assert max(map(max, sizes)) <= 224 * 33
 
 
 @pytest.mark.parametrize("shape", [(4, 200), (201, 4), (5, 1000)])

@@ -1,0 +1,120 @@
+"""Images become embeddings: by a model's student, teacher and backbone, or as raw pixels."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from datasets import Dataset
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, SequentialSampler
+from torch.utils.data import Subset as TorchSubset
+
+from modeling_udon.data.dataset import EvaluationDataset
+from modeling_udon.data.transforms import EvalTransform, normalize, use_one_thread
+from modeling_udon.modeling_udon import UdonModel
+
+# Side of the thumbnails that are the raw-pixel baseline.
+RAW_PIXELS_SIZE = 16
+
+Embed = Callable[[torch.Tensor], Mapping[str, torch.Tensor]]
+
+
+@dataclass(frozen=True)
+class ImageEmbedder:
+    """Runs images through an embedding function, spread over all processes.
+
+    Attributes:
+        transform: Turns a decoded image into one of the model's size.
+        batch_size: Images of one forward pass on each process.
+        num_workers: Processes that decode images, for each process.
+        accelerator: Says which device, and which share of the images, is this process's.
+    """
+
+    transform: EvalTransform
+    batch_size: int
+    num_workers: int
+    accelerator: Accelerator
+
+    @torch.no_grad()
+    def __call__(self, images: Dataset, embed: Embed, name: str) -> dict[str, np.ndarray]:
+        """Embeds all images.
+
+        Args:
+            images: Undecoded images.
+            embed: Takes pixels of shape `(batch_size, height, width, 3)`, uint8, on the device, and gives embeddings of
+                shape `(batch_size, dim)` by their kind.
+            name: What to call the data in an error.
+
+        Returns:
+            For each kind, embeddings of shape `(num_images, dim)`, float32, in the order of the images, the same on
+            every process.
+        """
+        world, rank = self.accelerator.num_processes, self.accelerator.process_index
+        dataset = EvaluationDataset(images, self.transform, name)
+        # Every process takes as many, so that they can gather; what is taken twice is cut off at the end.
+        rows = np.arange(rank, rank + world * -(-len(dataset) // world), world) % len(dataset)
+        loader: DataLoader[torch.Tensor] = DataLoader(
+            TorchSubset(dataset, rows.tolist()),
+            batch_size=self.batch_size,
+            sampler=SequentialSampler(rows),
+            num_workers=min(self.num_workers, -(-len(rows) // self.batch_size)),
+            worker_init_fn=use_one_thread,
+            pin_memory=self.accelerator.device.type == "cuda",
+            # Its own: the default one draws from the global generator, which training must not notice.
+            generator=torch.Generator(),
+        )
+        parts: dict[str, list[torch.Tensor]] = {}
+        for pixels in loader:
+            with self.accelerator.autocast():
+                embeds = embed(pixels.to(self.accelerator.device, non_blocking=True))
+            for kind, values in embeds.items():
+                parts.setdefault(kind, []).append(values.float())
+        return {kind: self._gather(torch.cat(values), len(dataset)) for kind, values in parts.items()}
+
+    def _gather(self, local: torch.Tensor, num_images: int) -> np.ndarray:
+        world = self.accelerator.num_processes
+        if world > 1:
+            everything = self.accelerator.gather(local)
+            local = everything.reshape(world, -1, everything.shape[-1]).transpose(0, 1).flatten(0, 1)  # (W, n, D)
+        return local[:num_images].cpu().numpy()
+
+
+def embed_with_model(
+    model: UdonModel, mean: tuple[float, float, float], std: tuple[float, float, float], domain: str | None = None
+) -> Embed:
+    """Returns the embedding function of a model.
+
+    Args:
+        model: In evaluation mode, on the device.
+        mean: Mean of each channel that the model was trained with.
+        std: Standard deviation of each channel.
+        domain: Domain whose teacher embeds as well, where the model has it.
+
+    Returns:
+        A function that gives `"student"`, `"backbone"` and, with a teacher, `"teacher"`.
+    """
+    teacher = domain if domain in model.teacher_heads else None
+
+    def embed(pixels: torch.Tensor) -> dict[str, torch.Tensor]:
+        outputs = model(normalize(pixels, mean, std), domain=teacher)
+        embeds = {"student": outputs.image_embeds, "backbone": outputs.backbone_embeds}
+        return embeds if teacher is None else embeds | {"teacher": outputs.teacher_embeds}
+
+    return embed
+
+
+def embed_raw_pixels(pixels: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Embeds images as thumbnails: 16x16 grey and RGB pixels, of unit norm together.
+
+    Args:
+        pixels: Shape `(batch_size, height, width, 3)`, uint8.
+
+    Returns:
+        `"raw_pixels"`, of shape `(batch_size, 1024)`.
+    """
+    images = pixels.permute(0, 3, 1, 2).float()
+    thumbnails = F.adaptive_avg_pool2d(images, RAW_PIXELS_SIZE)
+    both = torch.cat([thumbnails.mean(dim=1, keepdim=True), thumbnails], dim=1)  # (B, 4, 16, 16)
+    return {"raw_pixels": F.normalize(both.flatten(1), dim=1)}

@@ -1,0 +1,139 @@
+"""From a config to the objects of a run: model, preprocessing, sampler, processes."""
+
+import math
+from collections.abc import Mapping
+
+import torch
+from accelerate import Accelerator
+from transformers import AutoConfig, AutoModel, PretrainedConfig
+
+from modeling_udon.configuration_udon import UdonConfig
+from modeling_udon.data.domains import Domain
+from modeling_udon.data.sampling import DomainBatchSampler
+from modeling_udon.data.transforms import (
+    IMAGENET_STANDARD_MEAN,
+    IMAGENET_STANDARD_STD,
+    OPENAI_CLIP_MEAN,
+    OPENAI_CLIP_STD,
+)
+from modeling_udon.modeling_udon import UdonModel
+from modeling_udon.training.config import ConfigError, DataConfig, ModelConfig, TrainConfig
+from modeling_udon.training.distillation import UdonForDistillation
+
+Channels = tuple[float, float, float]
+
+
+def make_accelerator(config: TrainConfig) -> Accelerator:
+    """Starts Accelerate with the run's precision and trackers."""
+    return Accelerator(
+        mixed_precision=config.train.mixed_precision,
+        log_with=list(config.log.trackers) or None,
+        project_dir=str(config.run_dir) if config.log.trackers else None,
+    )
+
+
+def build_model(config: TrainConfig, domains: Mapping[str, Domain]) -> UdonForDistillation:
+    """Builds the training model, with the generator seeded so that every process draws the same weights.
+
+    Raises:
+        ConfigError: If the backbone cannot be opened or built, or its image size is not the data's.
+    """
+    torch.manual_seed(config.seed)
+    sizes = {
+        "embedding_dim": config.model.embedding_dim,
+        "teacher_dim": config.model.teacher_dim,
+        "head_hidden_dims": config.model.head_hidden_dims,
+        "head_bias": config.model.head_bias,
+        "domains": {name: len(domain.classes) for name, domain in domains.items()},
+        "pooling": config.model.pooling,
+    }
+    try:
+        udon = _build_udon(config.model, sizes)
+    except (OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
+        what = "backbone" if config.model.backbone else "backbone_config"
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"`model.{what}` must be a vision encoder that opens. {reason[:400]}") from error
+    _check_image_size(udon.config.backbone_config, config.data.image_size)
+    if config.model.gradient_checkpointing:
+        udon.gradient_checkpointing_enable({"use_reentrant": False})
+    return UdonForDistillation(udon.config, config.loss, udon)
+
+
+def channel_statistics(data: DataConfig, backbone: PretrainedConfig) -> tuple[Channels, Channels]:
+    """Mean and standard deviation of each channel: the config's, or those the backbone is known by."""
+    clip = backbone.model_type.startswith("clip")
+    mean = data.image_mean or (OPENAI_CLIP_MEAN if clip else IMAGENET_STANDARD_MEAN)
+    std = data.image_std or (OPENAI_CLIP_STD if clip else IMAGENET_STANDARD_STD)
+    return mean, std
+
+
+def make_sampler(config: TrainConfig, domains: Mapping[str, Domain], accelerator: Accelerator) -> DomainBatchSampler:
+    """Makes the sampler of this process.
+
+    Raises:
+        ConfigError: If the batch does not go with the domains, the processes or the accumulation.
+    """
+    sizes = {name: len(domain.images) for name, domain in domains.items()}
+    train = config.train
+    share = accelerator.num_processes * train.accumulation_steps
+    if train.batch_size % share:
+        raise ConfigError(
+            "`train.batch_size` must be a multiple of processes x `train.accumulation_steps`. "
+            f"Got {train.batch_size} with {accelerator.num_processes} x {train.accumulation_steps}."
+        )
+    num_steps = train.num_steps
+    if num_steps is None:
+        assert train.num_epochs is not None, "checked by the config"
+        num_steps = math.ceil(train.num_epochs * sum(sizes.values()) / train.batch_size)
+    try:
+        return DomainBatchSampler(
+            sizes,
+            num_steps,
+            train.batch_size,
+            strategy=config.sampling.strategy,
+            update_every=config.sampling.update_every,
+            seed=config.seed,
+            weights=config.sampling.weights,
+            rank=accelerator.process_index,
+            world_size=accelerator.num_processes,
+        )
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+
+
+def _build_udon(model: ModelConfig, sizes: dict[str, object]) -> UdonModel:
+    if model.backbone is None:
+        assert model.backbone_config is not None, "checked by the config"
+        values = _known_values(model.backbone_config)
+        return UdonModel(
+            UdonConfig(backbone_config=values, attn_implementation=model.attn_implementation, **sizes)  # type: ignore[arg-type]
+        )
+    backbone = AutoModel.from_pretrained(
+        model.backbone,
+        revision=model.revision,
+        trust_remote_code=model.trust_remote_code,
+        attn_implementation=model.attn_implementation,
+        dtype=torch.float32,
+    )
+    return UdonModel.from_backbone(backbone, **sizes)
+
+
+def _known_values(values: dict[str, object]) -> dict[str, object]:
+    """Refuses keys that the backbone's configuration does not have: transformers would take them in silence."""
+    if "model_type" in values:
+        known = AutoConfig.for_model(str(values["model_type"])).to_dict()
+        for key in values:
+            if key not in known:
+                raise ValueError(f"Got the unknown key `{key}` for model_type {values['model_type']!r}.")
+    return values
+
+
+def _check_image_size(backbone: PretrainedConfig, image_size: int) -> None:
+    expected = getattr(backbone, "image_size", image_size)
+    if expected != image_size:
+        raise ConfigError(f"`data.image_size` must be the backbone's, {expected}. Got {image_size}.")
+    patch_size = getattr(backbone, "patch_size", 1)
+    if isinstance(patch_size, int) and image_size % patch_size:
+        raise ConfigError(
+            f"`data.image_size` must be a multiple of the backbone's patch size, {patch_size}. Got {image_size}."
+        )

@@ -1,0 +1,472 @@
+"""`train(config)`: domains are interleaved, teachers and student learn together, the best student goes out."""
+
+import json
+import math
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import yaml
+from accelerate import Accelerator
+from safetensors.torch import load_file, save_file
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
+from transformers.utils import logging as transformers_logging
+
+from modeling_udon.data.dataset import DomainBatch, MultiDomainDataset
+from modeling_udon.data.domains import check_label_maps, label_maps, open_domain
+from modeling_udon.data.transforms import EvalTransform, TrainTransform, image_processor, normalize, use_one_thread
+from modeling_udon.hub.card import render_card
+from modeling_udon.hub.export import export_student
+from modeling_udon.retrieval.embed import ImageEmbedder
+from modeling_udon.retrieval.evaluate import domains_with, evaluate_baselines, evaluate_model
+from modeling_udon.retrieval.protocol import SplitScores, build_results, format_table, versions, write_results
+from modeling_udon.training.checkpoint import (
+    TrainState,
+    find_checkpoint,
+    list_checkpoints,
+    load_checkpoint,
+    recover_folder,
+    replaced_folder,
+    save_checkpoint,
+)
+from modeling_udon.training.config import ConfigError, TrainConfig, dump_config
+from modeling_udon.training.distillation import TERMS, RelationalBank
+from modeling_udon.training.optimization import (
+    IdleHeads,
+    frozen_steps,
+    learning_rates,
+    make_optimizer,
+    set_learning_rates,
+)
+from modeling_udon.training.reporting import Reporter, format_changes, format_validation, format_weights
+from modeling_udon.training.setup import build_model, channel_statistics, make_accelerator, make_sampler
+
+# What may differ when a run goes on: where it is told of, and how fast data comes.
+_FREE_ON_RESUME = {"output_dir", "log.every", "log.trackers", "log.project", "data.num_workers", "eval.batch_size"}
+
+
+class TrainingError(RuntimeError):
+    """A run that cannot go on; its message is one line for the user."""
+
+
+def train(config: TrainConfig, resume: bool = False, overwrite: bool = False) -> dict[str, Any] | None:
+    """Trains, validates, keeps the best student, and tests it.
+
+    Args:
+        config: The run.
+        resume: Goes on from the last checkpoint of `config.run_dir`, or starts if there is none.
+        overwrite: Removes what is in `config.run_dir` first.
+
+    Returns:
+        What `results.json` holds, or `None` if no domain has a test split.
+
+    Raises:
+        ConfigError: If the config does not go with the data, the backbone or the folder.
+        TrainingError: If the loss is not finite.
+    """
+    trainer = Trainer(config, resume, overwrite)
+    trainer.describe()
+    if trainer.step == 0:
+        trainer.measure_start()
+    for batch in trainer.batches():
+        losses = trainer.train_step(batch)
+        trainer.count_step(batch.domain, losses)
+        if trainer.is_due(config.log.every):
+            trainer.log()
+        if trainer.is_due(config.eval.every):
+            trainer.validate()
+        if trainer.is_due(config.train.checkpoint_every):
+            trainer.save()
+    return trainer.finish()
+
+
+@dataclass
+class LossWindow:
+    """Sums of the losses of each domain since the last log, which a checkpoint keeps."""
+
+    sums: dict[str, list[float]] = field(default_factory=dict)
+    counts: dict[str, int] = field(default_factory=dict)
+
+    def add(self, domain: str, losses: list[float]) -> None:
+        """Adds the losses of one step, the total first."""
+        old = self.sums.get(domain, [0.0] * len(losses))
+        self.sums[domain] = [a + b for a, b in zip(old, losses, strict=True)]
+        self.counts[domain] = self.counts.get(domain, 0) + 1
+
+    def means(self) -> dict[str, Any]:
+        """Returns means over all steps, and the total of each domain."""
+        steps = sum(self.counts.values())
+        total, *terms = (sum(values) / steps for values in zip(*self.sums.values(), strict=True))
+        domains = {name: self.sums[name][0] / self.counts[name] for name in sorted(self.sums)}
+        return {"loss": total, "losses": dict(zip(TERMS, terms, strict=True)), "domain_losses": domains}
+
+
+class Trainer:
+    """The state of a run and the verbs of its loop; see `train`."""
+
+    def __init__(self, config: TrainConfig, resume: bool, overwrite: bool) -> None:
+        self.config = config
+        self.accelerator: Accelerator = make_accelerator(config)
+        checkpoint = self._prepare_folder(resume, overwrite)
+        transformers_logging.disable_progress_bar()
+        try:
+            self.domains = {name: open_domain(name, spec, config.seed) for name, spec in config.domains.items()}
+        except (ValueError, OSError, ImportError) as error:
+            raise ConfigError(" ".join(str(error).split())) from error
+        self.sampler = make_sampler(config, self.domains, self.accelerator)
+        self.model = build_model(config, self.domains)
+        self.mean, self.std = channel_statistics(config.data, self.model.config.backbone_config)
+        self.num_steps = self.sampler.num_steps
+        self.best: dict[str, float] | None = None
+        self._window = LossWindow()
+        self._pending: list[tuple[str, torch.Tensor]] = []
+        self._prepare_processes()
+        if checkpoint:
+            self._restore(checkpoint)
+        self.idle_heads = IdleHeads(self.model, self._optimizer, config.optim, self.num_steps)
+        self._write_run_files()
+        self.reporter = Reporter(config.run_dir, self.accelerator, self.num_steps, self.step)
+        self._start_trackers()
+        self._embedder = ImageEmbedder(
+            EvalTransform(config.data.image_size, config.data.eval_antialias),
+            config.eval.batch_size,
+            config.data.num_workers,
+            self.accelerator,
+        )
+        self._clock = time.perf_counter()
+
+    @property
+    def step(self) -> int:
+        """Optimiser steps taken."""
+        return self.sampler.step
+
+    def is_due(self, every: int) -> bool:
+        """Whether something that happens every so many steps happens now; at the end everything does."""
+        return self.step % every == 0 or self.step == self.num_steps
+
+    def describe(self) -> None:
+        """Prints domains and parameter groups."""
+        say = self.reporter.say
+        for name, domain in self.domains.items():
+            say(f"domain {name}: {len(domain.images)} images, {len(domain.classes)} classes")
+        rates = learning_rates(self.config.optim, self.step, self.num_steps)
+        for group in self._optimizer.param_groups:
+            size = sum(parameter.numel() for parameter in group["params"])
+            state = f"learning rate {rates[group['name']]:g} now"
+            frozen = frozen_steps(self.config.optim, self.num_steps)
+            if group["name"] == "backbone" and frozen:
+                state += f", 0 for the first {frozen} of {self.num_steps} steps, then {self.config.optim.backbone_lr:g}"
+            say(f"parameter group {group['name']}: {size:,} weights, {state}")
+        if self.step:
+            say(f"going on from step {self.step} of {self.num_steps}")
+
+    def measure_start(self) -> None:
+        """Scores the baselines on the test split, and the student before training."""
+        tested = domains_with(self.domains, "test")
+        if tested:
+            scores = evaluate_baselines(self.model.udon, tested, "test", self._embedder, self.mean, self.std)
+            if self.accelerator.is_main_process:
+                self._baseline_path.write_text(json.dumps(scores, indent=1), encoding="utf-8")
+        self.validate()
+
+    def batches(self) -> Iterator[DomainBatch]:
+        """Gives this process's share of every step's batch, to the end of the run."""
+        dataset = MultiDomainDataset(
+            self.domains,
+            TrainTransform(self.config.data.image_size, self.config.data.resize_size, self.config.data.flip),
+            self.config.seed,
+        )
+        loader: DataLoader[DomainBatch] = DataLoader(
+            dataset,
+            batch_size=None,
+            sampler=self.sampler,
+            num_workers=self.config.data.num_workers,
+            persistent_workers=self.config.data.num_workers > 0,
+            worker_init_fn=use_one_thread,
+            collate_fn=_as_it_is,
+            pin_memory=self.accelerator.device.type == "cuda",
+            generator=torch.Generator(),
+        )
+        # One pass over the loader is one interval of the sampler: the weights change between two passes.
+        while self.step < self.num_steps:
+            yield from loader
+
+    def train_step(self, batch: DomainBatch) -> torch.Tensor:
+        """Takes one optimiser step on one domain.
+
+        Returns:
+            The total loss and its terms, of shape `(5,)`, of this process's share of the batch.
+        """
+        config, step = self.config, self.step
+        # Dropout, where a backbone has it, depends on seed, step and process alone.
+        torch.manual_seed((config.seed * 1_000_003 + step) * 8191 + self.accelerator.process_index)
+        self.idle_heads.catch_up(batch.domain, step)
+        set_learning_rates(self._optimizer, learning_rates(config.optim, step, self.num_steps))
+        pixels = normalize(batch.pixels.to(self.accelerator.device, non_blocking=True), self.mean, self.std)
+        labels = batch.labels.to(self.accelerator.device, non_blocking=True)
+        parts = config.train.accumulation_steps
+        pixel_parts, label_parts = pixels.chunk(parts), labels.chunk(parts)
+        banks = self._relational_banks(pixel_parts, batch.domain)
+        losses = torch.zeros(1 + len(TERMS), device=pixels.device)
+        for number, (part, part_labels, bank) in enumerate(zip(pixel_parts, label_parts, banks, strict=True)):
+            last = number == parts - 1
+            with nullcontext() if last else self.accelerator.no_sync(self._wrapped):
+                output = self._wrapped(part, part_labels, batch.domain, bank)
+                self.accelerator.backward(output.loss / parts)
+            losses += torch.stack([output.loss, *output.losses.values()]).detach().float() / parts
+        self._average_head_gradients(batch.domain)
+        if config.optim.max_grad_norm is not None:
+            self.accelerator.clip_grad_norm_(self.model.parameters(), config.optim.max_grad_norm)
+        self._wrapped_optimizer.step()
+        self._wrapped_optimizer.zero_grad(set_to_none=True)
+        return losses
+
+    def count_step(self, domain: str, losses: torch.Tensor) -> None:
+        """Moves sampler and progress on by one step."""
+        self._pending.append((domain, losses))
+        if self.sampler.ends_interval:
+            self._flush_losses()
+        new_interval = self.sampler.advance()
+        self.reporter.count_step()
+        if new_interval:
+            self.reporter.record(
+                self.step, next_weights=self.sampler.weights, steps_by_domain=self.sampler.steps_by_domain
+            )
+
+    def log(self) -> None:
+        """Tells the mean losses since the last time."""
+        self._flush_losses()
+        now = time.perf_counter()
+        num_images = sum(self._window.counts.values()) * self.config.train.batch_size
+        values = self._window.means() | {
+            "learning_rates": learning_rates(self.config.optim, self.step - 1, self.num_steps),
+            "weights": self.sampler.weights,
+            "images_per_second": num_images / (now - self._clock),
+        }
+        self._window, self._clock = LossWindow(), now
+        self.reporter.record(self.step, **values)
+        self.reporter.show_progress(self.step, values)
+
+    def validate(self) -> None:
+        """Scores the validation split and keeps the student if it is the best so far."""
+        validated = domains_with(self.domains, "validation")
+        started = time.perf_counter()
+        with self.idle_heads.caught_up_for_reading(self.step):
+            if validated:
+                scores = evaluate_model(
+                    self.model.udon, validated, "validation", self._embedder, self.mean, self.std
+                )
+                recall = scores.merged["mean"]["R@1"]
+                better = self.best is None or recall > self.best["R@1"]
+                self.reporter.say(format_validation(self.step, scores, better))
+                self.reporter.record(self.step, validation=_as_dict(scores))
+            else:
+                recall, better = math.nan, self.step == self.num_steps
+            if better:
+                self.best = {"step": self.step, "R@1": recall}
+                self._keep_best()
+        self._clock += time.perf_counter() - started
+
+    def save(self) -> None:
+        """Writes a checkpoint."""
+        started = time.perf_counter()
+        self._flush_losses()
+        if self.accelerator.is_main_process:
+            state = TrainState(self.step, self.sampler.state_dict(), self.best, {"window": vars(self._window)})
+            if self.accelerator.scaler is not None:
+                state.extra["scaler"] = self.accelerator.scaler.state_dict()
+            keep = self.config.train.keep_checkpoints
+            save_checkpoint(self._checkpoints, self.model, self._optimizer, state, keep)
+        self.accelerator.wait_for_everyone()
+        self._clock += time.perf_counter() - started
+
+    def finish(self) -> dict[str, Any] | None:
+        """Tests the best student and its teachers and writes `results.json`."""
+        self.model.load_state_dict(load_file(self._best_weights))
+        results = None
+        tested = domains_with(self.domains, "test")
+        if tested:
+            scores = evaluate_model(self.model.udon, tested, "test", self._embedder, self.mean, self.std)
+            baseline = json.loads(self._baseline_path.read_text(encoding="utf-8"))
+            results = build_results({"test": scores}, baseline=baseline, config=dump_config(self.config))
+            if self.accelerator.is_main_process:
+                write_results(self.config.run_dir / "results.json", results)
+                self._export_best(results)
+            self.reporter.say("\n" + format_table(results))
+            self.reporter.say("\n" + format_changes(baseline["untrained"], scores.merged))
+            if self.accelerator.is_main_process:
+                self.reporter.say("\n" + format_weights(self.config.run_dir / "metrics.jsonl"))
+        assert self.best is not None, "the last step is always validated"
+        self.reporter.say(f"\nbest student, of step {self.best['step']}: {self.config.run_dir / 'best'}")
+        self.accelerator.wait_for_everyone()
+        self.reporter.close()
+        return results
+
+    @property
+    def _checkpoints(self) -> Any:
+        return self.config.run_dir / "checkpoints"
+
+    @property
+    def _best_weights(self) -> Any:
+        return self._checkpoints / "best" / "model.safetensors"
+
+    @property
+    def _baseline_path(self) -> Any:
+        return self.config.run_dir / "baseline.json"
+
+    def _prepare_folder(self, resume: bool, overwrite: bool) -> Any:
+        """Returns the checkpoint to go on from, if any."""
+        run_dir, found = self.config.run_dir, None
+        if self.accelerator.is_main_process:
+            if overwrite and run_dir.exists():
+                shutil.rmtree(run_dir)
+            run_dir.mkdir(parents=True, exist_ok=True)
+        self.accelerator.wait_for_everyone()
+        if not resume and (run_dir / "metrics.jsonl").exists():
+            raise ConfigError(
+                f"`output_dir`/`name` must be a new folder. Got {run_dir}, which holds a run; go on with --resume, "
+                "start anew with --overwrite, or choose another --name."
+            )
+        if resume and list_checkpoints(self._checkpoints):
+            found, faults = find_checkpoint(self._checkpoints)
+            for fault in faults:
+                self.accelerator.print(f"WARNING: {fault}; going on from {found.name}")
+        return found
+
+    def _prepare_processes(self) -> None:
+        self._optimizer = make_optimizer(self.model, self.config.optim)
+        # Heads and prototypes of one domain get gradients in a step; DDP would wait for all the others.
+        ours = [name for domain in self.domains for name in self.model.domain_parameters(domain)]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self.model, ours)
+        if self.config.train.compile:
+            self.model.udon.backbone.compile()
+        self._wrapped, self._wrapped_optimizer = self.accelerator.prepare(self.model, self._optimizer)
+        if self.accelerator.num_processes > 1:
+            self.model.gather, self.model.rank = self.accelerator.gather, self.accelerator.process_index
+            for domain in self.domains:
+                for parameter in self.model.domain_parameters(domain).values():
+                    torch.distributed.broadcast(parameter.data, src=0)
+
+    def _restore(self, checkpoint: Any) -> None:
+        check_label_maps(self.domains, self.config.run_dir / "domains.json")
+        self._check_same_config()
+        state = load_checkpoint(checkpoint, self.model, self._optimizer)
+        self.sampler.load_state_dict(state.sampler)
+        self.best = state.best
+        self._window = LossWindow(**state.extra["window"])
+        if self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(state.extra["scaler"])
+
+    def _check_same_config(self) -> None:
+        saved = yaml.safe_load((self.config.run_dir / "config.yaml").read_text(encoding="utf-8"))
+        saved.pop("versions")
+        before, now = _leaves(saved), _leaves(dump_config(self.config))
+        changed = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
+        changed = [key for key in changed if key not in _FREE_ON_RESUME]
+        if changed:
+            details = ", ".join(f"{key} from {before.get(key)!r} to {now.get(key)!r}" for key in changed)
+            raise ConfigError(f"`--resume` must go on with the run's own config. Got {details}; start a new run for it.")
+
+    def _write_run_files(self) -> None:
+        if not self.accelerator.is_main_process:
+            return
+        run_dir = self.config.run_dir
+        recover_folder(run_dir / "best")
+        recover_folder(self._checkpoints / "best")
+        config = dump_config(self.config) | {"versions": versions()}
+        (run_dir / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
+        (run_dir / "domains.json").write_text(json.dumps(label_maps(self.domains), indent=1), encoding="utf-8")
+
+    def _start_trackers(self) -> None:
+        if self.config.log.trackers:
+            values = {
+                key: value
+                for key, value in _leaves(dump_config(self.config)).items()
+                if isinstance(value, int | float | str)
+            }
+            self.accelerator.init_trackers(self.config.log.project, config=values)
+
+    def _relational_banks(self, pixel_parts: tuple[torch.Tensor, ...], domain: str) -> list[RelationalBank | None]:
+        """Embeddings of the global batch for each accumulated part, by a forward pass of its own."""
+        if len(pixel_parts) == 1 or self.config.loss.relational_distillation == 0:
+            return [None] * len(pixel_parts)
+        with torch.no_grad(), self.accelerator.autocast():
+            outputs = [self.model.udon(part, domain=domain) for part in pixel_parts]
+        student = self.accelerator.gather(torch.cat([output.image_embeds for output in outputs]))
+        teacher = self.accelerator.gather(torch.cat([output.teacher_embeds for output in outputs]))
+        size = len(pixel_parts[0])
+        start = self.accelerator.process_index * size * len(pixel_parts)
+        return [RelationalBank(student, teacher, start + number * size) for number in range(len(pixel_parts))]
+
+    def _average_head_gradients(self, domain: str) -> None:
+        """Averages over processes what DDP leaves to us: the active domain's gradients, in one message."""
+        if self.accelerator.num_processes == 1:
+            return
+        gradients = [
+            parameter.grad for parameter in self.model.domain_parameters(domain).values() if parameter.grad is not None
+        ]
+        flat = torch.cat([gradient.flatten() for gradient in gradients])
+        torch.distributed.all_reduce(flat)
+        flat /= self.accelerator.num_processes
+        for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+            gradient.copy_(mean.view_as(gradient))
+
+    def _flush_losses(self) -> None:
+        """Brings the losses of the steps since the last time from the device, averaged over processes."""
+        if not self._pending:
+            return
+        names = [name for name, _ in self._pending]
+        stacked = torch.stack([losses for _, losses in self._pending])
+        rows = self.accelerator.reduce(stacked, reduction="mean").tolist()
+        self._pending.clear()
+        for name, row in zip(names, rows, strict=True):
+            if not all(math.isfinite(value) for value in row):
+                raise TrainingError(
+                    f"The loss must be finite. Got {dict(zip(TERMS, row[1:], strict=True))} for domain {name!r} at "
+                    f"about step {self.step}; lower optim.lr or set optim.max_grad_norm, then go on with --resume."
+                )
+            self._window.add(name, row)
+            self.sampler.observe(name, row[1 + TERMS.index("teacher_classification")])
+
+    def _keep_best(self) -> None:
+        """Writes the best weights with the teachers, for the test, and the student, for the Hub."""
+        if self.accelerator.is_main_process:
+            with replaced_folder(self._checkpoints / "best") as folder:
+                save_file(self.model.state_dict(), folder / self._best_weights.name)
+            self._export_best(None)
+        self.accelerator.wait_for_everyone()
+
+    def _export_best(self, results: dict[str, Any] | None) -> None:
+        best = self.config.run_dir / "best"
+        config = dump_config(self.config)
+        with replaced_folder(best) as folder:
+            export_student(
+                self.model.udon,
+                image_processor(self.config.data.image_size, self.mean, self.std),
+                render_card(self.config.name, str(best), config, self.num_steps, results),
+                folder,
+                self.config.train.keep_teachers,
+            )
+
+
+def _as_it_is(batch: DomainBatch) -> DomainBatch:
+    return batch
+
+
+def _as_dict(scores: SplitScores) -> dict[str, Any]:
+    return {"merged": scores.merged, "separate": scores.separate}
+
+
+def _leaves(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    leaves: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict) and value:
+            leaves |= _leaves(value, f"{prefix}{key}.")
+        else:
+            leaves[f"{prefix}{key}"] = value
+    return leaves
