@@ -106,11 +106,25 @@ def test_chunks_do_not_change_the_result(backend, chunk_size):
 
 
 def test_low_precision_products_do_not_change_the_result():
-    queries = unit_vectors(10, 50, dim=64)
-    index = queries[:1] + 0.05 * unit_vectors(11, 400, dim=64)  # scores closer than bfloat16 can tell apart
+    queries = unit_vectors(10, 50)
+    index = queries[:1] + 0.01 * unit_vectors(11, 400)  # scores closer than bfloat16 can tell apart
     expected = search_by_loop(queries, index, 5)
     with torch.autocast("cpu", torch.bfloat16):
         assert_same(exact_search(queries, index, 5, backend="torch", device="cpu"), expected)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("precision", ["highest", "medium"])
+def test_a_gpu_gives_the_same_result(precision):
+    queries = unit_vectors(15, 300, dim=64)
+    index = np.concatenate([queries[:1] + 0.001 * unit_vectors(16, 500, dim=64), unit_vectors(17, 5000, dim=64)])
+    expected = exact_search(queries, index, 5)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        assert_same(exact_search(queries, index, 5, backend="torch", device="cuda"), expected)
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 @both_backends

@@ -119,8 +119,12 @@ def test_map_at_r_weighs_hits_by_the_precision_at_their_rank():
 
 def test_an_index_without_rows_gives_zeros():
     assert recall_at_k([[-1], [-1]], [1, 2], []) == 0.0
-    assert count_positives([1, 2], []).tolist() == [0, 0]
+    assert count_positives([0, 2], []).tolist() == [0, 0]
     assert mean_average_precision_at_r(np.empty((2, 0)), [1, 2], [], [0, 0]) == 0.0
+
+
+def test_a_label_that_the_index_lacks_has_no_positives():
+    assert count_positives([-9, -2, 0, 3], [-3, -1, -3]).tolist() == [0, 0, 0, 0]
 
 
 def test_a_label_named_twice_counts_once():

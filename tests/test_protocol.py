@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -37,10 +38,10 @@ def three_domains(seed=0):
     own[[5, 11]] = own[2]
     labels = generator.integers(0, 4, (5, 30))
     return {
-        "own": EmbeddedDomain(own, labels[0, :24]),
         "apart": EmbeddedDomain(
             unit_vectors(generator, 10), (labels[1, :10] + 1).tolist(), unit_vectors(generator, 17), labels[2, :17]
         ),
+        "own": EmbeddedDomain(own, labels[0, :24]),
         "several": EmbeddedDomain(
             unit_vectors(generator, 6),
             [[0], [1, 2], [9], [3, 0, 1], [], [2]],
@@ -120,7 +121,7 @@ def test_each_neighbour_is_located_in_the_index_of_its_domain():
     domains = three_domains()
     found = search_merged(domains, ("R@60",))["apart"]
     position, row = found.locate()
-    sizes = {"own": 24, "apart": 17, "several": 9}
+    sizes = {"apart": 17, "own": 24, "several": 9}
     assert found.index_domains == tuple(sizes)
     for name, size in sizes.items():
         own_rows = np.where(position == list(sizes).index(name), row, size)
@@ -228,6 +229,20 @@ def test_results_that_json_cannot_hold_leave_the_old_file(tmp_path):
     before = path.read_text()
     with pytest.raises(ValueError, match="JSON"):
         write_results(path, {"schema": 1, "R@1": float("nan")})
+    assert path.read_text() == before
+
+
+def test_results_that_could_not_be_finished_leave_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "results.json"
+    write_results(path, example_results())
+    before = path.read_text()
+
+    def power_cut(*_):
+        raise OSError("power cut")
+
+    monkeypatch.setattr(Path, "replace", power_cut)
+    with pytest.raises(OSError, match="power cut"):
+        write_results(path, {"schema": 1})
     assert path.read_text() == before
 
 

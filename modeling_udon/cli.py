@@ -1,0 +1,249 @@
+"""`udon <verb>`: parses the command line; each verb's work is done by the module that its function imports."""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+INDEX_KINDS = ("auto", "flat", "ivf", "hnsw", "pq", "ivfpq", "sq8", "binary")
+PRECISIONS = ("no", "fp16", "bf16")
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one verb; returns the exit code: 0, or 2 for a wrong argument, 1 for what went wrong in spite of right ones."""
+    arguments = make_parser().parse_args(argv)
+    try:
+        arguments.run(arguments)
+    except ValueError as error:
+        return _complain(arguments.verb, error, 2)
+    except OSError as error:
+        return _complain(arguments.verb, error, 1)
+    except KeyboardInterrupt:
+        return _complain(arguments.verb, "interrupted", 130)
+    return 0
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of all verbs."""
+    parser = _Parser(prog="udon", description="One image embedding for many domains.", allow_abbrev=False)
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
+    _add_embed(verbs)
+    _add_index(verbs)
+    _add_search(verbs)
+    _add_evaluate(verbs)
+    return parser
+
+
+def _add_embed(verbs: Any) -> None:
+    parser = _add_verb(
+        verbs,
+        "embed",
+        "turn images into embeddings, in Parquet shards",
+        "udon embed photos/ --model runs/demo/best --out photos-embedded",
+        _embed,
+    )
+    parser.add_argument(
+        "source", metavar="SOURCE", help="folder, list file, image, Parquet file or folder, Hub data set, or demo:NAME"
+    )
+    _add_model(parser)
+    parser.add_argument("--out", required=True, metavar="FOLDER", help="folder of the embeddings")
+    data = parser.add_argument_group("of a data set")
+    data.add_argument("--name", help="its configuration")
+    data.add_argument("--split", help="its split; by default the only one")
+    data.add_argument("--data-revision", metavar="REVISION", help="its commit, tag or branch on the Hub")
+    data.add_argument("--image-column", metavar="COLUMN", help="its column of images; by default the only one")
+    data.add_argument(
+        "--columns", nargs="+", default=[], metavar="COLUMN", help="columns to keep beside the embeddings"
+    )
+    domains = parser.add_mutually_exclusive_group()
+    domains.add_argument("--domain", help="name of the domain that all images are of, kept as column `domain`")
+    domains.add_argument(
+        "--domain-from-folder", action="store_true", help="the first folder below SOURCE names an image's domain"
+    )
+    parser.add_argument(
+        "--thumbnails", action="store_true", help="keep small JPEGs, so that search can show images from anywhere"
+    )
+    parser.add_argument("--batch-size", type=_positive, default=64, metavar="N", help="default: 64")
+    parser.add_argument(
+        "--num-workers", type=_natural, metavar="N", help="processes that decode; default: a core each but one"
+    )
+    parser.add_argument("--mixed-precision", choices=PRECISIONS, default="no", help="default: no")
+    parser.add_argument("--shard-size", type=_positive, default=10_000, metavar="N", help="images; default: 10000")
+    parser.add_argument("--force", action="store_true", help="drop the embeddings in FOLDER and start anew")
+
+
+def _embed(arguments: argparse.Namespace) -> None:
+    from modeling_udon.retrieval.embed_files import EmbedOptions, embed_source
+
+    options = EmbedOptions(
+        **_chosen(
+            arguments,
+            *("source", "name", "split", "data_revision", "image_column", "columns", "domain", "domain_from_folder"),
+            *("thumbnails", "batch_size", "num_workers", "mixed_precision", "shard_size"),
+        )
+    )
+    embed_source(options, model=_model(arguments), out=arguments.out, force=arguments.force, say=_say)
+
+
+def _add_index(verbs: Any) -> None:
+    parser = _add_verb(
+        verbs,
+        "index",
+        "make embeddings searchable, and measure how exact the search is",
+        "udon index photos-embedded --out photos-index",
+        _index,
+    )
+    parser.add_argument("embeddings", nargs="+", metavar="EMBEDDINGS", help="folders that `udon embed` wrote")
+    parser.add_argument("--out", required=True, metavar="FOLDER", help="folder of the index")
+    parser.add_argument("--kind", choices=INDEX_KINDS, default="auto", help="default: by the number of images")
+    parser.add_argument(
+        "--recall", type=_fraction, default=0.95, metavar="R", help="recall@10 that ivf and hnsw aim at; default: 0.95"
+    )
+    parser.add_argument("--force", action="store_true", help="replace the index in FOLDER")
+
+
+def _index(arguments: argparse.Namespace) -> None:
+    from modeling_udon.retrieval.ann import build_index
+
+    build_index(
+        arguments.embeddings,
+        arguments.out,
+        kind=arguments.kind,
+        target_recall=arguments.recall,
+        force=arguments.force,
+        say=_say,
+    )
+
+
+def _add_search(verbs: Any) -> None:
+    parser = _add_verb(
+        verbs,
+        "search",
+        "find the images of an index that are most like a given one",
+        "udon search photo.jpg --index photos-index --model runs/demo/best -k 5 --html neighbours.html",
+        _search,
+    )
+    parser.add_argument("queries", nargs="+", metavar="QUERY", help="image, or folder of images")
+    parser.add_argument("--index", required=True, metavar="FOLDER", help="folder that `udon index` wrote")
+    _add_model(parser)
+    parser.add_argument("-k", type=_positive, default=5, metavar="K", help="neighbours of each query; default: 5")
+    parser.add_argument("--domain", help="look among the images of this domain only")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.add_argument("--html", metavar="FILE", help="write a page with thumbnails")
+    parser.add_argument("--batch-size", type=_positive, default=32, metavar="N", help="default: 32")
+    parser.add_argument("--force", action="store_true", help="replace the page in FILE")
+
+
+def _search(arguments: argparse.Namespace) -> None:
+    from modeling_udon.retrieval.search import format_results, search_images
+    from modeling_udon.retrieval.search_page import write_page
+
+    results = search_images(
+        arguments.queries,
+        index=arguments.index,
+        model=_model(arguments),
+        k=arguments.k,
+        domain=arguments.domain,
+        batch_size=arguments.batch_size,
+        html=arguments.html,
+        force=arguments.force,
+        warn=_warn,
+    )
+    print(json.dumps(results.to_json(), indent=2) if arguments.json else format_results(results))
+    if arguments.html is not None:
+        write_page(arguments.html, results)
+        _warn(f"wrote {arguments.html}")
+
+
+def _add_evaluate(verbs: Any) -> None:
+    parser = _add_verb(
+        verbs, "evaluate", "measure a model's retrieval", "udon evaluate --config configs/demo.yaml", _evaluate
+    )
+    parser.add_argument("--config", required=True, metavar="FILE", help="YAML file of a run, which names the domains")
+
+
+def _evaluate(arguments: argparse.Namespace) -> None:
+    from modeling_udon.retrieval.evaluate_verb import run
+
+    run(arguments)
+
+
+def _add_verb(verbs: Any, name: str, what: str, example: str, run: Any) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = verbs.add_parser(
+        name,
+        help=what,
+        description=f"{what[0].upper()}{what[1:]}.",
+        epilog=f"example: {example}",
+        allow_abbrev=False,
+    )
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", required=True, help="folder of a model, or its id on the Hub")
+    parser.add_argument("--revision", help="commit, tag or branch of the model on the Hub")
+    parser.add_argument(
+        "--trust-remote-code", action="store_true", help="run the code that lies beside a model that is not UDON's"
+    )
+
+
+def _model(arguments: argparse.Namespace) -> Any:
+    from modeling_udon.retrieval.models import load_embedding_model
+
+    return load_embedding_model(arguments.model, arguments.revision, arguments.trust_remote_code)
+
+
+def _chosen(arguments: argparse.Namespace, *names: str) -> dict[str, Any]:
+    return {name: getattr(arguments, name) for name in names}
+
+
+def _positive(text: str) -> int:
+    return _number(text, 1)
+
+
+def _natural(text: str) -> int:
+    return _number(text, 0)
+
+
+def _number(text: str, least: int) -> int:
+    if not text.isdecimal() or int(text) < least:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least {least}, got {text!r}")
+    return int(text)
+
+
+def _fraction(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"must be a number above 0 and at most 1, got {text!r}")
+    return value
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)
+
+
+def _warn(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _complain(verb: str, error: object, code: int) -> int:
+    # What a file's name or a library put into the message must neither break the line nor steer the terminal.
+    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in " ".join(str(error).split()))
+    _warn(f"udon {verb}: error: {line}")
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,176 @@
+"""Shared fixtures: tiny domains on disk, a tiny config, and runs in this process or in one of their own."""
+
+import io
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+# Before the libraries are imported: no network, no cache of the user's, one thread.
+os.environ |= {
+    "HF_HUB_OFFLINE": "1",
+    "HF_DATASETS_OFFLINE": "1",
+    "HF_HOME": tempfile.mkdtemp(prefix="udon-tests-"),
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+    "ACCELERATE_USE_CPU": "true",
+    "CUDA_VISIBLE_DEVICES": "",
+    "OMP_NUM_THREADS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from accelerate.state import AcceleratorState, PartialState
+from datasets import Dataset, Features, Image, Value
+from PIL import Image as PILImage
+
+from modeling_udon.training.config import load_config
+from modeling_udon.training.trainer import train
+
+ROOT = Path(__file__).parent.parent
+
+# Classes of training, validation and test, and images of each class: other sizes for each domain.
+DOMAIN_SHAPES = {"stripes": ((5, 3, 3), 8), "blobs": ((3, 3, 4), 10), "noise": ((4, 2, 3), 7)}
+
+
+def encode_png(pixels: np.ndarray) -> bytes:
+    """Encodes pixels of shape `(height, width, 3)`, uint8."""
+    buffer = io.BytesIO()
+    PILImage.fromarray(pixels).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def draw_image(domain: int, label: int, rng: np.random.Generator) -> np.ndarray:
+    """Draws an image whose class can be seen: a pattern of the class under noise, in some size."""
+    height, width = rng.integers(18, 30, size=2)
+    pattern = np.random.default_rng((domain, label)).integers(40, 215, size=(3, 3, 3)).astype(float)
+    rows, columns = np.arange(height) * 3 // height, np.arange(width) * 3 // width
+    noisy = pattern[rows][:, columns] + rng.normal(0, 25, size=(height, width, 3))
+    return noisy.clip(0, 255).astype(np.uint8)
+
+
+def write_parquet(path: Path, images: list[bytes], labels: list[Any]) -> None:
+    """Writes encoded images with their labels as `datasets` does."""
+    features = Features({"image": Image(), "label": Value("string" if isinstance(labels[0], str) else "int64")})
+    rows = {"image": [{"bytes": image, "path": None} for image in images], "label": labels}
+    Dataset.from_dict(rows, features=features).to_parquet(path)
+
+
+def write_domain(folder: Path, number: int, name: str) -> None:
+    """Writes train, validation and test of one domain; their classes are disjoint."""
+    folder.mkdir(parents=True)
+    counts, per_class = DOMAIN_SHAPES[name]
+    rng, first = np.random.default_rng(number), 0
+    for split, count in zip(("train", "validation", "test"), counts, strict=True):
+        labels = [label for label in range(first, first + count) for _ in range(per_class)]
+        write_parquet(
+            folder / f"{split}.parquet", [encode_png(draw_image(number, label, rng)) for label in labels], labels
+        )
+        first += count
+
+
+@pytest.fixture(scope="session")
+def tiny_domains(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with three domains, each a folder of train, validation and test as parquet."""
+    folder = tmp_path_factory.mktemp("domains")
+    for number, name in enumerate(DOMAIN_SHAPES):
+        write_domain(folder / name, number, name)
+    return folder
+
+
+def make_tiny_config(tiny_domains: Path, output_dir: Path, **changes: Any) -> dict[str, Any]:
+    """Returns values of a run of 11 steps with all that can upset a resume; `section__key=value` changes one."""
+    values: dict[str, Any] = {
+        "name": "run",
+        "output_dir": str(output_dir),
+        "seed": 3,
+        "domains": {name: str(tiny_domains / name) for name in DOMAIN_SHAPES},
+        "model": {
+            "backbone_config": {
+                "model_type": "vit",
+                "image_size": 16,
+                "patch_size": 8,
+                "hidden_size": 16,
+                "num_hidden_layers": 1,
+                "num_attention_heads": 2,
+                "intermediate_size": 32,
+                "hidden_dropout_prob": 0.1,
+            },
+            "embedding_dim": 8,
+            "teacher_dim": 12,
+        },
+        "data": {"image_size": 16, "num_workers": 0},
+        "sampling": {"update_every": 4},
+        "optim": {"lr": 1e-2, "backbone_lr": 1e-3, "frozen_fraction": 0.2},
+        "train": {"num_steps": 11, "batch_size": 16, "checkpoint_every": 3, "keep_checkpoints": 9},
+        "eval": {"every": 5, "batch_size": 32},
+        "log": {"every": 2},
+    }
+    for path, value in changes.items():
+        *parents, last = path.split("__")
+        section = values
+        for parent in parents:
+            section = section.setdefault(parent, {})
+        section[last] = value
+    return values
+
+
+@pytest.fixture
+def tiny_config(tiny_domains: Path, tmp_path: Path) -> Callable[..., Path]:
+    """Writes a config file of a tiny run and returns its path; `section__key=value` changes a value."""
+
+    def write(**changes: Any) -> Path:
+        path = tmp_path / "config.yaml"
+        path.write_text(yaml.safe_dump(make_tiny_config(tiny_domains, tmp_path / "runs", **changes), sort_keys=False))
+        return path
+
+    return write
+
+
+def run_train(values: dict[str, Any], *, resume: bool = False, overwrite: bool = False) -> Path:
+    """Trains in this process and returns the run's folder."""
+    folder = Path(values["output_dir"])
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{values['name']}.yaml"
+    path.write_text(yaml.safe_dump(values, sort_keys=False))
+    reset_accelerate()
+    train(load_config(path), resume, overwrite)
+    return folder / values["name"]
+
+
+def reset_accelerate() -> None:
+    """Lets the next run of this process choose its own precision."""
+    AcceleratorState._reset_state()
+    PartialState._reset_state()
+
+
+def run_script(
+    *arguments: str | Path, num_processes: int = 1, script: Path | None = None, check: bool = True, **variables: str
+) -> subprocess.CompletedProcess[str]:
+    """Runs `train_udon.py`, or a script in its place, in one new process or more."""
+    launcher = [sys.executable]
+    if num_processes > 1:
+        launcher += ["-m", "torch.distributed.run", "--nproc_per_node", str(num_processes), "--master_port", "0"]
+        launcher += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
+    done = subprocess.run(
+        [*launcher, str(script or ROOT / "train_udon.py"), *map(str, arguments)],
+        env=os.environ | {"PYTHONPATH": str(ROOT)} | variables,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert not check or done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+@pytest.fixture(autouse=True)
+def _one_thread_and_fresh_state() -> Iterator[None]:
+    torch.set_num_threads(1)
+    reset_accelerate()
+    yield
