@@ -16,8 +16,9 @@ def main() -> int:
         allow_abbrev=False,
     )
     parser.add_argument("--config", required=True, help="YAML file of the run, such as configs/demo.yaml")
-    parser.add_argument("--resume", action="store_true", help="go on from the run's last checkpoint")
-    parser.add_argument("--overwrite", action="store_true", help="remove the run's folder and start anew")
+    existing = parser.add_mutually_exclusive_group()
+    existing.add_argument("--resume", action="store_true", help="go on from the run's last checkpoint")
+    existing.add_argument("--overwrite", action="store_true", help="remove the run's folder and start anew")
     arguments, overrides = parser.parse_known_args()
     try:
         train(load_config(arguments.config, overrides), arguments.resume, arguments.overwrite)

@@ -82,15 +82,18 @@ def _add_embed(verbs: Any) -> None:
 
 def _embed(arguments: argparse.Namespace) -> None:
     from modeling_udon.retrieval.embed_files import EmbedOptions, embed_source
+    from modeling_udon.retrieval.sources import SourceSpec
 
-    options = EmbedOptions(
-        **_chosen(
-            arguments,
-            *("source", "name", "split", "data_revision", "image_column", "columns", "domain", "domain_from_folder"),
-            *("thumbnails", "batch_size", "num_workers", "mixed_precision", "shard_size"),
-        )
+    what = ("source", "name", "split", "data_revision", "image_column", "columns", "domain", "domain_from_folder")
+    how = ("thumbnails", "batch_size", "num_workers", "mixed_precision", "shard_size")
+    embed_source(
+        SourceSpec(**_chosen(arguments, *what)),
+        _model(arguments),
+        arguments.out,
+        EmbedOptions(**_chosen(arguments, *how)),
+        force=arguments.force,
+        say=_say,
     )
-    embed_source(options, model=_model(arguments), out=arguments.out, force=arguments.force, say=_say)
 
 
 def _add_index(verbs: Any) -> None:
@@ -197,8 +200,12 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
 
 
 def _model(arguments: argparse.Namespace) -> Any:
+    from transformers.utils import logging
+
     from modeling_udon.retrieval.models import load_embedding_model
 
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
     return load_embedding_model(arguments.model, arguments.revision, arguments.trust_remote_code)
 
 

@@ -1,11 +1,14 @@
 """Shared fixtures: tiny domains on disk, a tiny config, and runs in this process or in one of their own."""
 
+import functools
 import io
+import multiprocessing
 import os
+import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +33,12 @@ from accelerate.state import AcceleratorState, PartialState
 from datasets import Dataset, Features, Image, Value
 from PIL import Image as PILImage
 
-from modeling_udon.training.config import load_config
-from modeling_udon.training.trainer import train
+from modeling_udon.data.dataset import DomainBatch
+from modeling_udon.training.config import TrainConfig, load_config
+from modeling_udon.training.trainer import Trainer, train
 
 ROOT = Path(__file__).parent.parent
+KILLED = 9
 
 # Classes of training, validation and test, and images of each class: other sizes for each domain.
 DOMAIN_SHAPES = {"stripes": ((5, 3, 3), 8), "blobs": ((3, 3, 4), 10), "noise": ((4, 2, 3), 7)}
@@ -51,7 +56,7 @@ def draw_image(domain: int, label: int, rng: np.random.Generator) -> np.ndarray:
     height, width = rng.integers(18, 30, size=2)
     pattern = np.random.default_rng((domain, label)).integers(40, 215, size=(3, 3, 3)).astype(float)
     rows, columns = np.arange(height) * 3 // height, np.arange(width) * 3 // width
-    noisy = pattern[rows][:, columns] + rng.normal(0, 25, size=(height, width, 3))
+    noisy = pattern[rows][:, columns] + rng.normal(0, 70, size=(height, width, 3))
     return noisy.clip(0, 255).astype(np.uint8)
 
 
@@ -84,13 +89,13 @@ def tiny_domains(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def make_tiny_config(tiny_domains: Path, output_dir: Path, **changes: Any) -> dict[str, Any]:
-    """Returns values of a run of 11 steps with all that can upset a resume; `section__key=value` changes one."""
+def tiny_values(domains: Path, output_dir: Path, **changes: Any) -> dict[str, Any]:
+    """Values of a run of 11 steps with all that can upset a resume; `section__key=value` changes one."""
     values: dict[str, Any] = {
         "name": "run",
         "output_dir": str(output_dir),
         "seed": 3,
-        "domains": {name: str(tiny_domains / name) for name in DOMAIN_SHAPES},
+        "domains": {name: str(domains / name) for name in DOMAIN_SHAPES},
         "model": {
             "backbone_config": {
                 "model_type": "vit",
@@ -100,6 +105,7 @@ def make_tiny_config(tiny_domains: Path, output_dir: Path, **changes: Any) -> di
                 "num_hidden_layers": 1,
                 "num_attention_heads": 2,
                 "intermediate_size": 32,
+                "initializer_range": 0.3,  # Spreads the features of an untrained backbone.
                 "hidden_dropout_prob": 0.1,
             },
             "embedding_dim": 8,
@@ -121,56 +127,108 @@ def make_tiny_config(tiny_domains: Path, output_dir: Path, **changes: Any) -> di
     return values
 
 
-@pytest.fixture
-def tiny_config(tiny_domains: Path, tmp_path: Path) -> Callable[..., Path]:
-    """Writes a config file of a tiny run and returns its path; `section__key=value` changes a value."""
-
-    def write(**changes: Any) -> Path:
-        path = tmp_path / "config.yaml"
-        path.write_text(yaml.safe_dump(make_tiny_config(tiny_domains, tmp_path / "runs", **changes), sort_keys=False))
-        return path
-
-    return write
+@pytest.fixture(scope="session")
+def make_values(tiny_domains: Path) -> Callable[..., dict[str, Any]]:
+    """`tiny_values` on the tiny domains: takes the folder of runs and changes."""
+    return functools.partial(tiny_values, tiny_domains)
 
 
-def run_train(values: dict[str, Any], *, resume: bool = False, overwrite: bool = False) -> Path:
-    """Trains in this process and returns the run's folder."""
-    folder = Path(values["output_dir"])
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{values['name']}.yaml"
+@pytest.fixture(scope="session")
+def run_train() -> Callable[..., Path]:
+    """Trains in this process: takes values of a config, `resume` and `overwrite`, and returns the run's folder."""
+
+    def run(values: dict[str, Any], *, resume: bool = False, overwrite: bool = False) -> Path:
+        _reset_accelerate()
+        train(load_config(write_config(values)), resume, overwrite)
+        return Path(values["output_dir"]) / values["name"]
+
+    return run
+
+
+def write_config(values: dict[str, Any]) -> Path:
+    """Writes values beside the runs as YAML."""
+    path = Path(values["output_dir"]) / f"{values['name']}.yaml"
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(yaml.safe_dump(values, sort_keys=False))
-    reset_accelerate()
-    train(load_config(path), resume, overwrite)
-    return folder / values["name"]
+    return path
 
 
-def reset_accelerate() -> None:
-    """Lets the next run of this process choose its own precision."""
+@pytest.fixture(scope="session")
+def run_script() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Runs `train_udon.py`, or a script in its place, on values of a config in one new process or more."""
+
+    def run(
+        values: dict[str, Any],
+        *options: str,
+        num_processes: int = 1,
+        script: Path = ROOT / "train_udon.py",
+        check: bool = True,
+        **variables: str,
+    ) -> subprocess.CompletedProcess[str]:
+        launcher = [sys.executable]
+        if num_processes > 1:
+            launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(num_processes)]
+        done = subprocess.run(
+            [*launcher, str(script), "--config", str(write_config(values)), *options],
+            env=os.environ | {"PYTHONPATH": str(ROOT)} | variables,
+            capture_output=True,
+            text=True,
+            timeout=240,
+        )
+        assert not check or done.returncode == 0, done.stdout + done.stderr
+        return done
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def run_two_processes() -> Callable[..., Path]:
+    """Trains in two forks of this process that talk by gloo: quicker to start than `run_script`.
+
+    Takes values of a config, `resume`, and `stop_at`, the step at which both die as if killed.
+    """
+
+    def run(values: dict[str, Any], *, resume: bool = False, stop_at: int | None = None) -> Path:
+        config = load_config(write_config(values))
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            port = str(free.getsockname()[1])
+        context = multiprocessing.get_context("fork")
+        processes = [
+            context.Process(target=_train_as_rank, args=(rank, port, config, resume, stop_at)) for rank in (0, 1)
+        ]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join(120)
+            assert process.exitcode == (0 if stop_at is None else KILLED)
+        return config.run_dir
+
+    return run
+
+
+def _train_as_rank(rank: int, port: str, config: TrainConfig, resume: bool, stop_at: int | None) -> None:
+    address = {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    os.environ |= address | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+    _reset_accelerate()
+    train_step = Trainer.train_step
+
+    def dying_train_step(self: Trainer, batch: DomainBatch) -> torch.Tensor:
+        if self.step == stop_at:
+            os._exit(KILLED)
+        return train_step(self, batch)
+
+    Trainer.train_step = dying_train_step
+    train(config, resume)
+
+
+def _reset_accelerate() -> None:
+    # Accelerate keeps one state a process; the next run may want another precision.
     AcceleratorState._reset_state()
     PartialState._reset_state()
 
 
-def run_script(
-    *arguments: str | Path, num_processes: int = 1, script: Path | None = None, check: bool = True, **variables: str
-) -> subprocess.CompletedProcess[str]:
-    """Runs `train_udon.py`, or a script in its place, in one new process or more."""
-    launcher = [sys.executable]
-    if num_processes > 1:
-        launcher += ["-m", "torch.distributed.run", "--nproc_per_node", str(num_processes), "--master_port", "0"]
-        launcher += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
-    done = subprocess.run(
-        [*launcher, str(script or ROOT / "train_udon.py"), *map(str, arguments)],
-        env=os.environ | {"PYTHONPATH": str(ROOT)} | variables,
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert not check or done.returncode == 0, done.stdout + done.stderr
-    return done
-
-
 @pytest.fixture(autouse=True)
-def _one_thread_and_fresh_state() -> Iterator[None]:
+def _one_thread_and_fresh_state() -> None:
     torch.set_num_threads(1)
-    reset_accelerate()
-    yield
+    _reset_accelerate()

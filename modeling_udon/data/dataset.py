@@ -11,7 +11,7 @@ from torch.utils.data import Dataset as TorchDataset
 
 from modeling_udon.data.domains import Domain
 from modeling_udon.data.sampling import BatchDraw
-from modeling_udon.data.transforms import EvalTransform, TrainTransform, decode_image
+from modeling_udon.data.transforms import ImageTransform, TrainTransform, decode_image
 
 
 @dataclass(frozen=True)
@@ -61,11 +61,11 @@ class EvaluationDataset(TorchDataset[torch.Tensor]):
 
     Args:
         images: Undecoded images.
-        transform: Turns a decoded image into one of the model's size.
+        transform: Turns a decoded image into one of a size that all have.
         name: What to call the data in an error.
     """
 
-    def __init__(self, images: Dataset, transform: EvalTransform, name: str) -> None:
+    def __init__(self, images: Dataset, transform: ImageTransform, name: str) -> None:
         self._images = images
         self._transform = transform
         self._name = name

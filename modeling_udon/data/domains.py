@@ -237,6 +237,8 @@ def _labels(name: str, spec: DomainSpec, dataset: Dataset) -> list[Any]:
             f"Got {column.null_count} empty ones in {spec.label_column!r}."
         )
     feature = dataset.features[spec.label_column]
+    if pa.types.is_list(column.type):
+        feature = feature.feature
     labels = column.to_pylist()
     return [feature.int2str(label) for label in labels] if isinstance(feature, ClassLabel) else labels
 

@@ -9,7 +9,7 @@ import io
 import struct
 import threading
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -39,6 +39,9 @@ MAX_IMAGE_PIXELS = 89_478_485
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
 # A longer side of more than this many shorter sides loses its ends before the resize, not only after it.
 MAX_ASPECT_RATIO = 32
+
+# `(height, width, 3) -> (size, size, 3)`, uint8.
+ImageTransform = Callable[[np.ndarray], np.ndarray]
 
 _EXIF_ORIENTATION = 0x0112
 # Tables, restart interval, comment, application data; not APP1, which holds EXIF and XMP.

@@ -63,9 +63,7 @@ def reduce_domains(domains: Mapping[str, EmbeddedDomain], dim: int) -> dict[str,
         name: replace(
             domain,
             query_embeds=project(domain.query_embeds, mean, components, dim),
-            index_embeds=None
-            if domain.index_embeds is None
-            else project(domain.index_embeds, mean, components, dim),
+            index_embeds=None if domain.index_embeds is None else project(domain.index_embeds, mean, components, dim),
         )
         for name, domain in domains.items()
     }

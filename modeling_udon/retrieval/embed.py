@@ -7,12 +7,13 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from datasets import Dataset
+from PIL import Image
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, SequentialSampler
 from torch.utils.data import Subset as TorchSubset
 
 from modeling_udon.data.dataset import EvaluationDataset
-from modeling_udon.data.transforms import EvalTransform, normalize, use_one_thread
+from modeling_udon.data.transforms import ImageTransform, normalize, use_one_thread
 from modeling_udon.modeling_udon import UdonModel
 
 # Side of the thumbnails that are the raw-pixel baseline.
@@ -32,7 +33,7 @@ class ImageEmbedder:
         accelerator: Says which device, and which share of the images, is this process's.
     """
 
-    transform: EvalTransform
+    transform: ImageTransform
     batch_size: int
     num_workers: int
     accelerator: Accelerator
@@ -105,16 +106,26 @@ def embed_with_model(
     return embed
 
 
+def shrink_to_thumbnail(image: np.ndarray) -> np.ndarray:
+    """Shrinks a whole image to 16x16, whatever its aspect: `(height, width, 3) -> (16, 16, 3)`, uint8.
+
+    Bilinear with antialiasing, as Pillow does it; it is the transform that goes with `embed_raw_pixels`.
+    """
+    small = Image.fromarray(image).resize((RAW_PIXELS_SIZE, RAW_PIXELS_SIZE), Image.Resampling.BILINEAR)
+    return np.array(small)
+
+
 def embed_raw_pixels(pixels: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Embeds images as thumbnails: 16x16 grey and RGB pixels, of unit norm together.
+    """Embeds thumbnails as their grey and RGB pixels, of unit norm together.
 
     Args:
-        pixels: Shape `(batch_size, height, width, 3)`, uint8.
+        pixels: Shape `(batch_size, 16, 16, 3)`, uint8, of `shrink_to_thumbnail`.
 
     Returns:
         `"raw_pixels"`, of shape `(batch_size, 1024)`.
     """
-    images = pixels.permute(0, 3, 1, 2).float()
-    thumbnails = F.adaptive_avg_pool2d(images, RAW_PIXELS_SIZE)
-    both = torch.cat([thumbnails.mean(dim=1, keepdim=True), thumbnails], dim=1)  # (B, 4, 16, 16)
-    return {"raw_pixels": F.normalize(both.flatten(1), dim=1)}
+    colours = pixels.float()
+    # The luma of ITU-R BT.601, which Pillow's mode "L" is.
+    grey = colours @ torch.tensor([0.299, 0.587, 0.114], device=pixels.device)
+    both = torch.cat([grey.flatten(1), colours.flatten(1)], dim=1)  # (B, 256 + 768)
+    return {"raw_pixels": F.normalize(both, dim=1)}

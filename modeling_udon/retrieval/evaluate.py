@@ -1,15 +1,58 @@
 """A model's retrieval on the splits of its domains, and what it has to beat."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
 from modeling_udon.data.domains import Domain, EvaluationSplit, ImageSplit
 from modeling_udon.modeling_udon import UdonModel
-from modeling_udon.retrieval.embed import Embed, ImageEmbedder, embed_raw_pixels, embed_with_model
-from modeling_udon.retrieval.protocol import EmbeddedDomain, Scores, SplitScores, score_merged, score_separate
+from modeling_udon.retrieval.embed import (
+    Embed,
+    ImageEmbedder,
+    embed_raw_pixels,
+    embed_with_model,
+    shrink_to_thumbnail,
+)
+from modeling_udon.retrieval.protocol import (
+    METRICS,
+    EmbeddedDomain,
+    Neighbours,
+    Scores,
+    SplitScores,
+    score,
+    score_merged,
+    search_merged,
+    search_separate,
+)
 
 Channels = tuple[float, float, float]
+# By domain, then by kind of embedding: "student", "teacher", "backbone".
+EmbeddedSplit = dict[str, dict[str, EmbeddedDomain]]
+
+
+@dataclass(frozen=True)
+class SplitNeighbours:
+    """The neighbours that all numbers of one split are made from, by domain.
+
+    Attributes:
+        merged: In the index of all domains.
+        separate: In the index of the own domain.
+        teachers: In the index of the own domain, by the teachers' embeddings; empty without teachers.
+    """
+
+    merged: dict[str, Neighbours]
+    separate: dict[str, Neighbours]
+    teachers: dict[str, Neighbours]
+
+    def scores(self, metrics: Sequence[str] = METRICS) -> SplitScores:
+        """Scores what was found."""
+        return SplitScores(
+            merged=score(self.merged, metrics),
+            separate=score(self.separate, metrics),
+            teachers=score(self.teachers, metrics) if self.teachers else None,
+        )
 
 
 def evaluate_model(
@@ -30,18 +73,23 @@ def evaluate_model(
         mean: Mean of each channel that the model was trained with.
         std: Standard deviation of each channel.
     """
+    return search_model(model, domains, split, embedder, mean, std).scores()
+
+
+def search_model(
+    model: UdonModel,
+    domains: Mapping[str, Domain],
+    split: str,
+    embedder: ImageEmbedder,
+    mean: Channels,
+    std: Channels,
+) -> SplitNeighbours:
+    """Finds what `evaluate_model` scores; the same arguments."""
     was_training = model.training
     model.eval()
-    embedded = _embed_domains(domains, split, embedder, lambda name: embed_with_model(model, mean, std, name))
+    embedded = embed_split(domains, split, embedder, lambda name: embed_with_model(model, mean, std, name))
     model.train(was_training)
-    students = {name: kinds["student"] for name, kinds in embedded.items()}
-    teachers = {name: kinds["teacher"] for name, kinds in embedded.items() if "teacher" in kinds}
-    search = _search_options(embedder)
-    return SplitScores(
-        merged=score_merged(students, **search),
-        separate=score_separate(students, **search),
-        teachers=score_separate(teachers, **search) if teachers else None,
-    )
+    return search_split(embedded, "student", **search_options(embedder))
 
 
 def evaluate_baselines(
@@ -67,13 +115,14 @@ def evaluate_baselines(
     """
     was_training = model.training
     model.eval()
-    backbone = _embed_domains(domains, split, embedder, lambda name: embed_with_model(model, mean, std))
+    backbone = embed_split(domains, split, embedder, lambda name: embed_with_model(model, mean, std))
     model.train(was_training)
-    pixels = _embed_domains(domains, split, embedder, lambda name: embed_raw_pixels)
-    search = _search_options(embedder)
+    thumbnails = replace(embedder, transform=shrink_to_thumbnail)
+    pixels = embed_split(domains, split, thumbnails, lambda name: embed_raw_pixels)
+    search = search_options(embedder)
     return {
-        "untrained": score_merged({name: kinds["backbone"] for name, kinds in backbone.items()}, **search),
-        "raw_pixels": score_merged({name: kinds["raw_pixels"] for name, kinds in pixels.items()}, **search),
+        "untrained": score_merged(choose_kind(backbone, "backbone"), **search),
+        "raw_pixels": score_merged(choose_kind(pixels, "raw_pixels"), **search),
     }
 
 
@@ -82,16 +131,23 @@ def domains_with(domains: Mapping[str, Domain], split: str) -> dict[str, Domain]
     return {name: domain for name, domain in domains.items() if split in domain.evaluation}
 
 
-def _embed_domains(
+def embed_split(
     domains: Mapping[str, Domain], split: str, embedder: ImageEmbedder, embed_for: Callable[[str], Embed]
-) -> dict[str, dict[str, EmbeddedDomain]]:
-    """Embeds query and index sets; the result is by domain, then by kind of embedding."""
+) -> EmbeddedSplit:
+    """Embeds query and index set of every domain that has the split.
+
+    Args:
+        domains: The opened domains.
+        split: `"validation"` or `"test"`.
+        embedder: Runs the images through the embedding function.
+        embed_for: Gives the embedding function of a domain.
+    """
     embedded = {}
     for name, domain in domains_with(domains, split).items():
         images, embed = domain.evaluation[split], embed_for(name)
         query = embedder(images.query.images, embed, name)
         index = None if images.index is None else embedder(images.index.images, embed, name)
-        query_labels, index_labels = _integer_labels(images)
+        query_labels, index_labels = integer_labels(images)
         embedded[name] = {
             kind: EmbeddedDomain(values, query_labels, None if index is None else index[kind], index_labels)
             for kind, values in query.items()
@@ -99,7 +155,31 @@ def _embed_domains(
     return embedded
 
 
-def _integer_labels(images: EvaluationSplit) -> tuple[list[list[int]] | np.ndarray, np.ndarray | None]:
+def search_split(
+    embedded: EmbeddedSplit, kind: str, metrics: Sequence[str] = METRICS, **search: Any
+) -> SplitNeighbours:
+    """Searches one kind of embedding in the merged and in separate indexes, and the teachers', where there are any.
+
+    Args:
+        embedded: What `embed_split` gave.
+        kind: Which embeddings are the model's, such as `"student"`.
+        metrics: As many neighbours are found as they need.
+        search: Options of `exact_search`.
+    """
+    chosen, teachers = choose_kind(embedded, kind), choose_kind(embedded, "teacher")
+    return SplitNeighbours(
+        merged=search_merged(chosen, metrics, **search),
+        separate=search_separate(chosen, metrics, **search),
+        teachers=search_separate(teachers, metrics, **search) if teachers else {},
+    )
+
+
+def choose_kind(embedded: EmbeddedSplit, kind: str) -> dict[str, EmbeddedDomain]:
+    """Returns the embeddings of one kind, of the domains that have it."""
+    return {name: kinds[kind] for name, kinds in embedded.items() if kind in kinds}
+
+
+def integer_labels(images: EvaluationSplit) -> tuple[list[list[int]] | np.ndarray, np.ndarray | None]:
     """Numbers the classes of query and index set, whatever they are called."""
     query, index = _label_lists(images.query), [] if images.index is None else _label_lists(images.index)
     numbers: dict[int | str, int] = {}
@@ -113,10 +193,11 @@ def _integer_labels(images: EvaluationSplit) -> tuple[list[list[int]] | np.ndarr
     return query_numbers, np.asarray([numbers[label] for labels in index for label in labels])
 
 
-def _label_lists(split: ImageSplit) -> list[list[int | str]]:
-    return [label if isinstance(label, list) else [label] for label in split.labels]
-
-
-def _search_options(embedder: ImageEmbedder) -> dict[str, object]:
+def search_options(embedder: ImageEmbedder) -> dict[str, Any]:
+    """Returns where `exact_search` runs: on the device that embeds, if that is a GPU."""
     device = embedder.accelerator.device
     return {"backend": "torch", "device": device} if device.type == "cuda" else {"backend": "faiss"}
+
+
+def _label_lists(split: ImageSplit) -> list[list[int | str]]:
+    return [label if isinstance(label, list) else [label] for label in split.labels]

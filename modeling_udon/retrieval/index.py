@@ -36,6 +36,9 @@ def exact_search(
     Memory beyond inputs and result is bounded by `chunk_size`. Contiguous float32 inputs are not copied, except that
     the torch backend holds the index on its device.
 
+    Call it in the main process or a spawned one: OpenMP's threads do not outlive a fork, and a forked child would wait
+    for them for ever.
+
     Args:
         queries: Of shape `(num_queries, dim)`; of unit norm, scores are cosines.
         index: Of shape `(num_index, dim)`.

@@ -27,7 +27,8 @@ class Reporter:
         self._path = run_dir / "metrics.jsonl"
         self._is_main = accelerator.is_main_process
         if self._is_main:
-            _keep_rows(self._path, step)
+            # A run that starts anew measures its start again.
+            _keep_rows(self._path, step if step else -1)
         self._bar = tqdm(
             total=num_steps, initial=step, unit="step", dynamic_ncols=True, disable=not (self._is_main and _on_terminal())
         )

@@ -7,11 +7,13 @@ import time
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 from accelerate import Accelerator
+from datasets.exceptions import DatasetsError
 from safetensors.torch import load_file, save_file
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
@@ -112,11 +114,11 @@ class Trainer:
     def __init__(self, config: TrainConfig, resume: bool, overwrite: bool) -> None:
         self.config = config
         self.accelerator: Accelerator = make_accelerator(config)
-        checkpoint = self._prepare_folder(resume, overwrite)
+        checkpoint = self._find_checkpoint(resume, overwrite)
         transformers_logging.disable_progress_bar()
         try:
             self.domains = {name: open_domain(name, spec, config.seed) for name, spec in config.domains.items()}
-        except (ValueError, OSError, ImportError) as error:
+        except (ValueError, OSError, ImportError, DatasetsError) as error:
             raise ConfigError(" ".join(str(error).split())) from error
         self.sampler = make_sampler(config, self.domains, self.accelerator)
         self.model = build_model(config, self.domains)
@@ -129,6 +131,7 @@ class Trainer:
         if checkpoint:
             self._restore(checkpoint)
         self.idle_heads = IdleHeads(self.model, self._optimizer, config.optim, self.num_steps)
+        self._prepare_folder(overwrite)
         self._write_run_files()
         self.reporter = Reporter(config.run_dir, self.accelerator, self.num_steps, self.step)
         self._start_trackers()
@@ -308,26 +311,21 @@ class Trainer:
         return results
 
     @property
-    def _checkpoints(self) -> Any:
+    def _checkpoints(self) -> Path:
         return self.config.run_dir / "checkpoints"
 
     @property
-    def _best_weights(self) -> Any:
+    def _best_weights(self) -> Path:
         return self._checkpoints / "best" / "model.safetensors"
 
     @property
-    def _baseline_path(self) -> Any:
+    def _baseline_path(self) -> Path:
         return self.config.run_dir / "baseline.json"
 
-    def _prepare_folder(self, resume: bool, overwrite: bool) -> Any:
+    def _find_checkpoint(self, resume: bool, overwrite: bool) -> Path | None:
         """Returns the checkpoint to go on from, if any."""
         run_dir, found = self.config.run_dir, None
-        if self.accelerator.is_main_process:
-            if overwrite and run_dir.exists():
-                shutil.rmtree(run_dir)
-            run_dir.mkdir(parents=True, exist_ok=True)
-        self.accelerator.wait_for_everyone()
-        if not resume and (run_dir / "metrics.jsonl").exists():
+        if not (resume or overwrite) and (run_dir / "metrics.jsonl").exists():
             raise ConfigError(
                 f"`output_dir`/`name` must be a new folder. Got {run_dir}, which holds a run; go on with --resume, "
                 "start anew with --overwrite, or choose another --name."
@@ -337,6 +335,15 @@ class Trainer:
             for fault in faults:
                 self.accelerator.print(f"WARNING: {fault}; going on from {found.name}")
         return found
+
+    def _prepare_folder(self, overwrite: bool) -> None:
+        """Makes the run's folder; an old run goes only now that nothing is wrong with the new one."""
+        run_dir = self.config.run_dir
+        if self.accelerator.is_main_process:
+            if overwrite and run_dir.exists():
+                shutil.rmtree(run_dir)
+            run_dir.mkdir(parents=True, exist_ok=True)
+        self.accelerator.wait_for_everyone()
 
     def _prepare_processes(self) -> None:
         self._optimizer = make_optimizer(self.model, self.config.optim)
@@ -352,8 +359,11 @@ class Trainer:
                 for parameter in self.model.domain_parameters(domain).values():
                     torch.distributed.broadcast(parameter.data, src=0)
 
-    def _restore(self, checkpoint: Any) -> None:
-        check_label_maps(self.domains, self.config.run_dir / "domains.json")
+    def _restore(self, checkpoint: Path) -> None:
+        try:
+            check_label_maps(self.domains, self.config.run_dir / "domains.json")
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
         self._check_same_config()
         state = load_checkpoint(checkpoint, self.model, self._optimizer)
         self.sampler.load_state_dict(state.sampler)

@@ -1,6 +1,8 @@
 """Finds the reference numbers and turns the original's parameters into ours."""
 
+import io
 import json
+import lzma
 import os
 import re
 from collections.abc import Callable
@@ -47,14 +49,17 @@ def reference() -> Callable[[str], dict[str, Any]]:
 
     def load(name: str) -> dict[str, Any]:
         for folder in (FULL, REDUCED):
-            if (folder / name).is_file():
-                if name.endswith(".json"):
-                    return json.loads((folder / name).read_text())
-                with np.load(folder / name) as arrays:
-                    return dict(arrays)
+            for file, read in ((folder / name, Path.read_bytes), (folder / f"{name}.xz", read_xz)):
+                if file.is_file():
+                    content = read(file)
+                    return json.loads(content) if name.endswith(".json") else dict(np.load(io.BytesIO(content)))
         pytest.skip(f"no {name} in tests/reference; set UDON_PARITY_DIR to the reference vectors")
 
     return load
+
+
+def read_xz(file: Path) -> bytes:
+    return lzma.decompress(file.read_bytes())
 
 
 @pytest.fixture
@@ -70,9 +75,7 @@ def model() -> UdonForDistillation:
         "layer_norm_eps": 1e-6,
         "hidden_act": "gelu_pytorch_tanh",
     }
-    config = UdonConfig(
-        backbone_config=backbone, embedding_dim=8, teacher_dim=16, domains={"d0": 7, "d1": 11, "d2": 5}
-    )
+    config = UdonConfig(backbone_config=backbone, embedding_dim=8, teacher_dim=16, domains={"d0": 7, "d1": 11, "d2": 5})
     return UdonForDistillation(config)
 
 
@@ -106,12 +109,15 @@ def _our_name(name: str, layer_names: dict[str, str]) -> str:
     if found := re.match(r"Transformer/encoderblock_(\d)/(\w+)/(\w+)/", name + "/"):
         part = NORM_NAMES.get(found[2]) or layer_names[found[3]]
         return f"udon.backbone.{layer_names['']}.{found[1]}.{part}.{kind}"
-    return "udon.backbone." + {
-        "cls": "embeddings.cls_token",
-        "embedding": f"embeddings.patch_embeddings.projection.{kind}",
-        "Transformer/posembed_input": "embeddings.position_embeddings",
-        "Transformer/encoder_norm": f"layernorm.{kind}",
-    }[name.removesuffix("/kernel").removesuffix("/bias").removesuffix("/scale").removesuffix("/pos_embedding")]
+    return (
+        "udon.backbone."
+        + {
+            "cls": "embeddings.cls_token",
+            "embedding": f"embeddings.patch_embeddings.projection.{kind}",
+            "Transformer/posembed_input": "embeddings.position_embeddings",
+            "Transformer/encoder_norm": f"layernorm.{kind}",
+        }[name.removesuffix("/kernel").removesuffix("/bias").removesuffix("/scale").removesuffix("/pos_embedding")]
+    )
 
 
 def _our_layout(name: str, value: np.ndarray) -> torch.Tensor:

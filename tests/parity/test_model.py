@@ -47,7 +47,9 @@ def test_embeddings_and_logits_equal_the_original(model, vectors, output, domain
         "teacher_logits": output.teacher_logits,
         "backbone_out": model.udon(images).backbone_embeds,
     }.items():
-        torch.testing.assert_close(actual, there[name], atol=2e-6, rtol=0, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            actual, there[name], atol=2e-6, rtol=0, msg=lambda text, name=name: f"{name}: {text}"
+        )
 
 
 @every_domain

@@ -1,11 +1,13 @@
 """Eight steps of the original's optimiser over three domains: losses, parameters and moments."""
 
+import numpy as np
 import pytest
 import torch
 
+from modeling_udon.training import optimization
 from modeling_udon.training.config import OptimConfig
 from modeling_udon.training.distillation import TERMS
-from modeling_udon.training.optimization import IdleHeads, learning_rates, make_optimizer, set_learning_rates
+from modeling_udon.training.optimization import IdleHeads, make_optimizer, set_learning_rates
 
 NUM_STEPS = 8
 # `frozen_steps: 3` of the original freezes four updates, here half of the run.
@@ -30,7 +32,7 @@ def run(model, vectors, load_parameters):
         for step in range(NUM_STEPS):
             domain = f"d{vectors['domains'][step]}"
             idle_heads.catch_up(domain, step)
-            set_learning_rates(optimizer, learning_rates(OPTIM, step, NUM_STEPS))
+            set_learning_rates(optimizer, optimization.learning_rates(OPTIM, step, NUM_STEPS))
             images = torch.from_numpy(vectors["images"][step]).permute(0, 3, 1, 2)
             output = model(images, torch.from_numpy(vectors["labels"][step]).long(), domain)
             output.loss.backward()
@@ -47,12 +49,32 @@ def values_there(vectors, ours, prefix):
     return dict(ours(name.removeprefix(prefix), vectors[name]) for name in names)
 
 
+@pytest.fixture
+def bias_corrected_in_float32(monkeypatch):
+    """Gives the learning rates the rounding of the original's AdamW.
+
+    It corrects the moments' bias by `1 - beta ** count` in float32, where PyTorch has double precision: in the first
+    step 1 - 0.999 is then off by 1.3e-5. The parameters differ by 1e-7 a step, the losses by up to 3e-5 for that.
+    """
+    exact_rates = optimization.learning_rates
+
+    def learning_rates(optim, step, num_steps):
+        correction = 1.0
+        for beta, power in zip(optim.betas, (-1, 0.5), strict=True):
+            in_float32 = np.float32(1) - np.float32(beta) ** np.float32(step + 1)
+            correction *= (float(in_float32) / (1 - beta ** (step + 1))) ** power
+        return {group: rate * correction for group, rate in exact_rates(optim, step, num_steps).items()}
+
+    monkeypatch.setattr(optimization, "learning_rates", learning_rates)
+
+
+@pytest.mark.usefixtures("bias_corrected_in_float32")
 def test_losses_of_eight_steps_equal_the_original(run, vectors):
     for step, output, _, _ in run():
         terms = {TERMS_THERE[name]: loss for name, loss in output.losses.items()} | {"total": output.loss}
         for name, actual in terms.items():
             expected = float(vectors[f"step{step}/loss/{name}"])
-            assert actual.item() == pytest.approx(expected, rel=5e-6, abs=5e-6), f"{name} in step {step}"
+            assert actual.item() == pytest.approx(expected, rel=0, abs=5e-6), f"{name} in step {step}"
 
 
 def test_parameters_after_each_of_eight_steps_equal_the_original(model, run, vectors, ours):

@@ -1,0 +1,136 @@
+"""Line charts of a run, laid out as SVG paths: losses, sampling weights, validation."""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+# A chart's drawing area, in units of its own; the page scales it.
+WIDTH, HEIGHT = 640, 240
+LEFT, RIGHT, TOP, BOTTOM = 52, 12, 10, 30
+# As many series as have a colour of their own in the template.
+NUM_COLOURS = 8
+
+LOSS_TITLES = {
+    "student_classification": "student classification",
+    "teacher_classification": "teacher classification",
+    "logit_distillation": "logit distillation",
+    "relational_distillation": "relational distillation",
+}
+
+Point = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Series:
+    """One line of a chart.
+
+    Attributes:
+        name: What it shows.
+        colour: Number of its colour.
+        path: Its points, as an SVG path.
+        last: Its last value, as text.
+    """
+
+    name: str
+    colour: int
+    path: str
+    last: str
+
+
+@dataclass(frozen=True)
+class Tick:
+    """A mark on an axis: where it lies, and its text."""
+
+    place: float
+    text: str
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A line chart, ready to be drawn."""
+
+    title: str
+    series: list[Series]
+    x_ticks: list[Tick]
+    y_ticks: list[Tick]
+
+
+def make_charts(rows: Sequence[Mapping[str, Any]]) -> list[Chart]:
+    """Charts of losses, sampling weights and validation from the rows of `metrics.jsonl`; none without rows."""
+    losses = _collect(
+        (row["step"], {"total": row["loss"]} | {LOSS_TITLES[key]: value for key, value in row["losses"].items()})
+        for row in rows
+        if "losses" in row
+    )
+    by_domain = _collect((row["step"], row["domain_losses"]) for row in rows if "domain_losses" in row)
+    weights = _collect((row["step"], row["weights"]) for row in rows if "weights" in row)
+    recall = _collect(
+        (
+            row["step"],
+            {"mean": 100 * row["validation"]["merged"]["mean"]["R@1"]}
+            | {name: 100 * values["R@1"] for name, values in row["validation"]["merged"]["domains"].items()},
+        )
+        for row in rows
+        if "validation" in row
+    )
+    titled = {
+        "Losses": losses,
+        "Total loss by domain": by_domain,
+        "Sampling weights": weights,
+        "R@1 on validation, merged index, in percent": recall,
+    }
+    return [make_chart(title, series) for title, series in titled.items() if series]
+
+
+def make_chart(title: str, series: Mapping[str, Sequence[Point]]) -> Chart:
+    """Lays out a line chart whose vertical axis begins at 0 or at the least value, if that is negative.
+
+    Args:
+        title: What it shows.
+        series: Points `(step, value)` by name.
+    """
+    points = [point for line in series.values() for point in line]
+    first, last = min(x for x, _ in points), max(x for x, _ in points)
+    low, high = min(0.0, *(y for _, y in points)), max(y for _, y in points)
+    y_steps = axis_steps(low, high)
+    low, high = y_steps[0], y_steps[-1]
+
+    def across(x: float) -> float:
+        return round(LEFT + (x - first) / max(last - first, 1) * (WIDTH - LEFT - RIGHT), 1)
+
+    def upward(y: float) -> float:
+        return round(HEIGHT - BOTTOM - (y - low) / (high - low) * (HEIGHT - TOP - BOTTOM), 1)
+
+    drawn = [
+        Series(
+            name,
+            number % NUM_COLOURS,
+            "M" + " L".join(f"{across(x)} {upward(y)}" for x, y in line),
+            _short(line[-1][1]),
+        )
+        for number, (name, line) in enumerate(series.items())
+    ]
+    x_ticks = [Tick(across(x), f"{x:g}") for x in axis_steps(first, last) if first <= x <= last]
+    return Chart(title, drawn, x_ticks, [Tick(upward(y), f"{y:g}") for y in y_steps])
+
+
+def axis_steps(low: float, high: float, most: int = 6) -> list[float]:
+    """Round numbers, evenly spaced, from at most `low` to at least `high`: 1, 2 or 5 times a power of ten apart."""
+    span = high - low if high > low else 1.0
+    size = 10 ** math.floor(math.log10(span / most))
+    step = next(factor * size for factor in (1, 2, 5, 10, 20) if span / (factor * size) <= most - 1)
+    first, last = math.floor(low / step + 1e-9), math.ceil(max(high, low + span) / step - 1e-9)
+    return [round(number * step, 12) for number in range(first, last + 1)]
+
+
+def _collect(rows: Iterable[tuple[int, Mapping[str, float]]]) -> dict[str, list[Point]]:
+    series: dict[str, list[Point]] = {}
+    for step, values in rows:
+        for name, value in values.items():
+            series.setdefault(name, []).append((step, value))
+    return series
+
+
+def _short(value: float) -> str:
+    return f"{value:.3g}"

@@ -1,0 +1,130 @@
+"""A run that was killed and goes on equals one that was not, bit for bit."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from modeling_udon.training.trainer import Trainer
+
+Values = Callable[..., dict[str, Any]]
+Run = Callable[..., Any]
+
+# Checkpoints come after steps 3, 6 and 9, logs every 2 and intervals of 4 steps: the checkpoint that both runs go on
+# from (3, then 9) lies within an interval of the sampler and within a window of the log.
+STOPS = (5, 10)
+TIMES = ("images_per_second",)
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.fixture
+def run_with_kills(monkeypatch: pytest.MonkeyPatch, run_train: Run) -> Run:
+    train_step = Trainer.train_step
+
+    def run(values: dict[str, Any]) -> Path:
+        for number, stop in enumerate(STOPS):
+
+            def dying_train_step(self: Trainer, batch: Any, stop: int = stop) -> torch.Tensor:
+                if self.step == stop:
+                    raise Killed
+                return train_step(self, batch)
+
+            with monkeypatch.context() as patch:
+                patch.setattr(Trainer, "train_step", dying_train_step)
+                with pytest.raises(Killed):
+                    run_train(values, resume=number > 0)
+        return run_train(values, resume=True)
+
+    return run
+
+
+def read_rows(run: Path) -> list[dict[str, Any]]:
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in row.items() if key not in TIMES} for row in rows]
+
+
+def assert_same_tensors(one: Path, other: Path) -> None:
+    first, second = load_file(one), load_file(other)
+    assert first.keys() == second.keys()
+    for name, tensor in first.items():
+        assert torch.equal(tensor, second[name]), name
+
+
+def assert_same_runs(one: Path, other: Path) -> None:
+    last = Path("checkpoints") / "step-00000011"
+    assert_same_tensors(one / last / "model.safetensors", other / last / "model.safetensors")
+    assert_same_tensors(one / last / "optimizer.safetensors", other / last / "optimizer.safetensors")
+    assert_same_tensors(one / "best" / "model.safetensors", other / "best" / "model.safetensors")
+    states = [json.loads((run / last / "state.json").read_text()) for run in (one, other)]
+    assert states[0] == states[1]
+    assert states[0]["sampler"]["step"] == 11
+    assert states[0]["best"]["R@1"] > 0
+    assert read_rows(one) == read_rows(other)
+    results = [json.loads((run / "results.json").read_text()) for run in (one, other)]
+    assert results[0]["splits"] == results[1]["splits"]
+    assert results[0]["baseline"] == results[1]["baseline"]
+
+
+@pytest.mark.parametrize("idle_heads", ["coast", "hold"])
+def test_a_killed_run_that_goes_on_equals_an_uninterrupted_one(
+    make_values: Values, run_train: Run, run_with_kills: Run, tmp_path: Path, idle_heads: str
+) -> None:
+    changes = {"data__num_workers": 2, "optim__idle_heads": idle_heads, "optim__schedule": "cosine"}
+    whole = run_train(make_values(tmp_path / "whole", **changes))
+    assert_same_runs(whole, run_with_kills(make_values(tmp_path / "resumed", **changes)))
+    assert len(read_rows(whole)) == 6 + 4 + 2  # logs, validations with the start's, new weights
+
+
+def test_a_run_killed_before_its_first_checkpoint_starts_again(
+    make_values: Values, run_train: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = make_values(tmp_path / "early")
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(Trainer, "train_step", lambda self, batch: (_ for _ in ()).throw(Killed))
+        run_train(values)
+    early = run_train(values, resume=True)
+    assert_same_runs(run_train(make_values(tmp_path / "whole")), early)
+
+
+def test_a_finished_run_that_goes_on_only_tests_again(make_values: Values, run_train: Run, tmp_path: Path) -> None:
+    values = make_values(tmp_path)
+    run = run_train(values)
+    rows, results = read_rows(run), json.loads((run / "results.json").read_text())
+    run_train(values, resume=True)
+    assert read_rows(run) == rows
+    assert json.loads((run / "results.json").read_text()) == results
+
+
+def test_damaged_checkpoints_are_named_and_the_one_before_them_gives_the_same_run(
+    make_values: Values, run_train: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = run_train(make_values(tmp_path / "whole"))
+    values = make_values(tmp_path / "damaged")
+    run = run_train(values)
+    for name in ("step-00000011", "step-00000009"):
+        (run / "checkpoints" / name / "optimizer.safetensors").write_bytes(b"half")
+    capsys.readouterr()
+    run_train(values, resume=True)
+    told = capsys.readouterr().out
+    for name in ("step-00000011", "step-00000009"):
+        fault = f"WARNING: {name} is damaged: optimizer.safetensors is not what was written"
+        assert f"{fault}; going on from step-00000006\n" in told
+    assert "going on from step 6 of 11\n" in told
+    assert_same_runs(whole, run)
+
+
+def test_two_processes_that_were_killed_and_go_on_equal_two_uninterrupted_ones(
+    make_values: Values, run_two_processes: Run, tmp_path: Path
+) -> None:
+    whole = run_two_processes(make_values(tmp_path / "whole", data__num_workers=1))
+    values = make_values(tmp_path / "resumed", data__num_workers=1)
+    for number, stop in enumerate((*STOPS, None)):
+        resumed = run_two_processes(values, resume=number > 0, stop_at=stop)
+    assert_same_runs(whole, resumed)
