@@ -18,7 +18,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one verb; returns the exit code: 0, or 2 for a wrong argument, 1 for what went wrong in spite of right ones."""
+    """Runs one verb; returns the exit code: 2 for a wrong argument, 1 for what the system refused, 0 otherwise."""
     arguments = make_parser().parse_args(argv)
     try:
         arguments.run(arguments)
@@ -39,6 +39,7 @@ def make_parser() -> argparse.ArgumentParser:
     _add_index(verbs)
     _add_search(verbs)
     _add_evaluate(verbs)
+    _add_report(verbs)
     return parser
 
 
@@ -147,17 +148,17 @@ def _add_search(verbs: Any) -> None:
 
 def _search(arguments: argparse.Namespace) -> None:
     from modeling_udon.retrieval.search import format_results, search_images
-    from modeling_udon.retrieval.search_page import write_page
+    from modeling_udon.retrieval.search_page import check_page, write_page
 
+    if arguments.html is not None:
+        check_page(arguments.html, arguments.force)
     results = search_images(
         arguments.queries,
-        index=arguments.index,
-        model=_model(arguments),
+        arguments.index,
+        lambda: _model(arguments),
         k=arguments.k,
         domain=arguments.domain,
         batch_size=arguments.batch_size,
-        html=arguments.html,
-        force=arguments.force,
         warn=_warn,
     )
     print(json.dumps(results.to_json(), indent=2) if arguments.json else format_results(results))
@@ -168,15 +169,78 @@ def _search(arguments: argparse.Namespace) -> None:
 
 def _add_evaluate(verbs: Any) -> None:
     parser = _add_verb(
-        verbs, "evaluate", "measure a model's retrieval", "udon evaluate --config configs/demo.yaml", _evaluate
+        verbs,
+        "evaluate",
+        "measure retrieval on the domains of a config",
+        "udon evaluate --run runs/demo --metrics R@5 mAP@R --report",
+        _evaluate,
     )
-    parser.add_argument("--config", required=True, metavar="FILE", help="YAML file of a run, which names the domains")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--run", dest="run_folder", metavar="FOLDER", help="folder of a run: best student and teachers")
+    what.add_argument(
+        "--model", help="folder or Hub id of a UDON model or another vision encoder, timm:NAME, or raw-pixels"
+    )
+    what.add_argument("--embeddings", metavar="FOLDER", help="embeddings in FOLDER/DOMAIN/SPLIT, as udon embed writes")
+    parser.add_argument(
+        "--config", metavar="FILE", help="YAML file of a run, which names the domains; for --run by default its own"
+    )
+    parser.add_argument("--split", choices=("test", "validation"), default="test", help="default: test")
+    model = parser.add_argument_group("of a model")
+    model.add_argument("--pooling", choices=("cls", "mean", "pooler"), help="feature of a model that is not UDON's")
+    model.add_argument("--image-size", type=_positive, metavar="N", help="in place of what its image processor says")
+    model.add_argument("--revision", help="its commit, tag or branch on the Hub")
+    model.add_argument("--trust-remote-code", action="store_true", help="run the code that lies beside it")
+    model.add_argument("--batch-size", type=_positive, default=64, metavar="N", help="default: 64")
+    model.add_argument("--num-workers", type=_natural, default=2, metavar="N", help="processes that decode; default: 2")
+    model.add_argument("--mixed-precision", choices=PRECISIONS, default="no", help="default: no")
+    study = parser.add_argument_group("what to measure")
+    study.add_argument(
+        "--metrics", nargs="+", default=[], metavar="METRIC", help="R@k, mMP@k, mAP@R beside R@1 and mMP@5"
+    )
+    study.add_argument("--pca", nargs="+", type=_positive, default=[], metavar="DIM", help="also reduced to so many")
+    study.add_argument("--quality-per-byte", action="store_true", help="dimensions x float32, int8, binary, pq")
+    study.add_argument("--leaks", choices=("bytes", "pixels"), help="look for images of the split in training")
+    study.add_argument(
+        "--bootstrap", type=_positive, default=1000, metavar="N", help="samples of the 95 %% intervals; default: 1000"
+    )
+    study.add_argument("--seed", type=_natural, default=0, metavar="N", help="of the samples; default: 0")
+    parser.add_argument(
+        "--calibrate", action="store_true", help='find the threshold for "not in the index" on the validation split'
+    )
+    parser.add_argument(
+        "--false-accept-rate", type=_fraction, default=0.01, metavar="R", help="of --calibrate; default: 0.01"
+    )
+    parser.add_argument("--output", metavar="FOLDER", help="where results.json goes; for --run by default its folder")
+    parser.add_argument("--report", action="store_true", help="write report.html beside results.json")
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
-    from modeling_udon.retrieval.evaluate_verb import run
+    from modeling_udon.retrieval.evaluate_verb import EvaluateOptions, evaluate
+    from modeling_udon.training.config import load_config
 
-    run(arguments)
+    names = ("model", "embeddings", "split", "pooling", "image_size", "revision", "trust_remote_code")
+    work = ("batch_size", "num_workers", "mixed_precision", "metrics", "pca", "quality_per_byte", "leaks", "bootstrap")
+    ends = ("seed", "calibrate", "false_accept_rate", "output", "report")
+    options = EvaluateOptions(run=arguments.run_folder, **_chosen(arguments, *names, *work, *ends))
+    config = None if arguments.config is None else load_config(arguments.config)
+    evaluate(options, None if config is None else config.domains, 0 if config is None else config.seed, say=_say)
+
+
+def _add_report(verbs: Any) -> None:
+    parser = _add_verb(
+        verbs, "report", "write a run's report.html: tables, curves, galleries", "udon report runs/demo", _report
+    )
+    parser.add_argument("run_folder", metavar="RUN", help="folder of a run")
+    parser.add_argument("--split", choices=("test", "validation"), default="test", help="default: test")
+    parser.add_argument("--batch-size", type=_positive, default=64, metavar="N", help="default: 64")
+    parser.add_argument("--num-workers", type=_natural, default=2, metavar="N", help="that decode; default: 2")
+
+
+def _report(arguments: argparse.Namespace) -> None:
+    from modeling_udon.retrieval.evaluate_verb import EvaluateOptions, evaluate
+
+    work = _chosen(arguments, "split", "batch_size", "num_workers")
+    evaluate(EvaluateOptions(run=arguments.run_folder, report=True, **work), say=_say)
 
 
 def _add_verb(verbs: Any, name: str, what: str, example: str, run: Any) -> argparse.ArgumentParser:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import AutoModel, PretrainedConfig, PreTrainedModel
+from transformers import AutoModel, PreTrainedModel
 from transformers.utils import ModelOutput
 
 from .configuration_udon import UdonConfig
@@ -48,13 +48,13 @@ class UdonModelOutput(ModelOutput):
         attentions: The backbone's attention maps, if asked for.
     """
 
-    last_hidden_state: torch.FloatTensor | None = None
-    pooler_output: torch.FloatTensor | None = None
-    image_embeds: torch.FloatTensor | None = None
-    teacher_embeds: torch.FloatTensor | None = None
-    backbone_embeds: torch.FloatTensor | None = None
-    hidden_states: tuple[torch.FloatTensor, ...] | None = None
-    attentions: tuple[torch.FloatTensor, ...] | None = None
+    last_hidden_state: torch.Tensor | None = None
+    pooler_output: torch.Tensor | None = None
+    image_embeds: torch.Tensor | None = None
+    teacher_embeds: torch.Tensor | None = None
+    backbone_embeds: torch.Tensor | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
 
 
 class UdonHead(nn.Module):
@@ -82,10 +82,11 @@ class UdonHead(nn.Module):
 class UdonPreTrainedModel(PreTrainedModel):
     """Initialisation and loading for UDON models."""
 
+    config: UdonConfig
     config_class = UdonConfig
     base_model_prefix = "udon"
     main_input_name = "pixel_values"
-    input_modalities = ("image",)
+    input_modalities = ["image"]
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -137,7 +138,7 @@ class UdonModel(UdonPreTrainedModel):
             # In transformers 4 `CLIPModel.vision_model` is the bare transformer inside a `CLIPVisionModel`.
             tower = AutoModel.from_config(backbone.config.vision_config)
             inner = getattr(tower, "vision_model", tower)
-            inner.load_state_dict(backbone.vision_model.state_dict())
+            inner.load_state_dict(backbone.get_submodule("vision_model").state_dict())
             backbone = tower
         model = cls(UdonConfig(backbone_config=backbone.config, **config_values))
         model.backbone = _drop_unused_pooler(backbone, model.config)
@@ -226,7 +227,7 @@ _CONFIG_NAMES = tuple(inspect.signature(UdonConfig.__init__).parameters)[1:-1]
 def _drop_unused_pooler(backbone: PreTrainedModel, config: UdonConfig) -> PreTrainedModel:
     # A pooler that is not read would be trained, counted and published for nothing.
     if config.pooling == "cls" and isinstance(getattr(backbone, "pooler", None), nn.Module):
-        backbone.pooler = None
+        backbone.pooler = None  # type: ignore[assignment]
     return backbone
 
 
@@ -237,7 +238,6 @@ def _check_class_token(backbone: PreTrainedModel, config: UdonConfig) -> None:
             "`pooling` 'cls' must go with a backbone that has a class token. "
             f"Got {backbone.config.model_type!r}; use pooling 'pooler' or another backbone."
         )
-
 
 
 UdonModel.register_for_auto_class("AutoModel")

@@ -89,13 +89,13 @@ def tiny_domains(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def tiny_values(domains: Path, output_dir: Path, **changes: Any) -> dict[str, Any]:
+def tiny_values(domains: Path, output_dir: Path, /, **changes: Any) -> dict[str, Any]:
     """Values of a run of 11 steps with all that can upset a resume; `section__key=value` changes one."""
     values: dict[str, Any] = {
         "name": "run",
         "output_dir": str(output_dir),
         "seed": 3,
-        "domains": {name: str(domains / name) for name in DOMAIN_SHAPES},
+        "domains": {name: {"path": str(domains / name)} for name in DOMAIN_SHAPES},
         "model": {
             "backbone_config": {
                 "model_type": "vit",
@@ -131,6 +131,19 @@ def tiny_values(domains: Path, output_dir: Path, **changes: Any) -> dict[str, An
 def make_values(tiny_domains: Path) -> Callable[..., dict[str, Any]]:
     """`tiny_values` on the tiny domains: takes the folder of runs and changes."""
     return functools.partial(tiny_values, tiny_domains)
+
+
+@pytest.fixture
+def tiny_config(make_values: Callable[..., dict[str, Any]], tmp_path: Path) -> Callable[..., Path]:
+    """Writes a config file of a tiny run and returns its path: takes changes."""
+
+    def write(**changes: Any) -> Path:
+        path = tmp_path / "config.yaml"
+        values = make_values(tmp_path / "runs", **changes)
+        path.write_text(yaml.safe_dump(values, sort_keys=False))
+        return path
+
+    return write
 
 
 @pytest.fixture(scope="session")

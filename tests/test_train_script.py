@@ -7,9 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
-from datasets import Dataset
-from torch import nn
 
 import train_udon
 from modeling_udon.training.trainer import Trainer
@@ -45,7 +42,10 @@ def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
         ({"optim__lrr": 1}, ["`optim.lrr` is not a key of", "did you mean `lr`?"]),
         ({"domains__blobs": "/nowhere/at/all"}, ["/nowhere/at/all"]),
         ({"domains__blobs": "demo:cats"}, ["Got 'cats'"]),
-        ({"domains__blobs__image_column": "picture"}, ["`domains.blobs.image_column`", "image, label", "Got 'picture'"]),
+        (
+            {"domains__blobs__image_column": "picture"},
+            ["`domains.blobs.image_column`", "image, label", "Got 'picture'"],
+        ),
         ({"domains__blobs__label_column": "class"}, ["`domains.blobs.label_column`", "image, label", "Got 'class'"]),
         ({"domains__blobs__image_column": "label"}, ["`domains.blobs.image_column` must hold images. Got int64"]),
         ({"domains__blobs__label_column": "image"}, ["`domains.blobs.label_column` must hold integers, ClassLabel or"]),
@@ -53,22 +53,17 @@ def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
         ({"train__batch_size": 29}, ["`train.batch_size`", "Got 29 with 28 images in 'noise'"]),
         ({"train__accumulation_steps": 3}, ["`train.batch_size` must be a multiple of", "Got 16 with 1 x 3"]),
         ({"data__image_size": 24}, ["`data.image_size` must be the backbone's, 16. Got 24."]),
-        ({"data__resize_size": 8}, ["`data.resize_size` must be at least `data.image_size`, 16. Got 8"]),
+        ({"data__resize_size": 8}, ["`data`: `resize_size` must be at least `image_size`, 16, or null. Got 8"]),
         ({"sampling__weights": {"blobs": 1}}, ["`sampling.weights` must be given for strategy 'fixed' and for no"]),
         ({"sampling__strategy": "fixed"}, ["`sampling.weights` must be given for strategy 'fixed'"]),
         ({"model__backbone_config__hiden_size": 16}, ["`model.backbone_config`", "the unknown key `hiden_size`"]),
         ({"model__backbone_config__model_type": "vitt"}, ["`model.backbone_config` must be a vision encoder", "vitt"]),
         ({"model__backbone_config": {"hidden_size": 8}}, ["must name its `model_type`"]),
-        ({"model__backbone_config__num_attention_heads": 3}, ["`model.backbone_config` must be a vision encoder"]),
     ],
 )
 def test_a_wrong_config_is_one_line_before_any_work(
     call: Call, tiny_config: Write, tmp_path: Path, changes: dict[str, Any], words: list[str]
 ) -> None:
-    for key in [key for key in changes if key.startswith("domains__blobs__")]:
-        path = tiny_config()
-        blobs = yaml.safe_load(path.read_text())["domains"]["blobs"]
-        changes = {"domains__blobs": {"path": blobs, key.removeprefix("domains__blobs__"): changes[key]}}
     error = call(tiny_config(**changes))
     for word in words:
         assert word in error
@@ -121,7 +116,7 @@ def test_an_old_run_is_left_alone(call: Call, tiny_config: Write, old_run: Path)
     changed = call(config, "--resume", "--optim.lr", "0.5", "--data.num_workers", "1")
     assert "Got optim.lr from 0.01 to 0.5; start a new run for it." in changed
     assert "`optim.lrr` is not a key" in call(config, "--overwrite", "--optim.lrr", "1")
-    assert "Got 99 with 28 images" in call(config, "--overwrite", "--train.batch_size", "99")
+    assert "Got 99 with 40 images" in call(config, "--overwrite", "--train.batch_size", "99")
     assert {path: path.stat().st_mtime_ns for path in old_run.rglob("*")} == before
 
 

@@ -14,6 +14,10 @@ from modeling_udon.data.sampling import BatchDraw
 from modeling_udon.data.transforms import ImageTransform, TrainTransform, decode_image
 
 
+class BrokenImageError(ValueError):
+    """An image that cannot be decoded; the last line of its message names it, whichever process has read it."""
+
+
 @dataclass(frozen=True)
 class DomainBatch:
     """This process's slice of a global batch.
@@ -85,7 +89,7 @@ def read_images(images: Dataset, rows: np.ndarray, name: str) -> list[np.ndarray
         Images of shape `(height, width, 3)`, uint8, RGB.
 
     Raises:
-        ValueError: If an image cannot be decoded; the message names the data, the row and the path.
+        BrokenImageError: If an image cannot be decoded; the message names the data, the row and the path.
     """
     decoded = []
     for row, image in zip(rows, images[rows.tolist()]["image"], strict=True):
@@ -94,5 +98,5 @@ def read_images(images: Dataset, rows: np.ndarray, name: str) -> list[np.ndarray
             decoded.append(decode_image(data))
         except (ValueError, OSError) as error:
             where = f" ({image['path']})" if image["path"] else ""
-            raise ValueError(f"`domains.{name}` has a broken image in row {row}{where}: {error}") from error
+            raise BrokenImageError(f"`domains.{name}` has a broken image in row {row}{where}: {error}") from error
     return decoded

@@ -246,8 +246,10 @@ def _expose(image: PILImage.Image, strength: float, rng: np.random.Generator) ->
 
 
 def _paint(ink: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Colour the ink, of values 0 to 255: dark on light or, as often, light on dark."""
     dark, light = rng.uniform(0, 110, 3), rng.uniform(150, 255, 3)
-    return light + (dark - light) * ink[..., None] / 255
+    paper, colour = (dark, light) if rng.random() < 0.5 else (light, dark)
+    return paper + (colour - paper) * ink[..., None] / 255
 
 
 def _encode(image: PILImage.Image, format: str, **options: int) -> bytes:

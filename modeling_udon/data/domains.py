@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 from datasets import ClassLabel, Dataset, DatasetDict, Image, load_dataset, load_from_disk
+from datasets.exceptions import DatasetsError
 from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
 
@@ -44,7 +45,8 @@ class DomainSpec(BaseModel):
     image_column: str = "image"
     """Column of the images."""
     label_column: str = "label"
-    """Column of the classes: integers, ClassLabel or strings; lists of them in query and index splits."""
+    """Column of the classes: integers, ClassLabel or strings; lists of them in query splits with an index of their
+    own."""
     train_split: str = "train"
     """Split to train on."""
     validation_split: str | None = "validation"
@@ -126,13 +128,11 @@ def open_domain(name: str, spec: DomainSpec, seed: int = 0) -> Domain:
         seed: Seed of the demo domains' images; other domains ignore it.
 
     Raises:
-        ValueError: If a split or column is missing or empty, or the labels are of no supported type.
-        FileNotFoundError: If `spec.path` names nothing that can be opened.
+        ValueError: If the data cannot be opened, a split or column is missing, or images or labels are of no
+            supported type.
     """
     splits = _open_splits(name, spec, seed)
     train = _image_split(name, spec, splits[spec.train_split], spec.train_split)
-    if not train.labels:
-        raise ValueError(f"`domains.{name}.train_split` must have at least one image. Got {spec.train_split!r}.")
     if isinstance(train.labels[0], list):
         raise ValueError(
             f"`domains.{name}.label_column` must hold one class for each training image. Got lists in "
@@ -191,12 +191,14 @@ def check_label_maps(domains: Mapping[str, Domain], path: Path) -> None:
 def _open_splits(name: str, spec: DomainSpec, seed: int) -> DatasetDict:
     if spec.path.startswith(DEMO_PREFIX):
         splits = build_demo_domain(spec.path.removeprefix(DEMO_PREFIX), seed)
-    elif (Path(spec.path) / "dataset_dict.json").is_file():
-        splits = load_from_disk(spec.path)
     else:
-        splits = load_dataset(
-            spec.path, name=spec.name, revision=spec.revision, data_dir=spec.data_dir, data_files=spec.data_files
-        )
+        try:
+            splits = _load_splits(spec)
+        except (ValueError, OSError, IndexError, DatasetsError) as error:  # IndexError: a saved set without rows.
+            reason = " ".join(str(error).split())
+            raise ValueError(
+                f"`domains.{name}.path` must be a data set that opens. Got {spec.path!r}: {reason}"
+            ) from error
     wanted = {
         field: getattr(spec, field)
         for field in ("train_split", "validation_split", "validation_index_split", "test_split", "test_index_split")
@@ -209,6 +211,14 @@ def _open_splits(name: str, spec: DomainSpec, seed: int) -> DatasetDict:
     return splits
 
 
+def _load_splits(spec: DomainSpec) -> DatasetDict:
+    if (Path(spec.path) / "dataset_dict.json").is_file():
+        return load_from_disk(spec.path)
+    return load_dataset(
+        spec.path, name=spec.name, revision=spec.revision, data_dir=spec.data_dir, data_files=spec.data_files
+    )
+
+
 def _image_split(name: str, spec: DomainSpec, dataset: Dataset, split: str) -> ImageSplit:
     for field in ("image_column", "label_column"):
         column = getattr(spec, field)
@@ -217,7 +227,14 @@ def _image_split(name: str, spec: DomainSpec, dataset: Dataset, split: str) -> I
                 f"`domains.{name}.{field}` must be a column of split {split!r}: {', '.join(dataset.column_names)}. "
                 f"Got {column!r}."
             )
-    images = dataset.select_columns([spec.image_column]).cast_column(spec.image_column, Image(decode=False))
+    feature = dataset.features[spec.image_column]
+    try:
+        images = dataset.select_columns([spec.image_column]).cast_column(spec.image_column, Image(decode=False))
+    except (pa.ArrowNotImplementedError, ValueError, TypeError):
+        raise ValueError(
+            f"`domains.{name}.image_column` must hold images. Got {getattr(feature, 'dtype', feature)} "
+            f"in {spec.image_column!r}."
+        ) from None
     if spec.image_column != "image":
         images = images.rename_column(spec.image_column, "image")
     return ImageSplit(images, _labels(name, spec, dataset))
@@ -249,11 +266,19 @@ def _evaluation_splits(name: str, spec: DomainSpec, splits: DatasetDict) -> dict
         ("validation", spec.validation_split, spec.validation_index_split),
         ("test", spec.test_split, spec.test_index_split),
     ):
-        if query is not None:
-            evaluation[kind] = EvaluationSplit(
-                query=_image_split(name, spec, splits[query], query),
-                index=None if index is None else _image_split(name, spec, splits[index], index),
-            )
+        if query is None:
+            continue
+        split = EvaluationSplit(
+            query=_image_split(name, spec, splits[query], query),
+            index=None if index is None else _image_split(name, spec, splits[index], index),
+        )
+        for searched in (split.index or split.query).labels:
+            if isinstance(searched, list):
+                raise ValueError(
+                    f"`domains.{name}.label_column` must hold one class for each image that is searched. Got lists in "
+                    f"split {index or query!r}; only queries may have several, and need `{kind}_index_split`."
+                )
+        evaluation[kind] = split
     return evaluation
 
 

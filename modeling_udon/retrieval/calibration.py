@@ -1,8 +1,8 @@
 """A threshold for "not in the index": below it, the best neighbour is no answer.
 
 Each query is searched in the merged index without its own classes, so that every answer is wrong. The threshold is the
-least score that only a chosen share of these best wrong answers reaches. It belongs to one model and to indexes of about the
-size of the one it was measured on: the more rows an index has, the better its best wrong answer.
+least score that only a chosen share of these best wrong answers reaches. It belongs to one model and to indexes of
+about the size of the one it was measured on: the more rows an index has, the better its best wrong answer.
 """
 
 import json
@@ -76,7 +76,8 @@ def calibrate(domains: Mapping[str, EmbeddedDomain], false_accept_rate: float, s
     Returns:
         What `calibration.json` holds: `"threshold"`, the least accepted score; `"false_accept_rate"` as asked for;
         and by domain, on the queries it was measured with: `"false_accept_rate"`; `"accept_rate"`, of the queries whose
-        class is in the index; `"right_accept_rate"`, of those with the right first neighbour besides.
+        class is in the index; `"right_accept_rate"`, of those with the right first neighbour besides; `"threshold"`,
+        what the domain's own would be.
     """
     wrong = best_wrong_scores(domains)
     threshold = threshold_at(wrong, false_accept_rate)
@@ -91,6 +92,7 @@ def calibrate(domains: Mapping[str, EmbeddedDomain], false_accept_rate: float, s
         num_answerable = max(int(answerable.sum()), 1)
         rows[name] = {
             "num_queries": len(answerable),
+            "threshold": threshold_at({name: wrong[name]}, false_accept_rate),
             "false_accept_rate": float((wrong[name] >= threshold).mean()),
             "accept_rate": float(accepted.sum() / num_answerable),
             "right_accept_rate": float((accepted & right).sum() / num_answerable),
@@ -120,6 +122,7 @@ def _best_wrong(queries: np.ndarray, index: np.ndarray, query_labels: Any, index
     flat, counts = flatten_labels(query_labels)
     first_label = np.cumsum(counts) - counts
     best = np.full(len(queries), -np.inf, dtype=np.float32)
+    best_rows = np.zeros(len(queries), dtype=np.int64)
     rows = min(len(queries), 1024)
     columns = max(BLOCK_SIZE // rows, 1)
     for top in range(0, len(queries), rows):
@@ -131,5 +134,10 @@ def _best_wrong(queries: np.ndarray, index: np.ndarray, query_labels: Any, index
                 has = np.flatnonzero(counts[chunk] > position)
                 own = flat[first_label[chunk[has]] + position]
                 products[has] = np.where(labels == own[:, None], -np.inf, products[has])
-            best[chunk] = np.maximum(best[chunk], products.max(axis=1))
-    return best
+            found = products.argmax(axis=1)
+            scores = products[np.arange(len(chunk)), found]
+            better = scores > best[chunk]
+            best[chunk[better]], best_rows[chunk[better]] = scores[better], left + found[better]
+    # The score that counts, as `exact_search` gives it.
+    exact = np.einsum("qd,qd->q", queries.astype(np.float64), index[best_rows].astype(np.float64))
+    return np.where(np.isfinite(best), exact.astype(np.float32), best)

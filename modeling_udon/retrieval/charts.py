@@ -8,8 +8,9 @@ from typing import Any
 # A chart's drawing area, in units of its own; the page scales it.
 WIDTH, HEIGHT = 640, 240
 LEFT, RIGHT, TOP, BOTTOM = 52, 12, 10, 30
-# As many series as have a colour of their own in the template.
+# As many series as have a colour of their own in the template; the one after them is the text's, for a mean.
 NUM_COLOURS = 8
+MEAN = "mean"
 
 LOSS_TITLES = {
     "student_classification": "student classification",
@@ -68,12 +69,14 @@ def make_charts(rows: Sequence[Mapping[str, Any]]) -> list[Chart]:
     recall = _collect(
         (
             row["step"],
-            {"mean": 100 * row["validation"]["merged"]["mean"]["R@1"]}
-            | {name: 100 * values["R@1"] for name, values in row["validation"]["merged"]["domains"].items()},
+            {name: 100 * values["R@1"] for name, values in row["validation"]["merged"]["domains"].items()}
+            | {MEAN: 100 * row["validation"]["merged"]["mean"]["R@1"]},
         )
         for row in rows
         if "validation" in row
     )
+    # A domain has the same colour in all charts.
+    by_domain = {name: by_domain[name] for name in weights if name in by_domain}
     titled = {
         "Losses": losses,
         "Total loss by domain": by_domain,
@@ -105,7 +108,7 @@ def make_chart(title: str, series: Mapping[str, Sequence[Point]]) -> Chart:
     drawn = [
         Series(
             name,
-            number % NUM_COLOURS,
+            NUM_COLOURS if name == MEAN else number % NUM_COLOURS,
             "M" + " L".join(f"{across(x)} {upward(y)}" for x, y in line),
             _short(line[-1][1]),
         )

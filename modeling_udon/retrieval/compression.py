@@ -76,7 +76,7 @@ def encode(queries: np.ndarray, index: np.ndarray, code: str) -> tuple[np.ndarra
         queries: Of shape `(num_queries, dim)`.
         index: Of shape `(num_index, dim)`.
         code: `"float32"`; `"int8"`, a byte a dimension, scaled by the largest absolute value of the dimension;
-            `"binary"`, the signs; `"pq"`, product quantisation (Jegou et al., TPAMI 2011), a byte for each 4 dimensions.
+            `"binary"`, the signs; `"pq"`, product quantisation (Jegou et al., TPAMI 2011), a byte for 4 dimensions.
 
     Returns:
         Queries and index as they are compared, and the bytes of one stored vector.
@@ -115,8 +115,8 @@ def quality_per_byte(
         search: Options of `exact_search`.
 
     Returns:
-        For each combination `"dim"`, `"pca"`, `"code"`, `"bytes"` a vector and the mean of each metric over the domains. The
-        embeddings as they are come first, with `"pca"` false.
+        For each combination `"dim"`, `"pca"`, `"code"`, `"bytes"` of a vector, and the mean of each metric over the
+        domains. The embeddings as they are come first, with `"pca"` false.
     """
     full_dim = next(iter(domains.values())).query_embeds.shape[1]
     wanted = _halved(full_dim) if dims is None else sorted({dim for dim in dims if dim <= full_dim}, reverse=True)
@@ -176,11 +176,12 @@ def _quantise_products(index: np.ndarray) -> np.ndarray:
             f"code 'pq' must have a multiple of {PQ_DIMS} dimensions and at least {PQ_CENTROIDS} vectors, "
             f"got {num_vectors} of {dim}; use 'int8'"
         )
-    quantiser = faiss.ProductQuantizer(dim, dim // PQ_DIMS, 8)
-    quantiser.cp.min_points_per_centroid = 1  # silences a warning; how good the codes are is what is measured here
+    quantised = faiss.IndexPQ(dim, dim // PQ_DIMS, 8)
+    quantised.pq.cp.min_points_per_centroid = 1  # silences a warning; how good the codes are is what is measured here
     vectors = np.ascontiguousarray(index, dtype=np.float32)
-    quantiser.train(vectors)
-    return quantiser.decode(quantiser.compute_codes(vectors))
+    quantised.train(vectors)
+    quantised.add(vectors)
+    return quantised.reconstruct_n(0, num_vectors)
 
 
 def _unit_norm(vectors: np.ndarray) -> np.ndarray:

@@ -96,7 +96,7 @@ def embed_with_model(
     Returns:
         A function that gives `"student"`, `"backbone"` and, with a teacher, `"teacher"`.
     """
-    teacher = domain if domain in model.teacher_heads else None
+    teacher = domain if domain is not None and domain in model.teacher_heads else None
 
     def embed(pixels: torch.Tensor) -> dict[str, torch.Tensor]:
         outputs = model(normalize(pixels, mean, std), domain=teacher)

@@ -1,6 +1,5 @@
 """`udon embed`: the images of a source through a model, into shards that a second start goes on with."""
 
-import io
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -13,7 +12,6 @@ import numpy as np
 import pyarrow as pa
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
-from PIL import Image
 from torch.utils.data import DataLoader, Sampler
 from torch.utils.data import Dataset as TorchDataset
 from tqdm import tqdm
@@ -38,8 +36,8 @@ from modeling_udon.retrieval.sources import (
     open_source,
     write_listing,
 )
+from modeling_udon.retrieval.thumbnails import make_thumbnail
 
-THUMBNAIL_SIZE = 160
 # Processes finish at different times, and one alone lists the files.
 _PATIENCE = timedelta(days=7)
 _NUM_SHOWN = 5
@@ -216,15 +214,6 @@ def embed_source(
     return summary
 
 
-def make_thumbnail(image: np.ndarray) -> bytes:
-    """A JPEG of at most 160 pixels a side of an image of shape `(height, width, 3)`, uint8."""
-    small = Image.fromarray(image)
-    small.thumbnail((THUMBNAIL_SIZE, THUMBNAIL_SIZE))
-    file = io.BytesIO()
-    small.save(file, "JPEG", quality=80)
-    return file.getvalue()
-
-
 def _prepare(
     folder: Path,
     opened: OpenedSource,
@@ -233,7 +222,7 @@ def _prepare(
     force: bool,
     say: Callable[[str], None],
 ) -> ShardFolder:
-    identity = {"model": model.fingerprint, "source": opened.identity, "thumbnails": options.thumbnails}
+    identity = {"model": model.fingerprint, **opened.identity, "thumbnails": options.thumbnails}
     if start_or_resume(folder, identity, force):
         return read_manifest(folder)
     if opened.dataset is not None:
@@ -323,7 +312,7 @@ def _write(
     rows = shards.rows(number)
     table = source.describe(rows.start, rows.stop)
     paths = table["path"]
-    skipped = {paths[row - rows.start].as_py(): reason for row, reason in shard.errors.items()}
+    skipped = [(paths[row - rows.start].as_py(), reason) for row, reason in shard.errors.items()]
     table = table.take(pa.array([row - rows.start for row in shard.rows], pa.int64()))
     if thumbnails:
         table = table.append_column("thumbnail", pa.array(shard.thumbnails, pa.binary()))

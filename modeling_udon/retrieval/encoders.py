@@ -136,21 +136,22 @@ def open_model(
         raise ValueError(
             f"--model must be a folder of a model, a Hub id, timm:NAME or {RAW_PIXELS}: {reason}"
         ) from None
+    revision = revision or "main"
     processor = _open_processor(name, revision, trust_remote_code)
     mean, std = tuple(processor.image_mean), tuple(processor.image_std)
     folder = Path(name) if Path(name).is_dir() else None
     if isinstance(config, UdonConfig):
         _refuse_pooling(name, pooling)
         student = UdonModel.from_pretrained(name, revision=revision)
-        transform = EvalTransform(image_size or processor.size["shortest_edge"])
-        return _udon_encoder(student, name, transform, mean, std, folder)
+        ours = EvalTransform(image_size or processor.size["shortest_edge"])
+        return _udon_encoder(student, name, ours, mean, std, folder)
     chosen = _require_pooling(name, pooling)
     model = AutoModel.from_pretrained(
         name, revision=revision, trust_remote_code=trust_remote_code, dtype=torch.float32
     ).eval()
     # Of a model for images and texts, the tower that sees.
     model = model.vision_model if hasattr(config, "vision_config") else model
-    transform = ProcessorTransform(processor) if image_size is None else EvalTransform(image_size)
+    transform: ImageTransform = ProcessorTransform(processor) if image_size is None else EvalTransform(image_size)
     settings = {"pooling": chosen, "revision": revision, "image_size": image_size, "processor": _plain(processor)}
     embed = _embed_features(lambda pixels: _pool(model(pixel_values=pixels), chosen), mean, std)
     return Encoder(name, "features", transform, lambda domain: embed, model, folder, settings)

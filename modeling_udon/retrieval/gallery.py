@@ -58,11 +58,11 @@ def make_gallery(neighbours: Mapping[str, Neighbours], domains: Mapping[str, Dom
     """
     gallery = {}
     for name, found in neighbours.items():
-        images = domains[name].evaluation[split].query
+        images = domains[name].evaluation[split]
         gallery[name] = [
             GalleryRow(
-                query=Picture(make_thumbnail(domains[name].evaluation[split], "query", row, name), name, _label(images.labels[row])),
-                neighbours=_pictures(found, row, domains, split),
+                Picture(make_thumbnail(images, "query", row, name), name, _label(images.query.labels[row])),
+                _pictures(found, row, domains, split),
             )
             for row in choose_queries(found)
         ]
@@ -90,7 +90,8 @@ def choose_queries(
     answerable = neighbours.num_positives > 0
     failed = [row for row in by_sureness if answerable[row] and not values[f"R@{depth}"][row]]
     seen: set[tuple[int, ...]] = set()
-    first_of_class, others = [], []
+    first_of_class: list[int] = []
+    others: list[int] = []
     for row in failed:
         label = tuple(np.atleast_1d(neighbours.query_labels[row]).tolist())
         (others if label in seen else first_of_class).append(int(row))

@@ -32,7 +32,7 @@ def find_leaks(domains: Mapping[str, Domain], split: str, content: Content, num_
         num_threads: Threads that decode.
 
     Returns:
-        `"compared"`, what was hashed; `"num_images"`, the evaluation images; `"num_leaked"`, those that are in training;
+        `"compared"`, what was hashed; `"num_images"`, the evaluation images; `"num_leaked"`, those in training;
         `"domains"`, both by domain; `"examples"`, up to 100 pairs with domain, row and label of both sides.
     """
     places: dict[bytes, list[dict[str, Any]]] = {}

@@ -140,7 +140,7 @@ def _transform(processor: Any) -> Transform:
     side = size.get("shortest_edge")
     ours = {"do_resize": True, "do_center_crop": True, "do_rescale": True, "do_normalize": True, "resample": 2}
     same = all(values.get(key) == value for key, value in ours.items())
-    if same and list(size) == ["shortest_edge"] and crop == {"height": side, "width": side}:
+    if same and side is not None and list(size) == ["shortest_edge"] and crop == {"height": side, "width": side}:
         return EvalTransform(side)
     return ProcessorTransform(processor)
 

@@ -213,10 +213,10 @@ def write_results(path: str | os.PathLike[str], results: Mapping[str, Any]) -> N
     draft.replace(target)
 
 
-def format_table(results: Mapping[str, Any], split: str = "test") -> str:
+def format_table(results: Mapping[str, Any], split: str = "test", model: str = "student") -> str:
     """The results of one split in percent, a line a domain and one for the mean, for people."""
     scores, baseline = results["splits"][split], results["baseline"]
-    groups: dict[str, Scores] = {"student, merged": scores["merged"], "student, separate": scores["separate"]}
+    groups: dict[str, Scores] = {f"{model}, merged": scores["merged"], f"{model}, separate": scores["separate"]}
     if scores["teachers"]:
         groups["teachers, own domain"] = {"mean": _mean(scores["teachers"]), "domains": scores["teachers"]}
     for name, title in (("untrained", "untrained"), ("raw_pixels", "raw pixels")):

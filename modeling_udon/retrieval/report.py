@@ -1,7 +1,6 @@
 """`report.html`: one page that needs nothing else; tables, curves, the confusion of domains, galleries."""
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from modeling_udon.retrieval.charts import BOTTOM, HEIGHT, LEFT, RIGHT, WIDTH, make_charts
 from modeling_udon.retrieval.gallery import Gallery
+from modeling_udon.retrieval.tables import frequency_range
 
 REPORT_FILE = "report.html"
 TEMPLATE = Path(__file__).with_name("report.html.jinja")
@@ -28,7 +28,8 @@ def write_report(folder: Path, results: Mapping[str, Any] | None, gallery: Mappi
     """
     path = folder / REPORT_FILE
     draft = path.with_name(f"{path.name}.tmp")
-    draft.write_text(render_report(folder.resolve().name, results, read_rows(folder / "metrics.jsonl"), gallery), "utf-8")
+    page = render_report(folder.resolve().name, results, read_rows(folder / "metrics.jsonl"), gallery)
+    draft.write_text(page, encoding="utf-8")
     draft.replace(path)
     return path
 
@@ -108,7 +109,8 @@ def _split(
         "confusion": _confusion(analysis.get("confusion", {})),
         "frequency": _frequency(analysis.get("frequency", {})),
         "reduced": [
-            _table(f"reduced to {dim} dimensions", scores, None, names) for dim, scores in analysis.get("pca", {}).items()
+            _table(f"reduced to {dim} dimensions", scores, None, names)
+            for dim, scores in analysis.get("pca", {}).items()
         ],
         "quality": _quality(analysis.get("quality_per_byte", [])),
         "leaks": analysis.get("leaks"),
@@ -156,7 +158,7 @@ def _confusion(confusion: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
 
 def _frequency(frequency: Mapping[str, Sequence[Mapping[str, float]]]) -> dict[str, Any]:
     """A row a domain, a column a class of frequency, R@1 with the number of queries."""
-    bins = sorted({(row["from"], row.get("to", math.inf)) for rows in frequency.values() for row in rows})
+    bins = dict(sorted((row["from"], row.get("to")) for rows in frequency.values() for row in rows))
     table = []
     for name, rows in frequency.items():
         found = {row["from"]: row for row in rows}
@@ -167,32 +169,28 @@ def _frequency(frequency: Mapping[str, Sequence[Mapping[str, float]]]) -> dict[s
                     {"value": _percent(found[low]["R@1"]), "count": f"{int(found[low]['num_queries'])}"}
                     if low in found
                     else {"value": "", "count": ""}
-                    for low, _ in bins
+                    for low in bins
                 ],
             )
         )
-    return {"columns": [_range(low, high) for low, high in bins], "rows": table}
+    return {"columns": [frequency_range(low, high) for low, high in bins.items()], "rows": table}
 
 
-def _range(low: float, high: float) -> str:
-    if high == math.inf:
-        return f"{low:g} or more"
-    return f"{low:g}" if high == low + 1 else f"{low:g} to {high - 1:g}"
-
-
-def _quality(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    best = max((row["R@1"] for row in rows), default=1.0) or 1.0
-    return [
-        {
-            "dim": f"{row['dim']}" + ("" if row["pca"] else ", as it is"),
-            "code": row["code"],
+def _quality(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """A row a dimension, a column a code: R@1, the bytes of a vector, and how near it comes to the best."""
+    best = max((row["R@1"] for row in rows), default=0.0) or 1.0
+    columns = list(dict.fromkeys(row["code"] for row in rows))
+    by_dim: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        dim = f"{row['dim']}" if row["pca"] else f"{row['dim']}, as it is"
+        by_dim.setdefault(dim, {})[row["code"]] = {
+            "value": _percent(row["R@1"]),
             "bytes": f"{row['bytes']:g}",
-            "recall": _percent(row["R@1"]),
-            "precision": _percent(row["mMP@5"]),
             "share": round(row["R@1"] / best, 4),
         }
-        for row in rows
-    ]
+    nothing = {"value": "–", "bytes": "", "share": 0}
+    table = [(dim, [codes.get(code, nothing) for code in columns]) for dim, codes in by_dim.items()]
+    return {"columns": columns, "rows": table}
 
 
 def _mean(domains: Mapping[str, Mapping[str, float]]) -> dict[str, float]:

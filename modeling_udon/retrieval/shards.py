@@ -45,9 +45,9 @@ class ShardFolder:
         """The shards that are not there yet."""
         return [shard for shard in range(self.num_shards) if not self.part(shard).is_file()]
 
-    def write(self, shard: int, table: pa.Table, skipped: Mapping[str, str]) -> None:
+    def write(self, shard: int, table: pa.Table, skipped: Sequence[tuple[str, str]]) -> None:
         """Writes a shard, which appears whole or not at all, and before it the paths it skips, with the reasons."""
-        log = "".join(f"{printable(path)}\t{printable(reason)}\n" for path, reason in skipped.items())
+        log = "".join(f"{printable(path)}\t{printable(reason)}\n" for path, reason in skipped)
         _replace(self._skipped(shard), log.encode())
         draft = self.folder / WORK_FOLDER / f"{self.part(shard).name}.tmp"
         pq.write_table(table, draft, row_group_size=self.shard_size)
@@ -117,7 +117,7 @@ def start_or_resume(folder: Path, identity: Mapping[str, Any], force: bool) -> b
         leftovers = [path for path in folder.iterdir() if path.name != WORK_FOLDER] if folder.exists() else []
         if leftovers:
             raise ValueError(
-                f"`out` must be a new folder or one that udon embed wrote. Got {str(folder)!r}, which holds other files."
+                f"`out` must be a new folder or one that udon embed wrote. Got {str(folder)!r} with other files in it."
             )
     elif force:
         for path in (*folder.glob("part-*.parquet"), folder / SKIPPED_FILE):
@@ -162,7 +162,9 @@ def open_embeddings(folder: Path) -> Embeddings:
         raise ValueError(f"`embeddings` must hold at least one. Got {str(folder)!r} with none.")
     schema = pq.read_schema(parts[0])
     about = json.loads(schema.metadata[METADATA_KEY])
-    return Embeddings(folder, parts, about, num_rows, schema.remove_metadata().remove(schema.get_field_index("embedding")))
+    return Embeddings(
+        folder, parts, about, num_rows, schema.remove_metadata().remove(schema.get_field_index("embedding"))
+    )
 
 
 def embedding_table(table: pa.Table, embeds: np.ndarray, about: Mapping[str, Any]) -> pa.Table:

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from datasets import Dataset, DatasetDict, Image, load_dataset, load_from_disk
 
@@ -19,7 +20,22 @@ from modeling_udon.data.demo import build_demo_domain
 from modeling_udon.data.domains import DEMO_PREFIX
 
 IMAGE_SUFFIXES = frozenset(
-    ".jpg .jpeg .jfif .png .webp .gif .bmp .tif .tiff .ppm .pgm .pbm .jp2 .avif".split()
+    (
+        ".jpg",
+        ".jpeg",
+        ".jfif",
+        ".png",
+        ".webp",
+        ".gif",
+        ".bmp",
+        ".tif",
+        ".tiff",
+        ".ppm",
+        ".pgm",
+        ".pbm",
+        ".jp2",
+        ".avif",
+    )
 )
 # Names of one folder that are sorted at a time; one with more comes in sorted stretches.
 _NUM_SORTED_NAMES = 2**17
@@ -102,40 +118,41 @@ class FileSource:
 
 @dataclass(frozen=True)
 class DatasetSource:
-    """Rows of a data set, which is memory-mapped."""
+    """Rows of a data set, which is memory-mapped.
 
-    dataset: Dataset
+    Attributes:
+        images: The data set with its column of undecoded images alone.
+        kept: The data set with the columns to keep.
+        title: What a row is called by that has no path, with its number.
+        domain: Domain of all images.
+    """
+
+    images: Dataset
+    kept: Dataset
     title: str
-    image_column: str
-    columns: tuple[str, ...]
     domain: str | None
     root: str = ""
 
     @property
     def num_images(self) -> int:
         """See `ImageSource`."""
-        return len(self.dataset)
+        return len(self.images)
 
     def describe(self, start: int, stop: int) -> pa.Table:
         """See `ImageSource`."""
-        images = self._images(start, stop)
-        paths = [image["path"] if image and image["path"] else self._row_name(start + n) for n, image in enumerate(images)]
+        column = self.images.with_format("arrow")[start:stop].column(0)  # no image becomes a Python object
+        known = pc.struct_field(column, "path").to_pylist()
+        paths = [path or f"{self.title}#{row}" for row, path in enumerate(known, start)]
         table = pa.table({"path": pa.array(paths, pa.string()), "row": pa.array(range(start, stop), pa.int64())})
-        if self.columns:
-            kept = self.dataset.select_columns(list(self.columns)).with_format("arrow")[start:stop]
-            for column in self.columns:
-                table = table.append_column(column, kept[column])
+        if self.kept.column_names:
+            kept = self.kept.with_format("arrow")[start:stop]
+            for name in kept.column_names:
+                table = table.append_column(name, kept[name])
         return _with_domain(table, self.domain)
 
     def readers(self, start: int, stop: int) -> list[Read]:
         """See `ImageSource`."""
-        return [_DatasetImage(image).read for image in self._images(start, stop)]
-
-    def _images(self, start: int, stop: int) -> list[dict[str, Any] | None]:
-        return self.dataset.select_columns([self.image_column])[start:stop][self.image_column]
-
-    def _row_name(self, row: int) -> str:
-        return f"{self.title}#{row}"
+        return [_DatasetImage(image).read for image in self.images[start:stop][self.images.column_names[0]]]
 
 
 @dataclass(frozen=True)
@@ -183,7 +200,7 @@ def open_source(spec: SourceSpec) -> OpenedSource:
         )
     if spec.domain_from_folder and not is_image_folder:
         raise ValueError(f"`source` must be a folder where the folders in it name the domains. Got {spec.source!r}.")
-    identity = {"kind": "files", "source": str(path.resolve()), "domain": spec.domain}
+    identity: dict[str, Any] = {"kind": "files", "source": str(path.resolve()), "domain": spec.domain}
     identity["domain_from_folder"] = spec.domain_from_folder
     if is_image_folder:
         return OpenedSource(identity, lambda: walk_images(path), root=str(path.resolve()))
@@ -270,9 +287,9 @@ def _open_dataset(spec: SourceSpec, path: Path) -> OpenedSource:
             raise ValueError(f"`columns` must be among {', '.join(others) or 'none'} of the data set. Got {column!r}.")
     if spec.domain is not None and "domain" in spec.columns:
         raise ValueError(f"`domain` must be left out where `columns` has the domain. Got {spec.domain!r}.")
-    dataset = dataset.cast_column(image_column, Image(decode=False))
+    images = dataset.select_columns([image_column]).cast_column(image_column, Image(decode=False))
     title = "/".join(part for part in (spec.source, spec.name, spec.split) if part)
-    source = DatasetSource(dataset, title, image_column, tuple(spec.columns), spec.domain)
+    source = DatasetSource(images, dataset.select_columns(list(spec.columns)), title, spec.domain)
     identity = {
         "kind": "data set",
         "source": str(path.resolve()) if path.exists() else spec.source,

@@ -161,9 +161,7 @@ def _flatten_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> di
     return flat
 
 
-def _unflatten_optimizer(
-    model: nn.Module, optimizer: torch.optim.Optimizer, flat: Mapping[str, torch.Tensor]
-) -> None:
+def _unflatten_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, flat: Mapping[str, torch.Tensor]) -> None:
     parameters = dict(model.named_parameters())
     optimizer.state.clear()
     for full_name, value in flat.items():

@@ -76,6 +76,14 @@ class DataConfig(Section):
     num_workers: int = Field(2, ge=0)
     """Processes that decode images, for each training process."""
 
+    @model_validator(mode="after")
+    def _crop_fits(self) -> "DataConfig":
+        if self.resize_size is not None and self.resize_size < self.image_size:
+            raise ValueError(
+                f"`resize_size` must be at least `image_size`, {self.image_size}, or null. Got {self.resize_size}"
+            )
+        return self
+
 
 class LossConfig(Section):
     """The objective; every term can be weighted."""
@@ -218,7 +226,7 @@ class TrainConfig(Section):
     """Name of the run and of its folder."""
     output_dir: Path = Path("runs")
     """Folder of the runs."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**30)
     """Seed of everything that is drawn."""
     domains: dict[str, DomainSpec] = Field(min_length=1)
     """Domains by name; a plain string stands for `path`."""
@@ -309,7 +317,7 @@ def _pairs(overrides: Sequence[str]) -> list[tuple[str, Any]]:
             raise ConfigError(f"An override must look like `--section.key value`. Got {word!r}.")
         key, equals, text = word[2:].partition("=")
         if not equals:
-            if not words:
+            if not words or words[0].startswith("--"):
                 raise ConfigError(f"An override must have a value. Got `{word}` with none; write `{word} VALUE`.")
             text = words.pop(0)
         try:
@@ -332,7 +340,8 @@ def _set(values: dict[str, Any], key: str, value: Any) -> None:
 
 
 def _explain(error: ValidationError, path: str | Path) -> str:
-    first, *others = error.errors()
+    # A typo before what is missing because of it.
+    first, *others = sorted(error.errors(), key=lambda fault: fault["type"] != "extra_forbidden")
     where = ".".join(str(part) for part in first["loc"]) or "the config"
     more = f" ({len(others)} more)" if others else ""
     if first["type"] == "extra_forbidden":

@@ -71,9 +71,7 @@ class UdonForDistillation(nn.Module):
         rank: This process's number.
     """
 
-    def __init__(
-        self, config: UdonConfig, objective: LossConfig | None = None, udon: UdonModel | None = None
-    ) -> None:
+    def __init__(self, config: UdonConfig, objective: LossConfig | None = None, udon: UdonModel | None = None) -> None:
         super().__init__()
         self.config = config
         self.objective = objective or LossConfig()
@@ -101,7 +99,11 @@ class UdonForDistillation(nn.Module):
             bank = RelationalBank(
                 self.gather(student.detach()), self.gather(teacher.detach()), self.rank * len(student)
             )
-        distilled = student if self.objective.distill_through_backbone else self._student_of_detached(embeds)
+        distilled = (
+            student
+            if self.objective.distill_through_backbone
+            else self.udon.student_head(embeds.backbone_embeds.detach())
+        )
         # Half precision would round the cosines to steps of 4e-3, a quarter of what one unit of `scale` can move.
         with torch.autocast(pixel_values.device.type, enabled=False):
             student_logits = cosine_logits(student, self.student_prototypes[domain])
@@ -117,7 +119,9 @@ class UdonForDistillation(nn.Module):
             )
         losses = dict(zip(TERMS, terms, strict=True))
         weights = self.objective.weights()
-        total = sum(weights[name] * loss for name, loss in losses.items() if weights[name])
+        weighted = [weights[name] * loss for name, loss in losses.items() if weights[name]]
+        # Never the sum of nothing: the config sees to it that a weight is above 0.
+        total: torch.Tensor = sum(weighted)  # type: ignore[assignment]
         return DistillationOutput(
             loss=total / sum(weights.values()),
             losses=losses,
@@ -136,9 +140,6 @@ class UdonForDistillation(nn.Module):
             for name, parameter in self.named_parameters()
             if name in own or name.startswith(prefixes[0])
         }
-
-    def _student_of_detached(self, embeds: ModelOutput) -> torch.Tensor:
-        return self.udon.student_head(embeds.backbone_embeds.detach())
 
     def _classification(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         objective = self.objective

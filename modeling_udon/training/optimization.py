@@ -36,7 +36,8 @@ def frozen_steps(optim: OptimConfig, num_steps: int) -> int:
 
 def make_optimizer(model: UdonForDistillation, optim: OptimConfig) -> torch.optim.AdamW:
     """Makes AdamW with the groups `backbone` and `heads` (heads and prototypes)."""
-    backbone, heads = [], []
+    backbone: list[nn.Parameter] = []
+    heads: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         (backbone if name.startswith("udon.backbone.") else heads).append(parameter)
     groups = [
@@ -64,7 +65,7 @@ class IdleHeads:
 
     Args:
         model: The training model.
-        optimizer: Its AdamW; a head without state there has not been trained yet and has no momentum.
+        optimizer: Its AdamW; a head without state there has not been trained yet: it has no momentum, only decay.
         optim: The schedule and AdamW's values; with `idle_heads: hold` nothing moves and nothing is caught up.
         num_steps: Steps of the whole run.
     """
@@ -88,9 +89,7 @@ class IdleHeads:
             state = self._optimizer.state[parameter]
             if not state:
                 # As if AdamW had seen gradients of zero from the start: its bias correction counts those steps.
-                state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
-                state["exp_avg"] = torch.zeros_like(parameter)
-                state["exp_avg_sq"] = torch.zeros_like(parameter)
+                state.update(_empty_state(parameter))
             self._coast(parameter, state, self._steps_done[domain], step)
         self._steps_done[domain] = step + 1
 
@@ -103,8 +102,8 @@ class IdleHeads:
         kept: list[tuple[torch.Tensor, torch.Tensor]] = []
         for domain, done in self._steps_done.items():
             for parameter in self._parameters[domain]:
-                state = self._optimizer.state.get(parameter)
-                if self._optim.idle_heads == "coast" and state and done < step:
+                if self._optim.idle_heads == "coast" and done < step:
+                    state = self._optimizer.state.get(parameter) or _empty_state(parameter)
                     kept.append((parameter.data, parameter.detach().clone()))
                     with torch.no_grad():
                         self._coast(parameter, {name: value.clone() for name, value in state.items()}, done, step)
@@ -129,11 +128,11 @@ class IdleHeads:
             count, idle = missed + 1, missed + 1 - done
             moment = rate * beta1**idle / (1 - beta1**count)
             root = math.sqrt(beta2**idle / (1 - beta2**count))
-            # Weight decay comes first in each step and shrinks what earlier steps moved; at lr * decay of 1e-9 the
-            # order is lost in rounding, and the sum is taken as if the whole decay came first.
-            decay *= 1 - rate * self._optim.weight_decay
-            scale += moment
-            scale_by_root += moment / root if root > 0 else 0.0
+            # Weight decay comes first in each step, so it shrinks what earlier steps moved.
+            shrink = 1 - rate * self._optim.weight_decay
+            decay *= shrink
+            scale = scale * shrink + moment
+            scale_by_root = scale_by_root * shrink + (moment / root if root > 0 else 0.0)
         if scale > 0 and done > 0:
             denominator = state["exp_avg_sq"].sqrt().mul_(scale / scale_by_root).add_(self._optim.eps)
             parameter.mul_(decay).addcdiv_(state["exp_avg"], denominator, value=-scale)
@@ -142,3 +141,11 @@ class IdleHeads:
         state["exp_avg"].mul_(beta1 ** (step - done))
         state["exp_avg_sq"].mul_(beta2 ** (step - done))
         state["step"].fill_(float(step))
+
+
+def _empty_state(parameter: torch.Tensor) -> dict[str, torch.Tensor]:
+    return {
+        "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+        "exp_avg": torch.zeros_like(parameter),
+        "exp_avg_sq": torch.zeros_like(parameter),
+    }

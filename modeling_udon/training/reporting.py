@@ -30,7 +30,11 @@ class Reporter:
             # A run that starts anew measures its start again.
             _keep_rows(self._path, step if step else -1)
         self._bar = tqdm(
-            total=num_steps, initial=step, unit="step", dynamic_ncols=True, disable=not (self._is_main and _on_terminal())
+            total=num_steps,
+            initial=step,
+            unit="step",
+            dynamic_ncols=True,
+            disable=not (self._is_main and _on_terminal()),
         )
 
     def record(self, step: int, **values: Any) -> None:
@@ -103,7 +107,10 @@ def format_weights(path: Path, most: int = 12) -> str:
     stride = -(-len(rows) // most)
     names = list(rows[0]["next_weights"])
     widths = [max(8, len(name)) for name in names]
-    lines = ["sampling weights after step", "  ".join(["    step", *(n.rjust(w) for n, w in zip(names, widths, strict=True))])]
+    lines = [
+        "sampling weights after step",
+        "  ".join(["    step", *(n.rjust(w) for n, w in zip(names, widths, strict=True))]),
+    ]
     for row in [*rows[:-1:stride], rows[-1]]:
         cells = [f"{row['next_weights'][name]:.3f}".rjust(width) for name, width in zip(names, widths, strict=True)]
         lines.append("  ".join([str(row["step"]).rjust(8), *cells]))

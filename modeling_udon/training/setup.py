@@ -55,7 +55,9 @@ def build_model(config: TrainConfig, domains: Mapping[str, Domain]) -> UdonForDi
         raise ConfigError(f"`model.{what}` must be a vision encoder that opens. {reason[:400]}") from error
     _check_image_size(udon.config.backbone_config, config.data.image_size)
     if config.model.gradient_checkpointing:
-        udon.gradient_checkpointing_enable({"use_reentrant": False})
+        # transformers 5 has another name for it, and warns about the one that transformers 4 has.
+        enable = getattr(udon, "activation_checkpointing_enable", None) or udon.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
     return UdonForDistillation(udon.config, config.loss, udon)
 
 

@@ -150,7 +150,7 @@ def derived(request):
     model = UdonForDistillation(config)
     with torch.no_grad():
         for parameter in model.parameters():  # nothing may be at its neutral start, such as a bias of 0
-            parameter.add_(0.1 * torch.randn_like(parameter))
+            parameter.add_(0.3 * torch.randn_like(parameter))
     images, labels = 3 * torch.randn(6, 3, 32, 32), torch.randint(0, DOMAINS["d1"], (6,))
     formulas = Formulas(model, backbone)
     features = formulas.backbone(images.double())
