@@ -19,7 +19,7 @@ help:  ## Show this list
 	@echo "  PYTHON=python3.12 names another Python, PYTEST_ARGS='-k sampler' narrows the tests."
 
 demo: $(VENV)/.demo-installed  ## Train on real images of four small domains and show the tables (minutes, no GPU)
-	@$(VENV)/bin/accelerate launch $(LAUNCH_ARGS) train_udon.py --config configs/demo.yaml
+	@$(VENV)/bin/accelerate launch $(LAUNCH_ARGS) train_udon.py --config configs/demo.yaml --overwrite
 	@echo
 	@echo "Where to look:"
 	@echo "  runs/demo/best/           the student, ready for the Hub: AutoModel loads it with trust_remote_code=True"

@@ -3,9 +3,13 @@
 import argparse
 import sys
 
+from modeling_udon.data.dataset import BrokenImageError
 from modeling_udon.training.checkpoint import CheckpointError
 from modeling_udon.training.config import ConfigError, load_config
 from modeling_udon.training.trainer import TrainingError, train
+
+# What a worker's traceback ends with, before the message.
+PREFIX = f"{BrokenImageError.__module__}.{BrokenImageError.__name__}"
 
 
 def main() -> int:
@@ -25,8 +29,9 @@ def main() -> int:
     except ConfigError as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
-    except (CheckpointError, TrainingError) as error:
-        sys.stderr.write(f"error: {error}\n")
+    except (BrokenImageError, CheckpointError, TrainingError) as error:
+        # A worker's error carries its traceback before what it says.
+        sys.stderr.write(f"error: {str(error).strip().splitlines()[-1].removeprefix(f'{PREFIX}: ')}\n")
         return 1
     return 0
 

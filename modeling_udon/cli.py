@@ -24,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments.run(arguments)
     except ValueError as error:
         return _complain(arguments.verb, error, 2)
-    except OSError as error:
+    except (OSError, ImportError) as error:
         return _complain(arguments.verb, error, 1)
     except KeyboardInterrupt:
         return _complain(arguments.verb, "interrupted", 130)

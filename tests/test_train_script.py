@@ -1,11 +1,15 @@
 """`train_udon.py` ends a wrong call with one line and exit code 2, before any work."""
 
 import json
+import re
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 import train_udon
@@ -137,3 +141,20 @@ def test_changed_data_and_labels_are_named_on_resume(
     (old_run / "domains.json").write_text(json.dumps({"cats": saved["blobs"]}))
     assert "must be those the run was started with, cats. Got stripes, blobs, noise" in call(config, "--resume")
     (old_run / "domains.json").write_text(kept)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_broken_training_image_ends_the_run_in_one_line_that_names_it(
+    tmp_path, make_values, tiny_domains, run_script, num_workers
+):
+    broken = tmp_path / "broken"
+    shutil.copytree(tiny_domains / "blobs", broken)
+    for file in broken.glob("train*.parquet"):
+        table = pq.read_table(file)
+        garbage = pa.array([{"bytes": b"<html>", "path": "page.jpg"}] * len(table), table.schema.field("image").type)
+        pq.write_table(table.set_column(table.schema.get_field_index("image"), "image", garbage), file)
+    values = make_values(tmp_path, domains__blobs__path=str(broken), data__num_workers=num_workers)
+    done = run_script(values, check=False)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert re.search(r"^error: `domains\.blobs` has a broken image in row \d+ \(page\.jpg\): ", done.stderr, re.M)

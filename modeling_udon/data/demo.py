@@ -246,10 +246,8 @@ def _expose(image: PILImage.Image, strength: float, rng: np.random.Generator) ->
 
 
 def _paint(ink: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Colour the ink, of values 0 to 255: dark on light or, as often, light on dark."""
     dark, light = rng.uniform(0, 110, 3), rng.uniform(150, 255, 3)
-    paper, colour = (dark, light) if rng.random() < 0.5 else (light, dark)
-    return paper + (colour - paper) * ink[..., None] / 255
+    return light + (dark - light) * ink[..., None] / 255
 
 
 def _encode(image: PILImage.Image, format: str, **options: int) -> bytes:
@@ -264,10 +262,12 @@ def _encode(image: PILImage.Image, format: str, **options: int) -> bytes:
 def _draw_number(first: np.ndarray, second: np.ndarray, rng: np.random.Generator) -> bytes:
     """Write two digits, (8, 8) with values 0 to 16, beside each other in dark ink on grey paper."""
     ink = np.zeros((IMAGE_SIZE, IMAGE_SIZE), np.float32)
+    side = rng.uniform(9, 14)
+    shift = np.array([0, rng.uniform(-0.25, 0.25) * side])
     for digit, x in ((first, 0), (second, IMAGE_SIZE // 2)):
         tile = PILImage.fromarray((np.pad(digit, ((4, 4), (2, 2))) * 15).astype(np.uint8))
-        corners = _random_corners((6, 8), rng.uniform(9, 11), roll=0.1, tilt=0.05, rng=rng)
-        corners += rng.uniform(-0.5, 0.5, 2)
+        corners = _random_corners((6, 8), side, roll=0.1, tilt=0.05, rng=rng)
+        corners += shift + rng.uniform(-0.5, 0.5, 2)
         ink[:, x : x + IMAGE_SIZE // 2] = np.asarray(_warp(tile, corners, IMAGE_SIZE).resize((24, 48)))
     pixels = _paint(ink, rng)
     return _encode(_expose(PILImage.fromarray(pixels.astype(np.uint8)), 0.4, rng), "PNG")
@@ -355,10 +355,10 @@ def _without_lookalikes(characters: Sequence[str]) -> list[str]:
 
 
 def _draw_glyph(face: Face, rng: np.random.Generator) -> bytes:
-    """Print a glyph in a dark colour on light paper, or the other way round, and photograph it."""
-    side = GLYPH_SIZE * rng.uniform(1.1, 1.4)
+    """Print a glyph in a dark colour on light paper and photograph it."""
+    side = GLYPH_SIZE * rng.uniform(1.1, 1.9)
     centre = tuple(GLYPH_SIZE / 2 + rng.uniform(-0.5, 0.5, 2) * (side - GLYPH_SIZE))
-    corners = _random_corners(centre, side, roll=0.12, tilt=0.05, rng=rng)
+    corners = _random_corners(centre, side, roll=0.2, tilt=0.05, rng=rng)
     ink = np.asarray(_warp(_glyph(face), corners, 2 * IMAGE_SIZE).reduce(2), np.float32)
     pixels = _paint(ink, rng)
     return _encode(_expose(PILImage.fromarray(pixels.astype(np.uint8)), 0.5, rng), "JPEG", quality=90)

@@ -139,6 +139,12 @@ def open_domain(name: str, spec: DomainSpec, seed: int = 0) -> Domain:
             f"{spec.label_column!r}; only query and index splits may have several."
         )
     classes, labels = np.unique(np.asarray(train.labels), return_inverse=True)
+    if len(classes) < 2:
+        # Its loss would always be 0, and so would its weight once it is sampled by its loss.
+        raise ValueError(
+            f"`domains.{name}.label_column` must hold at least two training classes. Got {classes.tolist()} in "
+            f"{spec.label_column!r}; leave the domain out."
+        )
     return Domain(
         name=name,
         images=train.images,

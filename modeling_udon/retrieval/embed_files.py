@@ -188,7 +188,6 @@ def embed_source(
         mixed_precision=options.mixed_precision, kwargs_handlers=[InitProcessGroupKwargs(timeout=_PATIENCE)]
     )
     say = say if accelerator.is_main_process else lambda text: None
-    began = time.perf_counter()
     opened = open_source(spec)
     with accelerator.main_process_first():
         shards = _prepare(Path(out), opened, model, options, force and accelerator.is_main_process, say)
@@ -206,6 +205,7 @@ def embed_source(
     num_done = shards.num_images - sum(len(shards.rows(shard)) for shard in missing)
     if num_done:
         say(f"{num_done:,} of {shards.num_images:,} images are there already")
+    began = time.perf_counter()
     num_embedded = _embed_shards(source, model, shards, mine, options, accelerator)
     accelerator.wait_for_everyone()
     skipped = shards.collect_skipped() if accelerator.is_main_process else []

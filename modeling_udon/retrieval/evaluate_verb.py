@@ -16,7 +16,7 @@ from modeling_udon.retrieval.evaluate import choose_kind, domains_with
 from modeling_udon.retrieval.gallery import make_gallery
 from modeling_udon.retrieval.measure import Embedder, Study, encode_with, measure, merge_results
 from modeling_udon.retrieval.precomputed import KIND, read_split
-from modeling_udon.retrieval.protocol import write_results
+from modeling_udon.retrieval.protocol import check_metrics, write_results
 from modeling_udon.retrieval.report import write_report
 from modeling_udon.retrieval.tables import format_calibration, format_measurement
 
@@ -103,6 +103,7 @@ def evaluate(
         ValueError: If something that is asked for does not go with the rest.
     """
     transformers_logging.disable_progress_bar()
+    check_metrics(options.metrics)
     run = None if options.run is None else read_run(options.run)
     own_domains = specs is None
     if specs is None:

@@ -301,6 +301,16 @@ def _checked(name: str, domain: EmbeddedDomain) -> tuple[np.ndarray, np.ndarray,
     return flat, counts, index_embeds, index_labels
 
 
+def check_metrics(metrics: Sequence[str]) -> None:
+    """Refuses names of metrics that there are not, before any work.
+
+    Raises:
+        ValueError: If a metric is unknown.
+    """
+    for metric in metrics:
+        _parse(metric)
+
+
 def _parse(metric: str) -> tuple[str, int]:
     """The kind of a metric and its `k`, which is 0 for mAP@R."""
     if metric == "mAP@R":

@@ -30,7 +30,7 @@ class FoundImage:
         path: As it was embedded.
         file: Where it lies, if that is known.
         domain: Its domain, if the index knows it.
-        columns: Other columns that were kept.
+        columns: Other columns that were kept and are not empty.
         thumbnail: A JPEG, if one was kept.
         accepted: Whether the score reaches the model's threshold; `None` for a model without one.
     """
@@ -222,7 +222,7 @@ def _found(index: ImageIndex, model: EmbeddingModel, row: int, score: float) -> 
         path=values["path"],
         file=values["file"],
         domain=values.get("domain"),
-        columns={name: value for name, value in values.items() if name not in _OWN_COLUMNS},
+        columns={name: value for name, value in values.items() if name not in _OWN_COLUMNS and value is not None},
         thumbnail=values.get("thumbnail"),
         accepted=None if model.calibration is None else score >= model.calibration.threshold,
     )

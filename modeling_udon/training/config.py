@@ -165,8 +165,9 @@ class OptimConfig(Section):
     @field_validator("betas")
     @classmethod
     def _betas_in_range(cls, betas: tuple[float, float]) -> tuple[float, float]:
-        if not all(0 <= beta < 1 for beta in betas):
-            raise ValueError("both must be at least 0 and below 1")
+        # At a second beta of 0 a head's second moment would be gone after one idle step, and AdamW divides by it.
+        if not (0 <= betas[0] < 1 and 0 < betas[1] < 1):
+            raise ValueError("the first must be at least 0, the second above 0, both below 1")
         return betas
 
 

@@ -239,3 +239,8 @@ def test_changed_data_does_not_agree(tmp_path: Path, labels: list[str], seed: in
         check_label_maps({"cars": open_domain("cars", new)}, maps)
     with pytest.raises(ValueError, match="must be those the run was started with, cars. Got sop"):
         check_label_maps({"sop": open_domain("sop", new)}, maps)
+
+
+def test_a_domain_of_one_class_is_refused(tmp_path: Path) -> None:
+    message = refuse(save_train(tmp_path / "d", ["cat", "cat"], Value("string")))
+    assert "`domains.cars.label_column` must hold at least two training classes. Got ['cat']" in message

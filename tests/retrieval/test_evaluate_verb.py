@@ -11,16 +11,19 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
+from datasets import Dataset, Features
+from datasets import Image as ImageFeature
 from PIL import Image
 from torch.nn import functional as F
 from transformers import ViTConfig, ViTModel
 
 from modeling_udon.cli import main
 from modeling_udon.data.dataset import read_images
-from modeling_udon.data.domains import DomainSpec, open_domain
+from modeling_udon.data.domains import Domain, DomainSpec, EvaluationSplit, ImageSplit, open_domain
 from modeling_udon.data.transforms import image_processor
 from modeling_udon.modeling_udon import UdonModel
 from modeling_udon.retrieval.encoders import open_model, open_run, read_run
+from modeling_udon.retrieval.precomputed import read_split
 
 METRICS = ("R@1", "mMP@5")
 
@@ -137,13 +140,15 @@ def test_everything_that_can_be_asked_for_is_in_the_results(udon, own_run):
     assert list(analysis["pca"]) == ["4", "2"] and analysis["intervals"]["num_samples"] == 10
     assert {row["code"] for row in analysis["quality_per_byte"]} == {"float32", "int8", "binary"}
     assert analysis["leaks"]["num_leaked"] == 0 and analysis["leaks"]["compared"] == "decoded pixels"
-    for title in ("reduced to 4 dimensions", "quality a byte", "0 of 91 images of the test split occur in training"):
+    for title in ("reduced to 4 dimensions", "quality a byte", "0 of 85 images of the test split occur in training"):
         assert title in out
     assert (own_run / "report.html").read_text().startswith("<!DOCTYPE html>")
 
 
 def test_the_model_alone_scores_as_in_its_run(udon, run, config, tmp_path):
-    assert udon("evaluate", "--model", run / "best", "--config", config, "--output", tmp_path, "--num-workers", 0)[0] == 0
+    assert (
+        udon("evaluate", "--model", run / "best", "--config", config, "--output", tmp_path, "--num-workers", 0)[0] == 0
+    )
     found = json.loads((tmp_path / "results.json").read_text())
     expected = json.loads((run / "results.json").read_text())["splits"]["test"]
     for name, values in expected["merged"]["domains"].items():
@@ -193,14 +198,14 @@ def test_a_run_without_its_checkpoints_has_no_teachers(own_run):
     torch.testing.assert_close(without["student"], student((pixels / 127.5 - 1).permute(0, 3, 1, 2)).image_embeds)
 
 
-def write_embeddings(folder, domains, split="test", change=lambda name, table: table):
+def write_embeddings(folder, domains, split="test", change=lambda table: table):
     for name, domain in domains.items():
         embeds = raw_pixels(domain, split)
         order = np.random.default_rng(0).permutation(len(embeds))
         table = pa.table({"row": order, "embedding": list(7 * embeds[order].astype(np.float32))})
         place = folder / name / split
         place.mkdir(parents=True)
-        changed = change(name, table)
+        changed = change(table)
         half = len(changed) // 2
         pq.write_table(changed[:half], place / "part-00000.parquet")
         pq.write_table(changed[half:], place / "part-00001.parquet")
@@ -228,34 +233,43 @@ def test_embeddings_of_one_file_go_by_their_order(udon, config, tmp_path):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda name, t: t[1:], ["must hold one for each of the 30 images", "got 29"]),
-        (lambda name, t: t.drop_columns(["embedding"]), ["must have a column 'embedding', got row in"]),
+        (lambda table: table[1:], ["must hold one for each of the 40 images", "got 39 with 39 of their rows"]),
+        (lambda table: table.drop_columns(["embedding"]), ["must have a column 'embedding', got row in"]),
         (
-            lambda name, t: t.set_column(1, "embedding", [np.zeros(2)] * len(t)) if name == "blobs" else t,
+            lambda table: pa.table({"row": table["row"], "embedding": [[0.0, 0.0]] * len(table)}),
             ["must be finite and not zero"],
         ),
     ],
 )
 def test_embeddings_that_do_not_fit_are_refused(udon, config, tmp_path, change, words):
-    def only_blobs(name, table):
-        return change(name, table) if name == "blobs" else table
-
     domains = {name: domain for name, domain in opened(config).items() if name == "blobs"}
     values = yaml.safe_load(config.read_text())
     values["domains"] = {"blobs": values["domains"]["blobs"]}
     alone = tmp_path / "alone.yaml"
     alone.write_text(yaml.safe_dump(values))
-    # The test split of blobs has 4 classes of 10 images.
-    words = [word.replace("30", "40").replace("29", "39") for word in words]
-    write_embeddings(tmp_path / "embedded", domains, change=only_blobs)
+    write_embeddings(tmp_path / "embedded", domains, change=change)
     code, _, err = udon("evaluate", "--embeddings", tmp_path / "embedded", "--config", alone)
     assert code == 2 and err.count("\n") == 1 and all(word in err for word in words), err
 
 
+def test_embeddings_of_other_images_are_refused(tmp_path):
+    rows = [{"bytes": b"", "path": f"/data/{name}.png"} for name in "abc"]
+    images = Dataset.from_dict({"image": rows}, features=Features({"image": ImageFeature(decode=False)}))
+    domain = Domain("a", images, np.zeros(3), (0,), "", {"test": EvaluationSplit(ImageSplit(images, [0, 1, 1]), None)})
+    (tmp_path / "a").mkdir()
+
+    def read(*paths):
+        table = pa.table({"path": paths, "embedding": [[3.0, 4.0]] * 3})
+        pq.write_table(table, tmp_path / "a" / "test.parquet")
+        return read_split(tmp_path, {"a": domain}, "test")["a"]["precomputed"]
+
+    assert read("a.png", "elsewhere/b.png", "c.png").query_embeds.tolist() == [pytest.approx([0.6, 0.8])] * 3
+    with pytest.raises(ValueError, match=r"must be of the data's images, got c.png where .*/b.png, in row 1"):
+        read("a.png", "c.png", "b.png")
+
+
 def test_calibration_lies_beside_the_model_and_keeps_its_rate(udon, own_run):
-    code, out, _ = udon(
-        "evaluate", "--run", own_run, "--calibrate", "--false-accept-rate", "0.1", "--num-workers", 0
-    )
+    code, out, _ = udon("evaluate", "--run", own_run, "--calibrate", "--false-accept-rate", "0.1", "--num-workers", 0)
     calibration = json.loads((own_run / "best" / "calibration.json").read_text())
     assert code == 0 and f"a score of at least {calibration['threshold']:.4f}" in out
     assert (calibration["false_accept_rate"], calibration["split"]) == (0.1, "validation")
@@ -274,17 +288,29 @@ def test_report_writes_the_page_of_a_run(udon, own_run):
     ("words", "message"),
     [
         ([], "one of the arguments --run --model --embeddings is required"),
-        (["--run", "nowhere"], "--run must be the folder of a run with a best student, got nowhere without config.yaml"),
+        (
+            ["--run", "nowhere"],
+            "--run must be the folder of a run with a best student, got nowhere without config.yaml",
+        ),
         (["--model", "raw-pixels"], "--config must name the domains of a --model or --embeddings"),
         (["--model", "{vit}", "--config", "{config}"], "--pooling must be named for {vit}, which is not a UDON model"),
-        (["--model", "raw-pixels", "--pooling", "cls", "--config", "{config}"], "--pooling must be left out for raw-pix"),
+        (
+            ["--model", "raw-pixels", "--pooling", "cls", "--config", "{config}"],
+            "--pooling must be left out for raw-pix",
+        ),
         (["--model", "{run}/best", "--pooling", "cls", "--config", "{config}"], "--pooling must be left out for {run}"),
         (["--model", "no/such-model", "--config", "{config}"], "--model must be a folder of a model, a Hub id, timm:"),
         (["--model", "raw-pixels", "--config", "{config}", "--report"], "--report must have a folder to go to"),
         (["--model", "raw-pixels", "--config", "{config}", "--calibrate"], "--calibrate must have a folder for"),
-        (["--embeddings", "nowhere", "--config", "{config}"], "--embeddings must hold nowhere/stripes/test/*.parquet or"),
+        (
+            ["--embeddings", "nowhere", "--config", "{config}"],
+            "--embeddings must hold nowhere/stripes/test/*.parquet or",
+        ),
         (["--run", "{run}", "--metrics", "P@3", "--num-workers", "0"], 'a metric must be "R@k" or "mMP@k"'),
-        (["--run", "{run}", "--pca", "99", "--num-workers", "0"], "--pca must be at most 8, the dimension of"),
+        (
+            ["--run", "{run}", "--pca", "99", "--num-workers", "0"],
+            "dim must be between 1 and 8, the dimension of the embeddings, got 99",
+        ),
         (["--run", "{run}", "--false-accept-rate", "1.5"], "argument --false-accept-rate: must be a number above 0"),
         (["--run", "{run}", "--split", "train"], "argument --split: invalid choice: 'train'"),
     ],
@@ -311,13 +337,13 @@ def test_a_config_without_the_split_is_refused(udon, config, tmp_path):
     other = tmp_path / "other.yaml"
     other.write_text(yaml.safe_dump(values))
     code, _, err = udon("evaluate", "--model", "raw-pixels", "--config", other)
-    assert code == 2 and "--config must name at least one domain with a test split, got stripes, blobs, noise" in err
+    assert code == 2 and "--config must name at least one domain with a test split, got blobs, noise, stripes" in err
 
 
 def test_timm_that_is_missing_is_named(udon, config, monkeypatch):
     monkeypatch.setitem(sys.modules, "timm", None)
     code, _, err = udon("evaluate", "--model", "timm:resnet18", "--pooling", "mean", "--config", config)
-    assert code == 2 and "--model timm:NAME needs timm, which is missing: pip install timm" in err
+    assert code == 1 and "--model timm:NAME needs timm, which is missing: pip install timm" in err
 
 
 @pytest.mark.parametrize("pooling", ["cls", "mean", "pooler"])
