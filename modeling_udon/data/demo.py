@@ -213,7 +213,7 @@ def _require(module: str) -> Any:
 
 
 def _warp(image: PILImage.Image, corners: np.ndarray, size: int) -> PILImage.Image:
-    """Map the quadrilateral `corners` of `image`, (4, 2) clockwise from the upper left, onto a square of side `size`."""
+    """Map the quadrilateral `corners` of `image`, (4, 2) clockwise from the upper left, onto a square."""
     targets = [(0.0, 0.0), (size, 0.0), (size, size), (0.0, size)]
     rows, values = [], []
     for (u, v), (x, y) in zip(targets, corners, strict=True):
@@ -342,7 +342,8 @@ def _without_lookalikes(characters: Sequence[str]) -> list[str]:
         charmap = _charmap(font)
         drawn = [row for row, character in enumerate(characters) if character in charmap]
         # Blurred, because two thin outlines need not overlap to be the same shape.
-        blurred = [_glyph((font, characters[row])).filter(ImageFilter.GaussianBlur(3)).resize((24, 24)) for row in drawn]
+        glyphs = [_glyph((font, characters[row])) for row in drawn]
+        blurred = [glyph.filter(ImageFilter.GaussianBlur(3)).resize((24, 24)) for glyph in glyphs]
         pixels = np.array([np.asarray(shape, np.float32).ravel() for shape in blurred])
         pixels -= pixels.mean(axis=1, keepdims=True)
         pixels /= np.linalg.norm(pixels, axis=1, keepdims=True) + 1e-6

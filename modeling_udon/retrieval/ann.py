@@ -359,7 +359,7 @@ def _efforts(index: Any) -> tuple[list[int], str]:
 def _write_metadata(opened: Sequence[Embeddings], file: Path) -> None:
     try:
         schema = pa.unify_schemas([part.schema for part in opened])
-    except pa.ArrowInvalid as error:
+    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
         raise ValueError(f"`embeddings` must agree in the types of their columns: {error}") from error
     with pa.ipc.new_file(str(file), schema) as writer:
         for part in opened:

@@ -32,7 +32,10 @@ def refuse(path: Path, *overrides: str) -> str:
         ({"optim__lr": -1}, "`optim.lr`: input should be greater than or equal to 0. Got -1"),
         ({"optim__lr": float("inf")}, "`optim.lr`: input should be a finite number. Got inf"),
         ({"optim__betas": [0.9, 0.0]}, "`optim.betas`: the first must be at least 0, the second above 0"),
-        ({"optim__betas": [0.9, 1.0]}, "`optim.betas`: the first must be at least 0, the second above 0, both below 1. Got \\[0.9, 1.0\\]"),
+        (
+            {"optim__betas": [0.9, 1.0]},
+            "`optim.betas`: the first must be at least 0, the second above 0, both below 1. Got \\[0.9, 1.0\\]",
+        ),
         ({"train__batch_size": 8.5}, "`train.batch_size`: input should be a valid integer.* Got 8.5"),
         ({"train__num_epochs": 2}, "`train`: give either `num_steps` or `num_epochs`, not both"),
         ({"train__num_steps": None}, "`train`: give either `num_steps` or `num_epochs`, not both"),
