@@ -23,6 +23,7 @@ demo: $(VENV)/.demo-installed  ## Train on real images of four small domains and
 	@echo
 	@echo "Where to look:"
 	@echo "  runs/demo/best/           the student, ready for the Hub: AutoModel loads it with trust_remote_code=True"
+	@echo "  runs/demo/report.html     tables, curves, confusion and galleries of neighbours, for a browser"
 	@echo "  runs/demo/results.json    the tables above, as numbers"
 	@echo "  runs/demo/metrics.jsonl   losses and sampling weights of the whole run"
 	@echo "  runs/demo/config.yaml     every setting and version, to run it again"

@@ -194,6 +194,12 @@ def _open_timm(name: str, pooling: Pooling, image_size: int | None) -> Encoder:
         hidden = model.forward_features(pixels)
         if pooling == "pooler":
             return model.forward_head(hidden, pre_logits=True)
+        if hidden.ndim == 4 and hidden.shape[-1] == model.num_features:
+            hidden = hidden.flatten(1, 2)  # (B, H, W, D), as Swin has it -> (B, N, D)
+            if pooling == "cls":
+                raise ValueError(
+                    f"--pooling must fit the model's output, got cls for {name}, a map; use mean or pooler"
+                )
         return _pool_hidden(hidden, pooling)
 
     settings = _settings(size, mean, std) | {"pooling": pooling, "timm": timm.__version__}

@@ -24,8 +24,11 @@ from modeling_udon.data.transforms import EvalTransform, TrainTransform, image_p
 from modeling_udon.hub.card import render_card
 from modeling_udon.hub.export import export_student
 from modeling_udon.retrieval.embed import ImageEmbedder
-from modeling_udon.retrieval.evaluate import domains_with, evaluate_baselines, evaluate_model
+from modeling_udon.retrieval.evaluate import domains_with, evaluate_baselines, evaluate_model, search_model
+from modeling_udon.retrieval.gallery import make_gallery
+from modeling_udon.retrieval.measure import analyse
 from modeling_udon.retrieval.protocol import SplitScores, build_results, format_table, versions, write_results
+from modeling_udon.retrieval.report import write_report
 from modeling_udon.training.checkpoint import (
     TrainState,
     find_checkpoint,
@@ -286,16 +289,19 @@ class Trainer:
         self._clock += time.perf_counter() - started
 
     def finish(self) -> dict[str, Any] | None:
-        """Tests the best student and its teachers and writes `results.json`."""
+        """Tests the best student and its teachers and writes `results.json` and `report.html`."""
         self.model.load_state_dict(load_file(self._best_weights))
         results = None
         tested = domains_with(self.domains, "test")
         if tested:
-            scores = evaluate_model(self.model.udon, tested, "test", self._embedder, self.mean, self.std)
+            found = search_model(self.model.udon, tested, "test", self._embedder, self.mean, self.std)
+            scores = found.scores()
             baseline = json.loads(self._baseline_path.read_text(encoding="utf-8"))
             results = build_results({"test": scores}, baseline=baseline, config=dump_config(self.config))
+            results["analysis"] = {"test": analyse(found)}
             if self.accelerator.is_main_process:
                 write_results(self.config.run_dir / "results.json", results)
+                write_report(self.config.run_dir, results, {"test": make_gallery(found.merged, tested, "test")})
                 self._export_best(results)
             self.reporter.say("\n" + format_table(results))
             self.reporter.say("\n" + format_changes(baseline["untrained"], scores.merged))

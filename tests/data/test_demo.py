@@ -81,7 +81,5 @@ def test_a_missing_package_is_answered_with_the_extra_that_brings_it(monkeypatch
         raise ImportError(name)
 
     monkeypatch.setattr(importlib, "import_module", refuse)
-    with pytest.raises(
-        ImportError, match=r"need sklearn, which is missing: pip install .*\[demo-data\]"
-    ):
+    with pytest.raises(ImportError, match=r"need sklearn, which is missing: pip install .*\[demo-data\]"):
         build_demo_domain("numbers")

@@ -346,11 +346,11 @@ def test_timm_that_is_missing_is_named(udon, config, monkeypatch):
     assert code == 1 and "--model timm:NAME needs timm, which is missing: pip install timm" in err
 
 
-@pytest.mark.parametrize("pooling", ["cls", "mean", "pooler"])
-def test_a_model_of_timm_is_pooled_as_named(monkeypatch, pooling):
-    tokens = torch.randn(2, 5, 6)
+def fake_timm(monkeypatch, hidden):
     model = types.SimpleNamespace(
-        forward_features=lambda pixels: tokens, forward_head=lambda hidden, pre_logits: hidden.amax(dim=1)
+        forward_features=lambda pixels: hidden,
+        forward_head=lambda hidden, pre_logits: hidden.amax(dim=1),
+        num_features=6,
     )
     model.eval = lambda: model
     data = {"input_size": (3, 12, 12), "mean": (0.5,) * 3, "std": (0.5,) * 3}
@@ -360,8 +360,25 @@ def test_a_model_of_timm_is_pooled_as_named(monkeypatch, pooling):
         data=types.SimpleNamespace(resolve_model_data_config=lambda model: data),
     )
     monkeypatch.setitem(sys.modules, "timm", timm)
+
+
+@pytest.mark.parametrize("pooling", ["cls", "mean", "pooler"])
+def test_a_model_of_timm_is_pooled_as_named(monkeypatch, pooling):
+    tokens = torch.randn(2, 5, 6)
+    fake_timm(monkeypatch, tokens)
     encoder = open_model("timm:tiny", pooling)
     expected = {"cls": tokens[:, 0], "mean": tokens.mean(dim=1), "pooler": tokens.amax(dim=1)}[pooling]
     found = encoder.embed_for("any")(torch.zeros(2, 12, 12, 3, dtype=torch.uint8))["features"]
     torch.testing.assert_close(found, F.normalize(expected, dim=1))
     assert encoder.transform(np.zeros((30, 20, 3), np.uint8)).shape == (12, 12, 3)
+
+
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_a_map_of_timm_is_averaged_over_its_places(monkeypatch, channels_last):
+    places = torch.randn(2, 3, 4, 6)
+    fake_timm(monkeypatch, places if channels_last else places.permute(0, 3, 1, 2))
+    pixels = torch.zeros(2, 12, 12, 3, dtype=torch.uint8)
+    found = open_model("timm:tiny", "mean").embed_for("any")(pixels)["features"]
+    torch.testing.assert_close(found, F.normalize(places.mean(dim=(1, 2)), dim=1))
+    with pytest.raises(ValueError, match="--pooling must fit the model's output, got cls for"):
+        open_model("timm:tiny", "cls").embed_for("any")(pixels)
