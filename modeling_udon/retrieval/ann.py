@@ -266,10 +266,11 @@ def _empty_index(kind: str, dim: int, num_images: int) -> Any:
         "flat": "Flat",
         "sq8": "SQ8",
         "hnsw": "HNSW32,Flat",
-        # Bare PQ takes no filter; with one list it is the same and takes one.
-        "pq": f"IVF1,PQ{num_bytes}x8",
+        # Bare PQ takes no filter; with one list it is the same and takes one. "np" spares FAISS the ordering of codes
+        # for a search by Hamming distance, which is slow to train and not used here.
+        "pq": f"IVF1,PQ{num_bytes}x8np",
         "ivf": f"IVF{num_lists},Flat",
-        "ivfpq": f"IVF{num_lists},PQ{num_bytes}x8",
+        "ivfpq": f"IVF{num_lists},PQ{num_bytes}x8np",
         # A bit a dimension, by its sign after centring, with two correction factors (arXiv 2405.12497).
         "binary": "RaBitQ",
     }[kind]
