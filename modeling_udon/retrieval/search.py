@@ -229,9 +229,9 @@ def _found(index: ImageIndex, model: EmbeddingModel, row: int, score: float) -> 
 
 
 def _cells(rank: int, found: FoundImage) -> list[str]:
-    others = [f"{name}={value}" for name, value in found.columns.items()]
-    cells = [f"{rank}", f"{found.score:.3f}", found.domain or "", found.path, *others]
-    return [printable(cell) for cell in cells] + ["not in the index" if found.accepted is False else ""]
+    others = "  ".join(f"{name}={value}" for name, value in found.columns.items())
+    mark = "not in the index" if found.accepted is False else ""
+    return [printable(cell) for cell in (f"{rank}", f"{found.score:.3f}", found.domain or "", found.path, others, mark)]
 
 
 def _json_value(value: Any) -> Any:

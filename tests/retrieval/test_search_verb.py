@@ -9,6 +9,7 @@ from html.parser import HTMLParser
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from datasets import Dataset, Features, Image, Value
 
 
 @pytest.fixture
@@ -44,6 +45,19 @@ def test_the_table_shows_rank_score_domain_and_path(search, pictures):
     lines = search(pictures / "cats" / "3.png", "-k", 2).out.splitlines()
     assert lines[0] == str(pictures / "cats" / "3.png")
     assert re.fullmatch(r"  1  1\.000  cats  +cats/3\.png", lines[1]) and lines[2].startswith("  2  ")
+
+
+def test_images_with_and_without_further_columns_stand_in_one_table(udon, student, embedded, pictures, png, tmp_path):
+    rows = {"image": [{"bytes": png(0), "path": None}], "label": ["a\nb"]}
+    Dataset.from_dict(rows, features=Features({"image": Image(), "label": Value("string")})).to_parquet(
+        tmp_path / "x.parquet"
+    )
+    arguments = ("--columns", "label", "--model", student, "--out", tmp_path / "x", "--num-workers", 0)
+    assert udon("embed", tmp_path / "x.parquet", *arguments).code == 0
+    udon("index", embedded, tmp_path / "x", "--out", tmp_path / "both")
+    arguments = ("--index", tmp_path / "both", "--model", student, "-k", 13)
+    lines = udon("search", pictures / "cars" / "0.jpg", *arguments).out.splitlines()
+    assert len(lines) == 14 and sum(line.endswith(r"  label=a\nb") for line in lines) == 1
 
 
 def test_a_folder_is_searched_image_by_image_and_what_cannot_be_read_is_named(search, pictures):
