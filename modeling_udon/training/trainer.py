@@ -197,6 +197,7 @@ class Trainer:
             pin_memory=self.accelerator.device.type == "cuda",
             generator=torch.Generator(),
         )
+        self._clock = time.perf_counter()
         # One pass over the loader is one interval of the sampler: the weights change between two passes.
         while self.step < self.num_steps:
             yield from loader
