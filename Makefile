@@ -6,7 +6,7 @@ PYTEST_ARGS ?=
 
 PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
 # Spelled out, so that `accelerate launch` neither asks for a configuration nor warns, takes one GPU if there is one,
-# and takes half of the cores for arithmetic: the others decode, and so small a model gains nothing from more.
+# and takes half of the cores for arithmetic while the others decode.
 LAUNCH_ARGS = --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
 	--num_cpu_threads_per_process $$($(VENV)/bin/python -c "import os; print(max(1, os.cpu_count() // 2))")
 
