@@ -86,12 +86,12 @@ def build_numbers(rng: np.random.Generator) -> dict[str, Examples]:
 
 
 def build_letters(rng: np.random.Generator) -> dict[str, Examples]:
-    """Letters of five alphabets, each image in another font: the class is the letter.
+    """Letters of six alphabets in many fonts: the class is the letter.
 
     Source: the fonts in matplotlib's wheel: DejaVu (Bitstream Vera licence), STIX (STIX font licence), Computer
     Modern (BaKoMa licence), with the mathematical styles of STIX (script, fraktur, double-struck) as further fonts.
-    Train is Latin and Cyrillic, validation Georgian, test Greek and Armenian: alphabets never seen. Of letters that
-    look alike (Latin A, Greek Alpha, Cyrillic A; c and C) the first stays. 118 / 26 / 66 classes of
+    Train is Latin, Cyrillic and phonetic, validation Georgian, test Greek and Armenian: alphabets never seen. Of
+    letters that look alike (Latin A, Greek Alpha, Cyrillic A; c and C) the first stays. 118 / 26 / 66 classes of
     30 / 6 / 6 images.
     """
     letters = _without_lookalikes(_characters(LATIN + CYRILLIC + PHONETIC + GEORGIAN + GREEK + ARMENIAN))
@@ -246,7 +246,10 @@ def _expose(image: PILImage.Image, strength: float, rng: np.random.Generator) ->
 
 
 def _paint(ink: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Dark ink, of values 0 to 255, on light paper, under a lamp that stands to one side."""
+    """Dark ink, of values 0 to 255, on light paper, under a lamp that stands to one side.
+
+    The shading misleads a comparison of raw pixels, far more than it makes the task hard: see `docs/benchmarks.md`.
+    """
     dark, light = rng.uniform(0, 110, 3), rng.uniform(150, 255, 3)
     painted = light + (dark - light) * ink[..., None] / 255
     angle = rng.uniform(0, 2 * math.pi)
