@@ -1,4 +1,4 @@
-"""Exact search over embeddings, with FAISS or with torch; the only file that loads FAISS.
+"""Exact search over embeddings, with FAISS or with torch.
 
 Both backends give the same ids and the same scores, whatever the chunk size, the number of threads and the precision
 that the process allows for matrix products:
