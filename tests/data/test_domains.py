@@ -186,7 +186,6 @@ def test_what_is_wrong_with_the_data_is_named(tmp_path: Path) -> None:
     nothing = make_split([], Value("int64"))
     for spec in (
         write_parquet(tmp_path / "empty parquet", {"train": nothing}),
-        save(tmp_path / "empty", train=nothing),
         DomainSpec(path=str(tmp_path / "nowhere")),
     ):
         assert refuse(spec).startswith(f"`domains.cars.path` must be a data set that opens. Got '{spec.path}': ")

@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from packaging.version import Version
 
 from modeling_udon.retrieval import ann
 from modeling_udon.retrieval.ann import KINDS, ImageIndex, build_index, choose_kind, exact_neighbours, read_rows
@@ -140,6 +141,8 @@ def test_several_folders_make_one_index_that_keeps_all_columns_and_knows_where_f
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/maps")
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_index_is_opened_memory_mapped(embeddings, tmp_path, kind):
+    if kind == "binary" and Version(faiss.__version__) < Version("1.15.1"):
+        pytest.skip(f"FAISS {faiss.__version__} reads a binary index whole; 1.15.1 maps it")
     build_index([embeddings], tmp_path / "i", kind=kind, target_recall=0.1)
     index = ImageIndex(tmp_path / "i")
     mapped = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines()}
