@@ -6,40 +6,42 @@ test, and so is what they are made of: other pen strokes, other alphabets, other
 stored encoded, as any dataset on the Hub, so that training reads them through the usual path.
 """
 
-import functools
-import importlib
 import io
 import math
-import unicodedata
 import zlib
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Iterator
 
 import numpy as np
 from datasets import Dataset, DatasetDict, Features, Image, Value
 from PIL import Image as PILImage
-from PIL import ImageDraw, ImageFilter, ImageFont
+from PIL import ImageFilter
+
+from modeling_udon.data.glyphs import (
+    GLYPH_SIZE,
+    CodePoints,
+    characters_in,
+    draw_glyph,
+    find_faces,
+    pick_faces,
+    require,
+    without_lookalikes,
+)
 
 IMAGE_SIZE = 48
-GLYPH_SIZE = 64
-GLYPH_FONT_SIZE = 56
-LOOKALIKE_CORRELATION = 0.88
 PLACE_SIZE = 64
 MIN_PLACE_DETAIL = 12.0
+# Radians by which a print may be turned when it is photographed.
+NUMBER_ROLL = 0.5
+GLYPH_ROLL = 0.8
 
-# Inclusive ranges of code points.
-LATIN = ((0x41, 0x5A), (0x61, 0x7A))
-CYRILLIC = ((0x410, 0x44F),)
-PHONETIC = ((0x250, 0x2AF),)
-GEORGIAN = ((0x10D0, 0x10F0),)
-GREEK = ((0x391, 0x3A9), (0x3B1, 0x3C9))
-ARMENIAN = ((0x531, 0x556), (0x561, 0x586))
-SYMBOLS = ((0x2190, 0x23FF), (0x25A0, 0x27BF), (0x2900, 0x2BFF))
-MATH_LETTERS = range(0x1D400, 0x1D800)
-
-# Two glyphs are alike if they are alike in one of these, so that a serif or a slant cannot hide a twin.
-REFERENCE_FONTS = ("DejaVuSans", "DejaVuSerif", "DejaVuSerif-Italic", "STIXGeneral")
+LATIN: CodePoints = ((0x41, 0x5A), (0x61, 0x7A))
+CYRILLIC: CodePoints = ((0x410, 0x44F),)
+PHONETIC: CodePoints = ((0x250, 0x2AF),)
+GEORGIAN: CodePoints = ((0x10D0, 0x10F0),)
+GREEK: CodePoints = ((0x391, 0x3A9), (0x3B1, 0x3C9))
+ARMENIAN: CodePoints = ((0x531, 0x556), (0x561, 0x586))
+ALPHABETS = LATIN + CYRILLIC + PHONETIC + GEORGIAN + GREEK + ARMENIAN
+SYMBOLS: CodePoints = ((0x2190, 0x23FF), (0x25A0, 0x27BF), (0x2900, 0x2BFF))
 
 TRAIN_PHOTOGRAPHS = (
     "astronaut",
@@ -54,7 +56,6 @@ VALIDATION_PHOTOGRAPHS = ("camera", "flower.jpg")
 TEST_PHOTOGRAPHS = ("china.jpg", "coins", "stereo_motorcycle")
 
 Examples = list[tuple[str, bytes]]
-Face = tuple[str, str]  # font name, character to draw with it
 Sight = tuple[PILImage.Image, float, float]  # photograph, x and y of the place's centre in it
 
 
@@ -62,14 +63,14 @@ def build_numbers(rng: np.random.Generator) -> dict[str, Examples]:
     """Two handwritten digits side by side: the class is the number that they write, "00" to "99".
 
     Source: `sklearn.datasets.load_digits`, 1797 grey images of 8x8 (the test half of UCI's Optical Recognition of
-    Handwritten Digits, CC BY 4.0). 60 / 10 / 30 classes of 30 / 12 / 12 images. A number goes to a split by the
+    Handwritten Digits, CC BY 4.0). 60 / 10 / 30 classes of 50 / 12 / 12 images. A number goes to a split by the
     difference of its digits, so every digit stands equally often in both positions of every split, and the digits of
     a split come from its own block of the source images, which follow the writers.
     """
-    digits = _require("sklearn.datasets").load_digits()
+    digits = require("sklearn.datasets").load_digits()
     differences = rng.permutation(10)
     plan = {
-        "train": (differences[:6], slice(0, 1000), 30),
+        "train": (differences[:6], slice(0, 1000), 50),
         "validation": (differences[6:7], slice(1000, 1300), 12),
         "test": (differences[7:], slice(1300, None), 12),
     }
@@ -78,8 +79,8 @@ def build_numbers(rng: np.random.Generator) -> dict[str, Examples]:
         strokes = [digits.images[block][digits.target[block] == digit] for digit in range(10)]
         numbers = sorted((first, (first + int(d)) % 10) for first in range(10) for d in split_differences)
         splits[split] = [
-            (f"{first}{second}", _draw_number(rng.choice(strokes[first]), rng.choice(strokes[second]), rng))
-            for first, second in numbers
+            (f"{a}{b}", _photograph(_write(rng.choice(strokes[a]), rng.choice(strokes[b]), rng), NUMBER_ROLL, rng))
+            for a, b in numbers
             for _ in range(num_images)
         ]
     return splits
@@ -91,18 +92,18 @@ def build_letters(rng: np.random.Generator) -> dict[str, Examples]:
     Source: the fonts in matplotlib's wheel: DejaVu (Bitstream Vera licence), STIX (STIX font licence), Computer
     Modern (BaKoMa licence), with the mathematical styles of STIX (script, fraktur, double-struck) as further fonts.
     Train is Latin, Cyrillic and phonetic, validation Georgian, test Greek and Armenian: alphabets never seen. Of
-    letters that look alike (Latin A, Greek Alpha, Cyrillic A; c and C) the first stays. 118 / 26 / 66 classes of
-    30 / 6 / 6 images.
+    letters that look alike, also when turned (Latin A, Greek Alpha; p and d), the first stays. 95 / 23 / 49 classes of
+    60 / 6 / 6 images.
     """
-    letters = _without_lookalikes(_characters(LATIN + CYRILLIC + PHONETIC + GEORGIAN + GREEK + ARMENIAN))
-    faces = _faces(letters)
-    plan = {"train": (LATIN + CYRILLIC + PHONETIC, 30), "validation": (GEORGIAN, 6), "test": (GREEK + ARMENIAN, 6)}
+    letters = [shape for shape in _shapes() if shape in set(characters_in(ALPHABETS))]
+    faces = find_faces(letters)
+    plan = {"train": (LATIN + CYRILLIC + PHONETIC, 60), "validation": (GEORGIAN, 6), "test": (GREEK + ARMENIAN, 6)}
     return {
         split: [
-            (letter, _draw_glyph(face, rng))
+            (letter, _photograph(draw_glyph(face), GLYPH_ROLL, rng))
             for letter in letters
-            if letter in set(_characters(ranges))
-            for face in _pick(faces[letter], num_images, rng)
+            if letter in set(characters_in(ranges))
+            for face in pick_faces(faces[letter], num_images, rng)
         ]
         for split, (ranges, num_images) in plan.items()
     }
@@ -111,23 +112,26 @@ def build_letters(rng: np.random.Generator) -> dict[str, Examples]:
 def build_symbols(rng: np.random.Generator) -> dict[str, Examples]:
     """Arrows, operators, technical signs, dingbats: the class is the symbol; long-tailed.
 
-    Source: the same fonts as `letters`. Symbols that look like a letter or like another symbol are left out, the rest
-    are shuffled: 200 classes for training, 30 for validation, 90 for the test. The i-th training class has
-    max(3, 150 / i^0.75) images, a power law as the counts of characters in texts; validation and test have 4 images a
-    class, in different fonts.
+    Source: the same fonts as `letters`. Symbols that look like a letter or like another symbol, also when turned, are
+    left out, the rest are shuffled: 200 classes for training, 30 for validation, 90 for the test. The i-th training
+    class has max(5, 240 / i^0.75) images, a power law as the counts of characters in texts; validation and test have
+    4 images a class, in different fonts.
     """
-    letters = _characters(LATIN + CYRILLIC + PHONETIC + GEORGIAN + GREEK + ARMENIAN)
-    shapes = _without_lookalikes(letters + _characters(SYMBOLS))
-    faces = _faces([symbol for symbol in shapes if symbol not in set(letters)])
+    letters = set(characters_in(ALPHABETS))
+    faces = find_faces([shape for shape in _shapes() if shape not in letters])
     symbols = [symbol for symbol, drawn in faces.items() if len(drawn) >= 4]
     order = [symbols[i] for i in rng.permutation(len(symbols))]
     plan = {
-        "train": [(symbol, max(3, round(150 / rank**0.75))) for rank, symbol in enumerate(order[:200], start=1)],
+        "train": [(symbol, max(5, round(240 / rank**0.75))) for rank, symbol in enumerate(order[:200], start=1)],
         "validation": [(symbol, 4) for symbol in order[200:230]],
         "test": [(symbol, 4) for symbol in order[230:320]],
     }
     return {
-        split: [(s, _draw_glyph(face, rng)) for s, num_images in counts for face in _pick(faces[s], num_images, rng)]
+        split: [
+            (symbol, _photograph(draw_glyph(face), GLYPH_ROLL, rng))
+            for symbol, num_images in counts
+            for face in pick_faces(faces[symbol], num_images, rng)
+        ]
         for split, counts in plan.items()
     }
 
@@ -199,14 +203,9 @@ def build_demo_domain(name: str, seed: int = 0) -> DatasetDict:
     )
 
 
-def _require(module: str) -> Any:
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        package = module.partition(".")[0]
-        raise ImportError(
-            f'the demo domains need {package}, which is missing: pip install "modeling-udon[demo-data]"'
-        ) from error
+def _shapes() -> list[str]:
+    """Letters, then symbols, no two of which look alike."""
+    return without_lookalikes(tuple(characters_in(ALPHABETS + SYMBOLS)))
 
 
 # Geometry and light, shared by the domains.
@@ -245,17 +244,15 @@ def _expose(image: PILImage.Image, strength: float, rng: np.random.Generator) ->
     return PILImage.fromarray(np.round(np.clip(pixels, 0, 1) * 255).astype(np.uint8))
 
 
-def _paint(ink: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Dark ink, of values 0 to 255, on light paper, under a lamp that stands to one side.
-
-    The shading misleads a comparison of raw pixels, far more than it makes the task hard: see `docs/benchmarks.md`.
-    """
+def _photograph(ink: PILImage.Image, roll: float, rng: np.random.Generator) -> bytes:
+    """Print white-on-black `ink`, a square, in a dark colour on light paper, turned by up to `roll` radians."""
+    side = ink.width * rng.uniform(1.1, 1.3)
+    centre = tuple(ink.width / 2 + rng.uniform(-0.5, 0.5, 2) * (side - ink.width))
+    corners = _random_corners(centre, side, roll=roll, tilt=0.04, rng=rng)
+    cover = np.asarray(_warp(ink, corners, 2 * IMAGE_SIZE).reduce(2), np.float32)[..., None] / 255
     dark, light = rng.uniform(0, 110, 3), rng.uniform(150, 255, 3)
-    painted = light + (dark - light) * ink[..., None] / 255
-    angle = rng.uniform(0, 2 * math.pi)
-    rows, columns = np.mgrid[-0.5 : 0.5 : 1j * ink.shape[0], -0.5 : 0.5 : 1j * ink.shape[1]]
-    lamp = 1 + 0.9 * (math.cos(angle) * rows + math.sin(angle) * columns)
-    return np.clip(painted * lamp[..., None] * 0.8, 0, 255)
+    pixels = (light + (dark - light) * cover).astype(np.uint8)
+    return _encode(_expose(PILImage.fromarray(pixels), 0.5, rng), "JPEG", quality=90)
 
 
 def _encode(image: PILImage.Image, format: str, **options: int) -> bytes:
@@ -267,110 +264,15 @@ def _encode(image: PILImage.Image, format: str, **options: int) -> bytes:
 # Numbers.
 
 
-def _draw_number(first: np.ndarray, second: np.ndarray, rng: np.random.Generator) -> bytes:
-    """Write two digits, (8, 8) with values 0 to 16, beside each other in dark ink on light paper."""
-    ink = np.zeros((IMAGE_SIZE, IMAGE_SIZE), np.float32)
-    side = rng.uniform(9.5, 11.5)
-    shift = np.array([0, rng.uniform(-0.1, 0.1) * side])
-    for digit, x in ((first, 0), (second, IMAGE_SIZE // 2)):
-        tile = PILImage.fromarray((np.pad(digit, ((4, 4), (2, 2))) * 15).astype(np.uint8))
-        corners = _random_corners((6, 8), side, roll=0.1, tilt=0.05, rng=rng)
-        corners += shift + rng.uniform(-0.5, 0.5, 2)
-        ink[:, x : x + IMAGE_SIZE // 2] = np.asarray(_warp(tile, corners, IMAGE_SIZE).resize((24, 48)))
-    pixels = _paint(ink, rng)
-    return _encode(_expose(PILImage.fromarray(pixels.astype(np.uint8)), 0.4, rng), "PNG")
-
-
-# Letters and symbols.
-
-
-def _characters(ranges: Sequence[tuple[int, int]]) -> list[str]:
-    return [
-        chr(code)
-        for first, last in ranges
-        for code in range(first, last + 1)
-        if unicodedata.category(chr(code)) not in ("Cn", "Mn")
-    ]
-
-
-def _font_path(font: str) -> Path:
-    return Path(_require("matplotlib").get_data_path(), "fonts", "ttf", f"{font}.ttf")
-
-
-def _charmap(font: str) -> set[str]:
-    return {chr(code) for code in _require("matplotlib.ft2font").FT2Font(str(_font_path(font))).get_charmap()}
-
-
-def _faces(characters: Sequence[str]) -> dict[str, list[Face]]:
-    """For each character, all (font, character to draw) that show it, mathematical styles included."""
-    wanted: dict[str, list[Face]] = {character: [] for character in characters}
-    for path in sorted(_font_path("*").parent.glob("*.ttf")):
-        if path.stem.startswith(("LastResort", "STIXNonUni", "cmex", "cmsy")):
-            continue
-        for drawn in sorted(_charmap(path.stem)):
-            base = unicodedata.normalize("NFKC", drawn) if ord(drawn) in MATH_LETTERS else drawn
-            # Computer Modern keeps TeX's own order: only its ASCII letters stand at their code points.
-            if base in wanted and (not path.stem.startswith("cm") or drawn.isascii()):
-                wanted[base].append((path.stem, drawn))
-    return wanted
-
-
-def _pick(faces: Sequence[Face], num_images: int, rng: np.random.Generator) -> Iterator[Face]:
-    """Draw `num_images` faces, no face again before all have been drawn."""
-    for start in range(0, num_images, len(faces)):
-        for index in rng.permutation(len(faces))[: num_images - start]:
-            yield faces[index]
-
-
-@functools.cache
-def _typeface(font: str) -> ImageFont.FreeTypeFont:
-    # The basic layout is in every build of Pillow, so that all draw the same.
-    return ImageFont.truetype(_font_path(font), GLYPH_FONT_SIZE, layout_engine=ImageFont.Layout.BASIC)
-
-
-def _glyph(face: Face) -> PILImage.Image:
-    """The glyph in white on black, its ink centred and its longer side filling the square of `GLYPH_SIZE`."""
-    font, character = face
-    typeface = _typeface(font)
-    left, top, right, bottom = typeface.getbbox(character)
-    canvas = PILImage.new("L", (max(1, int(right - left)), max(1, int(bottom - top))))
-    ImageDraw.Draw(canvas).text((-left, -top), character, fill=255, font=typeface)
-    ink = canvas.crop(canvas.getbbox() or (0, 0, 1, 1))
-    scale = GLYPH_SIZE / max(ink.size)
-    ink = ink.resize((max(1, round(ink.width * scale)), max(1, round(ink.height * scale))))
-    square = PILImage.new("L", (GLYPH_SIZE, GLYPH_SIZE))
-    square.paste(ink, ((GLYPH_SIZE - ink.width) // 2, (GLYPH_SIZE - ink.height) // 2))
-    return square
-
-
-def _without_lookalikes(characters: Sequence[str]) -> list[str]:
-    """Keep a character only if no earlier one that is kept looks like it in a reference font, and if it has ink."""
-    alike = np.zeros((len(characters), len(characters)), bool)
-    for font in REFERENCE_FONTS:
-        charmap = _charmap(font)
-        drawn = [row for row, character in enumerate(characters) if character in charmap]
-        # Blurred, because two thin outlines need not overlap to be the same shape.
-        glyphs = [_glyph((font, characters[row])) for row in drawn]
-        blurred = [glyph.filter(ImageFilter.GaussianBlur(3)).resize((24, 24)) for glyph in glyphs]
-        pixels = np.array([np.asarray(shape, np.float32).ravel() for shape in blurred])
-        pixels -= pixels.mean(axis=1, keepdims=True)
-        pixels /= np.linalg.norm(pixels, axis=1, keepdims=True) + 1e-6
-        alike[np.ix_(drawn, drawn)] |= pixels @ pixels.T > LOOKALIKE_CORRELATION
-    kept: list[int] = []
-    for row in range(len(characters)):
-        if not alike[row, kept].any():
-            kept.append(row)
-    return [characters[row] for row in kept]
-
-
-def _draw_glyph(face: Face, rng: np.random.Generator) -> bytes:
-    """Print a glyph in a dark colour on light paper and photograph it."""
-    side = GLYPH_SIZE * rng.uniform(1.12, 1.3)
-    centre = tuple(GLYPH_SIZE / 2 + rng.uniform(-0.5, 0.5, 2) * (side - GLYPH_SIZE))
-    corners = _random_corners(centre, side, roll=0.08, tilt=0.04, rng=rng)
-    ink = np.asarray(_warp(_glyph(face), corners, 2 * IMAGE_SIZE).reduce(2), np.float32)
-    pixels = _paint(ink, rng)
-    return _encode(_expose(PILImage.fromarray(pixels.astype(np.uint8)), 0.5, rng), "JPEG", quality=90)
+def _write(first: np.ndarray, second: np.ndarray, rng: np.random.Generator) -> PILImage.Image:
+    """Write two digits, (8, 8) with values 0 to 16, beside each other in white on black."""
+    ink = PILImage.new("L", (GLYPH_SIZE, GLYPH_SIZE))
+    half = GLYPH_SIZE // 2
+    for digit, x in ((first, 0), (second, half)):
+        tile = PILImage.fromarray((np.pad(digit, 1) * 15).astype(np.uint8))
+        corners = _random_corners((5, 5), 10, roll=0.15, tilt=0.05, rng=rng)
+        ink.paste(_warp(tile, corners, half), (x, half // 2 + int(rng.integers(-4, 5))))
+    return ink
 
 
 # Places.
@@ -379,8 +281,8 @@ def _draw_glyph(face: Face, rng: np.random.Generator) -> bytes:
 def _load_photograph(name: str) -> list[np.ndarray]:
     """One photograph, or two of a stereo pair followed by the disparity of the first."""
     if name.endswith(".jpg"):
-        return [_require("sklearn.datasets").load_sample_image(name)]
-    loaded = getattr(_require("skimage.data"), name)()
+        return [require("sklearn.datasets").load_sample_image(name)]
+    loaded = getattr(require("skimage.data"), name)()
     return list(loaded) if isinstance(loaded, tuple) else [loaded]
 
 
