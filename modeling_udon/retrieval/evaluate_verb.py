@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+import torch
 from accelerate import PartialState
 from transformers.utils import logging as transformers_logging
 
@@ -113,6 +115,7 @@ def evaluate(
     output = _output_folder(options, run if own_domains else None)
     # What can be wrong with the model shows before the data is opened.
     encoder = _open_encoder(options, run)
+    _check_pca(options.pca, encoder)
     domains = _open_domains(specs, data_seed)
     if run is not None and own_domains:
         check_label_maps(domains, run.folder / "domains.json")
@@ -201,6 +204,17 @@ def _open_encoder(options: EvaluateOptions, run: Run | None) -> Encoder | None:
         trust_remote_code=options.trust_remote_code,
         image_size=options.image_size,
     )
+
+
+def _check_pca(dims: Sequence[int], encoder: Encoder | None) -> None:
+    """Refuses dimensions that the model does not have before all images are embedded."""
+    if not dims or encoder is None:
+        return
+    grey = torch.from_numpy(encoder.transform(np.full((64, 64, 3), 128, np.uint8)))[None]
+    with torch.no_grad():
+        dim = encoder.embed_for("")(grey)[encoder.kind].shape[1]
+    if wrong := [wanted for wanted in dims if wanted > dim]:
+        raise ValueError(f"--pca must be at most {dim}, the dimension of {encoder.name}. Got {wrong[0]}.")
 
 
 def _open_domains(specs: Mapping[str, DomainSpec], seed: int) -> dict[str, Domain]:

@@ -166,7 +166,7 @@ def score(neighbours: Mapping[str, Neighbours], metrics: Sequence[str] = METRICS
         name: {metric: float(values.mean()) for metric, values in score_queries(found, metrics).items()}
         for name, found in neighbours.items()
     }
-    return {"mean": _mean(domains), "domains": domains}
+    return {"mean": mean_over_domains(domains), "domains": domains}
 
 
 def score_merged(domains: Mapping[str, EmbeddedDomain], metrics: Sequence[str] = METRICS, **search: Any) -> Scores:
@@ -177,6 +177,12 @@ def score_merged(domains: Mapping[str, EmbeddedDomain], metrics: Sequence[str] =
 def score_separate(domains: Mapping[str, EmbeddedDomain], metrics: Sequence[str] = METRICS, **search: Any) -> Scores:
     """`search_separate`, then `score`: what the model could reach if the domain of a query were known."""
     return score(search_separate(domains, metrics, **search), metrics)
+
+
+def mean_over_domains(domains: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """Mean of each metric, every domain counting the same."""
+    metrics = next(iter(domains.values()))
+    return {metric: sum(values[metric] for values in domains.values()) / len(domains) for metric in metrics}
 
 
 def build_results(
@@ -211,33 +217,6 @@ def write_results(path: str | os.PathLike[str], results: Mapping[str, Any]) -> N
     draft = target.with_name(f"{target.name}.tmp")
     draft.write_text(json.dumps(results, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     draft.replace(target)
-
-
-def format_table(results: Mapping[str, Any], split: str = "test", model: str = "student") -> str:
-    """The results of one split in percent, a line a domain and one for the mean, for people."""
-    scores, baseline = results["splits"][split], results["baseline"]
-    groups: dict[str, Scores] = {f"{model}, merged": scores["merged"], f"{model}, separate": scores["separate"]}
-    if scores["teachers"]:
-        groups["teachers, own domain"] = {"mean": _mean(scores["teachers"]), "domains": scores["teachers"]}
-    for name, title in (("untrained", "untrained"), ("raw_pixels", "raw pixels")):
-        if name in baseline:
-            groups[title] = {"mean": baseline[name], "domains": baseline[name].get("domains", {})}
-    names = list(scores["merged"]["domains"])
-    first_width = max(len(name) for name in ("domain", *names))
-    rows = [
-        ("", list(groups)),
-        ("domain", [_cells(METRICS)] * len(groups)),
-        *((name, [_percent(group["domains"].get(name, {})) for group in groups.values()]) for name in names),
-        ("mean", [_percent(group["mean"]) for group in groups.values()]),
-    ]
-    widths = [max(len(cells[column]) for _, cells in rows) for column in range(len(groups))]
-    lines = [
-        "  ".join([first.ljust(first_width), *(cell.rjust(width) for cell, width in zip(cells, widths, strict=True))])
-        for first, cells in rows
-    ]
-    rule = "-" * len(lines[0])
-    caption = f"{split} split, in percent; untrained and raw pixels on the merged index"
-    return "\n".join([caption, "", *lines[:2], rule, *lines[2:-1], rule, lines[-1]])
 
 
 def versions() -> dict[str, str]:
@@ -325,16 +304,3 @@ def _depth(metric: str, num_positives: np.ndarray) -> int:
     """How many neighbours the metric looks at."""
     kind, k = _parse(metric)
     return max(int(num_positives.max()), 1) if kind == "mAP" else k
-
-
-def _mean(domains: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
-    metrics = next(iter(domains.values()))
-    return {metric: sum(values[metric] for values in domains.values()) / len(domains) for metric in metrics}
-
-
-def _percent(values: Mapping[str, Any]) -> str:
-    return _cells([f"{100 * values[metric]:.1f}" if metric in values else "-" for metric in METRICS])
-
-
-def _cells(texts: Sequence[str]) -> str:
-    return " ".join(text.rjust(6) for text in texts)

@@ -88,7 +88,7 @@ class SearchResults:
                             "path": found.path,
                             "file": found.file,
                             "domain": found.domain,
-                            "in_index": found.accepted,
+                            "match": found.accepted,
                             **{name: _json_value(value) for name, value in found.columns.items()},
                         }
                         for rank, found in enumerate(query.neighbours, 1)
@@ -171,7 +171,7 @@ def format_results(results: SearchResults) -> str:
         lines.append("")
     if results.calibration is not None:
         lines.append(
-            f"below {results.calibration.threshold:.3f} an image counts as not in the index (false accepts: "
+            f"below {results.calibration.threshold:.3f} a neighbour is no match (false accepts: "
             f"{100 * results.calibration.false_accept_rate:.1f} %)"
         )
     return "\n".join(lines).rstrip()
@@ -230,7 +230,7 @@ def _found(index: ImageIndex, model: EmbeddingModel, row: int, score: float) -> 
 
 def _cells(rank: int, found: FoundImage) -> list[str]:
     others = "  ".join(f"{name}={value}" for name, value in found.columns.items())
-    mark = "not in the index" if found.accepted is False else ""
+    mark = "no match" if found.accepted is False else ""
     return [printable(cell) for cell in (f"{rank}", f"{found.score:.3f}", found.domain or "", found.path, others, mark)]
 
 

@@ -66,7 +66,7 @@ def render_page(results: SearchResults) -> str:
         where += f"; domain {results.domain} only"
     if results.calibration is not None:
         where += (
-            f"; below {results.calibration.threshold:.3f} an image counts as not in the index "
+            f"; below {results.calibration.threshold:.3f} a neighbour is no match "
             f"(false accepts: {100 * results.calibration.false_accept_rate:.1f} %)"
         )
     sections = "\n".join(map(_section, results.queries))
@@ -102,7 +102,7 @@ def _item(rank: int, found: FoundImage) -> str:
     low = found.accepted is False
     details = [found.domain or "", *(f"{name}: {value}" for name, value in found.columns.items())]
     lines = "".join(f'<div class="muted">{_text(detail)}</div>' for detail in details if detail)
-    mark = '<div class="mark">not in the index</div>' if low else ""
+    mark = '<div class="mark">no match</div>' if low else ""
     return (
         f"<li><figure><div{' class=low' if low else ''}>{_picture(_thumbnail(found))}</div>"
         f'<figcaption><span class="muted">{rank}</span> <span class="score">{found.score:.3f}</span>{mark}'

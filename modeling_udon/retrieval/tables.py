@@ -3,9 +3,36 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from modeling_udon.retrieval.protocol import METRICS, Scores, format_table
+from modeling_udon.retrieval.protocol import METRICS, Scores, mean_over_domains
 
 Row = Sequence[str]
+
+
+def format_table(results: Mapping[str, Any], split: str = "test", model: str = "student") -> str:
+    """The results of one split in percent, a line a domain and one for the mean, for people."""
+    scores, baseline = results["splits"][split], results["baseline"]
+    groups: dict[str, Scores] = {f"{model}, merged": scores["merged"], f"{model}, separate": scores["separate"]}
+    if scores["teachers"]:
+        groups["teachers, own domain"] = {"mean": mean_over_domains(scores["teachers"]), "domains": scores["teachers"]}
+    for name, title in (("untrained", "untrained"), ("raw_pixels", "raw pixels")):
+        if name in baseline:
+            groups[title] = {"mean": baseline[name], "domains": baseline[name].get("domains", {})}
+    names = list(scores["merged"]["domains"])
+    first_width = max(len(name) for name in ("domain", *names))
+    rows = [
+        ("", list(groups)),
+        ("domain", [_metric_cells(METRICS)] * len(groups)),
+        *((name, [_metrics_percent(group["domains"].get(name, {})) for group in groups.values()]) for name in names),
+        ("mean", [_metrics_percent(group["mean"]) for group in groups.values()]),
+    ]
+    widths = [max(len(cells[column]) for _, cells in rows) for column in range(len(groups))]
+    lines = [
+        "  ".join([first.ljust(first_width), *(cell.rjust(width) for cell, width in zip(cells, widths, strict=True))])
+        for first, cells in rows
+    ]
+    rule = "-" * len(lines[0])
+    caption = f"{split} split, in percent" + ("; untrained and raw pixels on the merged index" if baseline else "")
+    return "\n".join([caption, "", *lines[:2], rule, *lines[2:-1], rule, lines[-1]])
 
 
 def format_measurement(results: Mapping[str, Any], split: str, model: str = "student") -> str:
@@ -131,3 +158,11 @@ def _format_leaks(leaks: Mapping[str, Any], split: str) -> str:
 
 def _percent(value: float) -> str:
     return f"{100 * value:.1f}"
+
+
+def _metrics_percent(values: Mapping[str, Any]) -> str:
+    return _metric_cells([f"{100 * values[metric]:.1f}" if metric in values else "-" for metric in METRICS])
+
+
+def _metric_cells(texts: Sequence[str]) -> str:
+    return " ".join(text.rjust(6) for text in texts)

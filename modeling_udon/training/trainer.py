@@ -27,8 +27,9 @@ from modeling_udon.retrieval.embed import ImageEmbedder
 from modeling_udon.retrieval.evaluate import domains_with, evaluate_baselines, evaluate_model, search_model
 from modeling_udon.retrieval.gallery import make_gallery
 from modeling_udon.retrieval.measure import analyse
-from modeling_udon.retrieval.protocol import SplitScores, build_results, format_table, versions, write_results
+from modeling_udon.retrieval.protocol import SplitScores, build_results, versions, write_results
 from modeling_udon.retrieval.report import write_report
+from modeling_udon.retrieval.tables import format_table
 from modeling_udon.training.checkpoint import (
     TrainState,
     find_checkpoint,

@@ -309,7 +309,7 @@ def test_report_writes_the_page_of_a_run(udon, own_run):
         (["--run", "{run}", "--metrics", "P@3", "--num-workers", "0"], 'a metric must be "R@k" or "mMP@k"'),
         (
             ["--run", "{run}", "--pca", "99", "--num-workers", "0"],
-            "dim must be between 1 and 8, the dimension of the embeddings, got 99",
+            "--pca must be at most 8, the dimension of",
         ),
         (["--run", "{run}", "--false-accept-rate", "1.5"], "argument --false-accept-rate: must be a number above 0"),
         (["--run", "{run}", "--split", "train"], "argument --split: invalid choice: 'train'"),

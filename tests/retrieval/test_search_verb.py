@@ -82,22 +82,24 @@ def test_results_below_the_models_threshold_are_marked_as_not_in_the_index(
     (model / "calibration.json").write_text(json.dumps(calibration))
     arguments = ("search", pictures / "cats" / "3.png", "--index", index, "--model", model, "-k", 4)
     query = json.loads(udon(*arguments, "--json").out)["queries"][0]
-    assert [neighbour["in_index"] for neighbour in query["neighbours"]] == [True, True, False, False]
+    assert [neighbour["match"] for neighbour in query["neighbours"]] == [True, True, False, False]
     assert query["in_index"] is True
     lines = udon(*arguments).out.splitlines()
-    assert [line.endswith("not in the index") for line in lines[:5]] == [False, False, False, True, True]
+    assert [line.endswith("no match") for line in lines[:5]] == [False, False, False, True, True]
     assert "(false accepts: 5.0 %)" in lines[-1]
     (model / "calibration.json").write_text(json.dumps(calibration | {"threshold": 1.01}))
     assert udon(*arguments).out.splitlines()[0].endswith("(not in the index)")
     page = tmp_path / "page.html"
     assert udon(*arguments, "--html", page).code == 0
-    assert page.read_text().count('<div class="mark">not in the index</div>') == 5
+    marks = page.read_text().count
+    assert (marks('<div class="mark">not in the index</div>'), marks('<div class="mark">no match</div>')) == (1, 4)
 
 
 def test_without_a_calibration_nothing_is_said_about_it(search, pictures):
     done = search(pictures / "cats" / "3.png", "--json")
     assert json.loads(done.out)["threshold"] is None and json.loads(done.out)["queries"][0]["in_index"] is None
-    assert "not in the index" not in search(pictures / "cats" / "3.png").out
+    found = search(pictures / "cats" / "3.png").out
+    assert "not in the index" not in found and "no match" not in found
 
 
 class Page(HTMLParser):

@@ -13,7 +13,6 @@ from modeling_udon.retrieval.protocol import (
     EmbeddedDomain,
     SplitScores,
     build_results,
-    format_table,
     score,
     score_merged,
     score_queries,
@@ -22,6 +21,7 @@ from modeling_udon.retrieval.protocol import (
     search_separate,
     write_results,
 )
+from modeling_udon.retrieval.tables import format_table
 
 ALL_METRICS = ("R@1", "R@3", "mMP@5", "mAP@R")
 
@@ -263,7 +263,9 @@ def test_the_table_of_a_model_without_teachers_and_baselines_is_narrower():
     split = SplitScores(scores(digits=(0.98, 0.9)), scores(digits=(1.0, 0.95)))
     results = build_results({"val": split}, baseline={}, config={})
     assert results["splits"]["val"]["teachers"] == {}
-    numbers = format_table(results, "val").splitlines()[-1].split()
+    lines = format_table(results, "val").splitlines()
+    assert lines[0] == "val split, in percent"
+    numbers = lines[-1].split()
     assert numbers == ["mean", "98.0", "90.0", "100.0", "95.0"]
 
 
