@@ -11,7 +11,7 @@ from torch.utils.data import Dataset as TorchDataset
 
 from modeling_udon.data.domains import Domain
 from modeling_udon.data.sampling import BatchDraw
-from modeling_udon.data.transforms import ImageTransform, TrainTransform, decode_image
+from modeling_udon.data.transforms import ImageTransform, RandomTransform, decode_image
 
 
 class BrokenImageError(ValueError):
@@ -46,7 +46,7 @@ class MultiDomainDataset(TorchDataset[DomainBatch]):
         seed: Seed of the augmentation; an image's generator depends on it, the domain and the draw's position alone.
     """
 
-    def __init__(self, domains: Mapping[str, Domain], transform: TrainTransform, seed: int) -> None:
+    def __init__(self, domains: Mapping[str, Domain], transform: RandomTransform, seed: int) -> None:
         self._domains = {name: (number, domain) for number, (name, domain) in enumerate(domains.items())}
         self._transform = transform
         self._seed = seed

@@ -42,6 +42,7 @@ MAX_ASPECT_RATIO = 32
 
 # `(height, width, 3) -> (size, size, 3)`, uint8.
 ImageTransform = Callable[[np.ndarray], np.ndarray]
+RandomTransform = Callable[[np.ndarray, np.random.Generator], np.ndarray]
 
 _EXIF_ORIENTATION = 0x0112
 # Tables, restart interval, comment, application data; not APP1, which holds EXIF and XMP.
@@ -220,7 +221,7 @@ class TrainTransform:
     flip: bool = True
 
     def __post_init__(self) -> None:
-        _check_image_size(self.image_size)
+        check_image_size(self.image_size)
         if self.resize_size is not None and self.resize_size < self.image_size:
             raise ValueError(
                 f"resize_size must be at least image_size, {self.image_size}, got {self.resize_size}; "
@@ -257,7 +258,7 @@ class EvalTransform:
     antialias: bool = True
 
     def __post_init__(self) -> None:
-        _check_image_size(self.image_size)
+        check_image_size(self.image_size)
 
     def __call__(self, image: np.ndarray) -> np.ndarray:
         """`(H, W, 3)` -> `(image_size, image_size, 3)`, uint8."""
@@ -287,7 +288,8 @@ def _cut_long_ends(image: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(image[end : height - end] if height > width else image[:, end : width - end])
 
 
-def _check_image_size(image_size: int) -> None:
+def check_image_size(image_size: int) -> None:
+    """Refuses a size that no image can have."""
     if image_size < 1:
         raise ValueError(f"image_size must be at least 1, got {image_size}; the backbones here use 224")
 
@@ -332,7 +334,7 @@ def image_processor(image_size: int, mean: Sequence[float], std: Sequence[float]
     Raises:
         ValueError: if `image_size` is not positive.
     """
-    _check_image_size(image_size)
+    check_image_size(image_size)
     return PillowImageProcessor(
         size={"shortest_edge": image_size},
         crop_size={"height": image_size, "width": image_size},

@@ -2,7 +2,7 @@
 
 import importlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -69,6 +69,11 @@ class Run:
     domains: dict[str, DomainSpec]
     seed: int
 
+    @property
+    def weights(self) -> Path:
+        """The best weights with teachers and prototypes, while the run keeps its checkpoints."""
+        return self.folder / "checkpoints" / "best" / "model.safetensors"
+
 
 def read_run(folder: str | Path) -> Run:
     """Reads what a run was told.
@@ -89,15 +94,35 @@ def read_run(folder: str | Path) -> Run:
 def open_run(run: Run) -> Encoder:
     """Opens the best student of a run, with its teachers where the run still has them."""
     best = run.folder / "best"
-    weights = run.folder / "checkpoints" / "best" / "model.safetensors"
-    model = UdonModel.from_pretrained(best)
-    if weights.is_file():
-        classes = json.loads((run.folder / "domains.json").read_text(encoding="utf-8"))
-        model = _with_teachers(model, {name: entry["num_classes"] for name, entry in classes.items()}, weights)
+    model = open_teachers(run) if run.weights.is_file() else UdonModel.from_pretrained(best)
     processor = _open_processor(str(best), None)
     mean, std = tuple(processor.image_mean), tuple(processor.image_std)
     transform = EvalTransform(processor.size["shortest_edge"], run.config["data"]["eval_antialias"])
     return _udon_encoder(model, run.config["name"], transform, mean, std, best)
+
+
+def open_teachers(run: Run) -> UdonModel:
+    """Opens the best model of a run as it was trained, with its teacher heads.
+
+    Raises:
+        ValueError: If the run's checkpoints are gone.
+    """
+    if not run.weights.is_file():
+        raise ValueError(f"the run must still have its checkpoints, got {run.folder} without {run.weights.name}")
+    student = UdonConfig.from_pretrained(run.folder / "best")
+    # The weights of the training model, whose `udon.` is ours.
+    weights = {
+        name.removeprefix("udon."): tensor
+        for name, tensor in load_file(run.weights).items()
+        if name.startswith("udon.")
+    }
+    classes = json.loads((run.folder / "domains.json").read_text(encoding="utf-8"))
+    taught = {name: entry["num_classes"] for name, entry in classes.items() if _head_of(name) in weights}
+    sizes = ("embedding_dim", "teacher_dim", "head_hidden_dims", "head_bias", "pooling")
+    values = {name: getattr(student, name) for name in sizes}
+    model = UdonModel(UdonConfig(student.backbone_config, domains=taught, **values))
+    model.load_state_dict(weights)
+    return model.eval()
 
 
 def open_model(
@@ -157,6 +182,10 @@ def open_model(
     return Encoder(name, "features", transform, lambda domain: embed, model, folder, settings)
 
 
+def _head_of(domain: str) -> str:
+    return f"teacher_heads.{domain}.projection.weight"
+
+
 def _udon_encoder(
     model: UdonModel, name: str, transform: EvalTransform, mean: Channels, std: Channels, folder: Path | None
 ) -> Encoder:
@@ -168,17 +197,6 @@ def _udon_encoder(
 
     settings = _settings(transform.image_size, mean, std)
     return Encoder(name, "student", transform, embed_for, model, folder, settings)
-
-
-def _with_teachers(student: UdonModel, num_classes: Mapping[str, int], weights: Path) -> UdonModel:
-    """The model as it was trained, from the weights of the training model, whose `udon.` is ours."""
-    keep = ("embedding_dim", "teacher_dim", "head_hidden_dims", "head_bias", "pooling")
-    sizes = {name: getattr(student.config, name) for name in keep}
-    model = UdonModel(UdonConfig(student.config.backbone_config, domains=dict(num_classes), **sizes))
-    model.load_state_dict(
-        {name.removeprefix("udon."): tensor for name, tensor in load_file(weights).items() if name.startswith("udon.")}
-    )
-    return model
 
 
 def _open_timm(name: str, pooling: Pooling, image_size: int | None) -> Encoder:

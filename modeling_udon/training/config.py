@@ -5,6 +5,8 @@ overrides both. Unknown keys, wrong types and values out of range are refused by
 """
 
 import difflib
+import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -13,6 +15,9 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from modeling_udon.data.domains import DomainSpec, check_domain_name
+from modeling_udon.training.systems import SYSTEMS, SystemName
+
+_VARIABLE = re.compile(r"\$\{(\w+)\}")
 
 
 class ConfigError(ValueError):
@@ -65,6 +70,8 @@ class DataConfig(Section):
     """Side of the square images that the model sees, in pixels."""
     resize_size: int | None = Field(None, gt=0)
     """Side that training images are resized to before the crop; `null`: 8/7 of `image_size`, 256 for 224."""
+    augmentation: Literal["crop", "strong"] = "crop"
+    """`crop`: the paper's square, crop and flip; `strong`: crops of many sizes, turned, other colours, parts erased."""
     flip: bool = True
     """Whether half of the training images are mirrored; false where left and right matter, as in letters."""
     eval_antialias: bool = True
@@ -78,6 +85,8 @@ class DataConfig(Section):
 
     @model_validator(mode="after")
     def _crop_fits(self) -> "DataConfig":
+        if self.resize_size is not None and self.augmentation == "strong":
+            raise ValueError("`resize_size` must be left out for `augmentation` 'strong', which crops at all sizes")
         if self.resize_size is not None and self.resize_size < self.image_size:
             raise ValueError(
                 f"`resize_size` must be at least `image_size`, {self.image_size}, or null. Got {self.resize_size}"
@@ -88,6 +97,8 @@ class DataConfig(Section):
 class LossConfig(Section):
     """The objective; every term can be weighted."""
 
+    classifier: Literal["separate", "joint"] = "separate"
+    """What the student tells apart in its classification: the classes of a domain, or those of all domains."""
     kind: Literal["normface", "cosface", "arcface"] = "normface"
     """Margin of the classification loss."""
     scale: float = Field(16.0, gt=0)
@@ -106,8 +117,15 @@ class LossConfig(Section):
     """Weight of the distillation of class probabilities."""
     relational_distillation: float = Field(1.0, ge=0)
     """Weight of the distillation of similarities."""
+    distillation_ramp_steps: int = Field(0, ge=0)
+    """Steps in which the weights of both distillation terms rise from 0, for a start from weak features."""
     distill_through_backbone: bool = True
     """Whether the distillation terms train the backbone too, as in the original, or only the student's head."""
+
+    @property
+    def needs_teachers(self) -> bool:
+        """Whether any term has a teacher in it."""
+        return self.teacher_classification + self.logit_distillation + self.relational_distillation > 0
 
     def weights(self) -> dict[str, float]:
         """Returns the weight of each term by its name."""
@@ -124,6 +142,8 @@ class LossConfig(Section):
             raise ValueError("at least one term must have a weight above 0")
         if self.kind == "normface" and self.margin != 0:
             raise ValueError("`margin` must be 0 for kind 'normface'; use 'cosface' or 'arcface'")
+        if self.classifier == "joint" and self.needs_teachers:
+            raise ValueError("`classifier` 'joint' must go without teachers, whose classes are those of one domain")
         return self
 
 
@@ -131,7 +151,9 @@ class SamplingConfig(Section):
     """Which domain each step takes."""
 
     strategy: Literal["dynamic", "round_robin", "balanced", "dataset_size", "fixed"] = "dynamic"
-    """`dynamic` gives more steps to domains whose teacher's loss is higher."""
+    """`dynamic` gives more steps to domains whose loss is higher."""
+    signal: Literal["teacher", "student"] = "teacher"
+    """Whose classification loss it is that `dynamic` goes by."""
     update_every: int = Field(1000, gt=0)
     """Steps between two updates of the weights, over which steps are shared out exactly."""
     weights: dict[str, float] | None = None
@@ -231,6 +253,10 @@ class TrainConfig(Section):
     """Seed of everything that is drawn."""
     domains: dict[str, DomainSpec] = Field(min_length=1)
     """Domains by name; a plain string stands for `path`."""
+    system: SystemName = "udon"
+    """Which system of the papers is trained: it sets what makes it up in `loss` and `sampling`."""
+    teachers: Path | dict[str, Path] | None = None
+    """Run, or a run for each domain, whose teachers stand for learning ones; for system `separate_teachers`."""
     model: ModelConfig
     data: DataConfig = DataConfig()
     loss: LossConfig = LossConfig()
@@ -248,6 +274,26 @@ class TrainConfig(Section):
         names = [check_domain_name(str(name)) for name in domains]
         specs = [{"path": spec} if isinstance(spec, str) else spec for spec in domains.values()]
         return dict(zip(names, specs, strict=True))
+
+    @model_validator(mode="after")
+    def _teachers_fit(self) -> "TrainConfig":
+        if self.sampling.strategy == "dynamic" and self.sampling.signal == "teacher" and not self.loss.needs_teachers:
+            raise ValueError("`sampling.signal` must be 'student' where there is no teacher")
+        if (self.teachers is not None) != (self.loss.needs_teachers and self.loss.teacher_classification == 0):
+            raise ValueError(
+                "`teachers` must name trained runs where `loss.teacher_classification` is 0 and distillation is not, "
+                "and nowhere else"
+            )
+        if isinstance(self.teachers, dict) and set(self.teachers) != set(self.domains):
+            raise ValueError(f"`teachers` must name a run for each of {', '.join(self.domains)}")
+        return self
+
+    @property
+    def teacher_runs(self) -> dict[str, Path]:
+        """Run of the trained teacher of each domain; empty where teachers learn or there are none."""
+        if self.teachers is None:
+            return {}
+        return self.teachers if isinstance(self.teachers, dict) else dict.fromkeys(self.domains, self.teachers)
 
     @property
     def run_dir(self) -> Path:
@@ -268,6 +314,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
     values = _read(Path(path), ())
     for key, value in _pairs(overrides):
         _set(values, key, value)
+    values = _expand_variables(values)
+    _apply_system(values)
     try:
         return TrainConfig.model_validate(values)
     except ValidationError as error:
@@ -299,6 +347,34 @@ def _read(path: Path, including: tuple[Path, ...]) -> dict[str, Any]:
     if base is None:
         return values
     return _merge(_read(path.parent / str(base), (*including, path)), values)
+
+
+def _expand_variables(value: Any) -> Any:
+    """Puts the environment's values in for `${NAME}`."""
+    if isinstance(value, dict):
+        return {key: _expand_variables(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_expand_variables(inner) for inner in value]
+    if not isinstance(value, str):
+        return value
+    for name in _VARIABLE.findall(value):
+        if name not in os.environ:
+            raise ConfigError(f"`${{{name}}}` must be set in the environment. Got {value!r}; export {name}=...")
+    return _VARIABLE.sub(lambda match: os.environ[match[1]], value)
+
+
+def _apply_system(values: dict[str, Any]) -> None:
+    """Fills in what makes up the system; a value that contradicts it is refused."""
+    system = values.get("system", "udon")
+    for section, settings in SYSTEMS.get(system, {}).items():
+        given = values.setdefault(section, {})
+        if not isinstance(given, dict):
+            return  # Its type is refused with the others.
+        for key, value in settings.items():
+            if given.setdefault(key, value) != value:
+                raise ConfigError(
+                    f"`{section}.{key}` must be {value!r} for system {system!r}. Got {given[key]!r}; leave one out."
+                )
 
 
 def _merge(base: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:

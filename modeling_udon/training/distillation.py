@@ -1,6 +1,6 @@
 """The training model: a `UdonModel` with the prototypes of its classes, giving the loss and its named terms."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +10,7 @@ from transformers.utils import ModelOutput
 from modeling_udon.configuration_udon import UdonConfig
 from modeling_udon.modeling_udon import UdonModel, init_lecun_normal_
 from modeling_udon.training.config import LossConfig
+from modeling_udon.training.frozen import FrozenTeachers
 from modeling_udon.training.losses import (
     classification_loss,
     cosine_logits,
@@ -27,8 +28,10 @@ class DistillationOutput(ModelOutput):
 
     Attributes:
         loss: Weighted sum of the terms over the sum of the weights, a scalar.
-        losses: Each term of the objective by its name, unweighted scalars.
-        student_logits: Cosines with the student's prototypes, of shape `(batch_size, num_classes)`.
+        losses: Each term of the objective by its name, unweighted scalars; without a teacher the student's
+            classification alone.
+        student_logits: Cosines with the student's prototypes, of shape `(batch_size, num_classes)`; of the classes of
+            all domains where the classifier is joint.
         teacher_logits: Cosines with the teacher's prototypes, of shape `(batch_size, num_classes)`.
         image_embeds: Student embeddings of shape `(batch_size, embedding_dim)`.
         teacher_embeds: Teacher embeddings of shape `(batch_size, teacher_dim)`.
@@ -40,6 +43,23 @@ class DistillationOutput(ModelOutput):
     teacher_logits: torch.Tensor | None = None
     image_embeds: torch.Tensor | None = None
     teacher_embeds: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Embeddings:
+    """Embeddings of a batch of one domain.
+
+    Attributes:
+        student: Shape `(batch_size, embedding_dim)`, unit norm.
+        backbone: The backbone's features of shape `(batch_size, hidden_size)`, unit norm.
+        teacher: Shape `(batch_size, teacher_dim)`, unit norm, if there is a teacher.
+        teacher_logits: Cosines of shape `(batch_size, num_classes)` of a teacher that brings its own prototypes.
+    """
+
+    student: torch.Tensor
+    backbone: torch.Tensor
+    teacher: torch.Tensor | None
+    teacher_logits: torch.Tensor | None
 
 
 @dataclass(frozen=True)
@@ -58,28 +78,61 @@ class RelationalBank:
 
 
 class UdonForDistillation(nn.Module):
-    """Teachers and student learning together, one domain a batch.
+    """Teachers and student learning together, one domain a batch; or what of it the objective asks for.
 
     Args:
-        config: Shape of the model; `config.domains` gives the classes of each domain.
+        config: Shape of the model; `config.domains` gives the classes of each domain that has a teacher head.
         objective: Weights, temperatures and margins of the loss.
         udon: A model to train instead of a new one; its configuration must be `config`.
+        num_classes: Classes of each domain, where not all have a teacher head.
+        frozen_teachers: Trained teachers that stand for the model's own, which learn with it.
 
     Attributes:
         gather: Concatenates a tensor of every process along its first dimension; `None` where there is one process.
             The relational term then compares pairs of the whole global batch.
         rank: This process's number.
+        distillation_share: Factor on both distillation terms, for a ramp.
     """
 
-    def __init__(self, config: UdonConfig, objective: LossConfig | None = None, udon: UdonModel | None = None) -> None:
+    def __init__(
+        self,
+        config: UdonConfig,
+        objective: LossConfig | None = None,
+        udon: UdonModel | None = None,
+        num_classes: Mapping[str, int] | None = None,
+        frozen_teachers: FrozenTeachers | None = None,
+    ) -> None:
         super().__init__()
         self.config = config
         self.objective = objective or LossConfig()
+        self.num_classes = dict(num_classes or config.domains)
+        self.frozen_teachers = frozen_teachers
         self.gather: Callable[[torch.Tensor], torch.Tensor] | None = None
         self.rank = 0
+        self.distillation_share = 1.0
         self.udon = udon or UdonModel(config)
-        self.student_prototypes = _make_prototypes(config.domains, config.embedding_dim)
+        self.student_prototypes = _make_prototypes(self.num_classes, config.embedding_dim)
         self.teacher_prototypes = _make_prototypes(config.domains, config.teacher_dim)
+
+    @property
+    def terms(self) -> tuple[str, ...]:
+        """Names of the terms that `forward` computes, in its order."""
+        return TERMS if self.objective.needs_teachers else TERMS[:1]
+
+    def embed(self, pixel_values: torch.Tensor, domain: str) -> Embeddings:
+        """Embeds images of one domain, `(batch_size, num_channels, height, width)`, by student and teacher, if any.
+
+        Raises:
+            ValueError: If the model does not know the domain.
+        """
+        if domain not in self.num_classes:
+            raise ValueError(f"`domain` must be one of {', '.join(self.num_classes)}. Got {domain!r}.")
+        learning = domain if domain in self.config.domains else None
+        output = self.udon(pixel_values, domain=learning)
+        teacher, logits = output.teacher_embeds, None
+        if self.frozen_teachers is not None:
+            teacher, logits = self.frozen_teachers(pixel_values, domain)
+        return Embeddings(output.image_embeds, output.backbone_embeds, teacher, logits)
 
     def forward(
         self, pixel_values: torch.Tensor, labels: torch.Tensor, domain: str, bank: RelationalBank | None = None
@@ -93,33 +146,18 @@ class UdonForDistillation(nn.Module):
             bank: Embeddings of the global batch that this batch is a block of; `None` if this is the whole share of
                 its process.
         """
-        embeds = self.udon(pixel_values, domain=domain)
-        student, teacher = embeds.image_embeds, embeds.teacher_embeds
-        if bank is None and self.gather is not None:
-            bank = RelationalBank(
-                self.gather(student.detach()), self.gather(teacher.detach()), self.rank * len(student)
-            )
-        distilled = (
-            student
-            if self.objective.distill_through_backbone
-            else self.udon.student_head(embeds.backbone_embeds.detach())
-        )
+        embeds = self.embed(pixel_values, domain)
         # Half precision would round the cosines to steps of 4e-3, a quarter of what one unit of `scale` can move.
         with torch.autocast(pixel_values.device.type, enabled=False):
-            student_logits = cosine_logits(student, self.student_prototypes[domain])
-            teacher_logits = cosine_logits(teacher, self.teacher_prototypes[domain])
-            distilled_logits = student_logits
-            if distilled is not student:
-                distilled_logits = cosine_logits(distilled, self.student_prototypes[domain])
-            terms = (
-                self._classification(student_logits, labels),
-                self._classification(teacher_logits, labels),
-                self._logit_distillation(distilled_logits, teacher_logits),
-                self._relational_distillation(distilled, teacher, bank),
-            )
-        losses = dict(zip(TERMS, terms, strict=True))
+            student_logits = self._student_logits(embeds.student, domain)
+            losses = {TERMS[0]: self._classification(student_logits, self._student_labels(labels, domain))}
+            teacher_logits = None
+            if self.objective.needs_teachers:
+                teacher_logits, terms = self._teach(embeds, student_logits, labels, domain, bank)
+                losses |= dict(zip(TERMS[1:], terms, strict=True))
         weights = self.objective.weights()
-        weighted = [weights[name] * loss for name, loss in losses.items() if weights[name]]
+        shares = dict.fromkeys(TERMS[2:], self.distillation_share)
+        weighted = [weights[name] * shares.get(name, 1.0) * loss for name, loss in losses.items() if weights[name]]
         # Never the sum of nothing: the config sees to it that a weight is above 0.
         total: torch.Tensor = sum(weighted)  # type: ignore[assignment]
         return DistillationOutput(
@@ -127,19 +165,54 @@ class UdonForDistillation(nn.Module):
             losses=losses,
             student_logits=student_logits,
             teacher_logits=teacher_logits,
-            image_embeds=student,
-            teacher_embeds=teacher,
+            image_embeds=embeds.student,
+            teacher_embeds=embeds.teacher,
         )
 
     def domain_parameters(self, domain: str) -> dict[str, nn.Parameter]:
         """Returns the parameters that only batches of `domain` use, by their names in this model."""
-        prefixes = (f"udon.teacher_heads.{domain}.", f"student_prototypes.{domain}", f"teacher_prototypes.{domain}")
-        own = {prefixes[1], prefixes[2]}
-        return {
-            name: parameter
-            for name, parameter in self.named_parameters()
-            if name in own or name.startswith(prefixes[0])
-        }
+        own = {f"teacher_prototypes.{domain}"}
+        if self.objective.classifier == "separate":
+            own.add(f"student_prototypes.{domain}")
+        head = f"udon.teacher_heads.{domain}."
+        return {name: parameter for name, parameter in self.named_parameters() if name in own or name.startswith(head)}
+
+    def _teach(
+        self,
+        embeds: Embeddings,
+        student_logits: torch.Tensor,
+        labels: torch.Tensor,
+        domain: str,
+        bank: RelationalBank | None,
+    ) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+        """The teacher's cosines and the three terms that it has a part in."""
+        teacher, teacher_logits = embeds.teacher, embeds.teacher_logits
+        assert teacher is not None, "the config gives every domain a teacher where one is needed"
+        if teacher_logits is None:
+            teacher_logits = cosine_logits(teacher, self.teacher_prototypes[domain])
+        distilled, distilled_logits = embeds.student, student_logits
+        if not self.objective.distill_through_backbone:
+            distilled = self.udon.student_head(embeds.backbone.detach())
+            distilled_logits = cosine_logits(distilled, self.student_prototypes[domain])
+        if bank is None and self.gather is not None:
+            position = self.rank * len(distilled)
+            bank = RelationalBank(self.gather(embeds.student.detach()), self.gather(teacher.detach()), position)
+        return teacher_logits, (
+            self._classification(teacher_logits, labels),
+            self._logit_distillation(distilled_logits, teacher_logits),
+            self._relational_distillation(distilled, teacher, bank),
+        )
+
+    def _student_logits(self, student: torch.Tensor, domain: str) -> torch.Tensor:
+        if self.objective.classifier == "joint":
+            return cosine_logits(student, torch.cat(list(self.student_prototypes.values())))
+        return cosine_logits(student, self.student_prototypes[domain])
+
+    def _student_labels(self, labels: torch.Tensor, domain: str) -> torch.Tensor:
+        if self.objective.classifier == "separate":
+            return labels
+        names = list(self.num_classes)
+        return labels + sum(self.num_classes[name] for name in names[: names.index(domain)])
 
     def _classification(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         objective = self.objective
@@ -166,7 +239,7 @@ class UdonForDistillation(nn.Module):
         )
 
 
-def _make_prototypes(domains: dict[str, int], dim: int) -> nn.ParameterDict:
+def _make_prototypes(domains: Mapping[str, int], dim: int) -> nn.ParameterDict:
     prototypes = nn.ParameterDict()
     for name, num_classes in domains.items():
         weight = torch.empty(num_classes, dim)

@@ -73,7 +73,7 @@ class IdleHeads:
     def __init__(
         self, model: UdonForDistillation, optimizer: torch.optim.Optimizer, optim: OptimConfig, num_steps: int
     ) -> None:
-        self._parameters = {name: list(model.domain_parameters(name).values()) for name in model.config.domains}
+        self._parameters = {name: list(model.domain_parameters(name).values()) for name in model.num_classes}
         self._optimizer = optimizer
         self._optim = optim
         self._num_steps = num_steps
@@ -114,7 +114,7 @@ class IdleHeads:
                 data.copy_(before)
 
     def _count_steps(self, parameters: list[nn.Parameter]) -> int:
-        state = self._optimizer.state.get(parameters[0])
+        state = self._optimizer.state.get(parameters[0]) if parameters else None
         return int(state["step"]) if state else 0
 
     def _coast(self, parameter: torch.Tensor, state: dict[str, torch.Tensor], done: int, step: int) -> None:

@@ -8,17 +8,21 @@ from accelerate import Accelerator
 from transformers import AutoConfig, AutoModel, PretrainedConfig
 
 from modeling_udon.configuration_udon import UdonConfig
-from modeling_udon.data.domains import Domain
+from modeling_udon.data.augment import StrongTransform
+from modeling_udon.data.domains import Domain, label_maps
 from modeling_udon.data.sampling import DomainBatchSampler
 from modeling_udon.data.transforms import (
     IMAGENET_STANDARD_MEAN,
     IMAGENET_STANDARD_STD,
     OPENAI_CLIP_MEAN,
     OPENAI_CLIP_STD,
+    RandomTransform,
+    TrainTransform,
 )
 from modeling_udon.modeling_udon import UdonModel
 from modeling_udon.training.config import ConfigError, DataConfig, ModelConfig, TrainConfig
 from modeling_udon.training.distillation import UdonForDistillation
+from modeling_udon.training.frozen import FrozenTeachers, load_frozen_teachers
 
 Channels = tuple[float, float, float]
 
@@ -39,12 +43,13 @@ def build_model(config: TrainConfig, domains: Mapping[str, Domain]) -> UdonForDi
         ConfigError: If the backbone cannot be opened or built, or its image size is not the data's.
     """
     torch.manual_seed(config.seed)
+    learning = config.loss.needs_teachers and config.teachers is None
     sizes = {
         "embedding_dim": config.model.embedding_dim,
         "teacher_dim": config.model.teacher_dim,
         "head_hidden_dims": config.model.head_hidden_dims,
         "head_bias": config.model.head_bias,
-        "domains": {name: len(domain.classes) for name, domain in domains.items()},
+        "domains": {name: len(domain.classes) for name, domain in domains.items()} if learning else {},
         "pooling": config.model.pooling,
     }
     try:
@@ -58,7 +63,15 @@ def build_model(config: TrainConfig, domains: Mapping[str, Domain]) -> UdonForDi
         # transformers 5 has another name for it, and warns about the one that transformers 4 has.
         enable = getattr(udon, "activation_checkpointing_enable", None) or udon.gradient_checkpointing_enable
         enable({"use_reentrant": False})
-    return UdonForDistillation(udon.config, config.loss, udon)
+    num_classes = {name: len(domain.classes) for name, domain in domains.items()}
+    return UdonForDistillation(udon.config, config.loss, udon, num_classes, _frozen_teachers(config, domains))
+
+
+def training_transform(data: DataConfig) -> RandomTransform:
+    """The augmentation that the config asks for."""
+    if data.augmentation == "strong":
+        return StrongTransform(data.image_size, data.flip)
+    return TrainTransform(data.image_size, data.resize_size, data.flip)
 
 
 def channel_statistics(data: DataConfig, backbone: PretrainedConfig) -> tuple[Channels, Channels]:
@@ -101,6 +114,15 @@ def make_sampler(config: TrainConfig, domains: Mapping[str, Domain], accelerator
         )
     except ValueError as error:
         raise ConfigError(str(error)) from None
+
+
+def _frozen_teachers(config: TrainConfig, domains: Mapping[str, Domain]) -> FrozenTeachers | None:
+    if not config.teacher_runs:
+        return None
+    try:
+        return load_frozen_teachers(config.teacher_runs, label_maps(domains))
+    except (ValueError, KeyError, OSError) as error:
+        raise ConfigError(f"`teachers` must be runs with trained teachers. {' '.join(str(error).split())}") from error
 
 
 def _build_udon(model: ModelConfig, sizes: dict[str, object]) -> UdonModel:

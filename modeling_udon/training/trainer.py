@@ -4,7 +4,7 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,14 +20,19 @@ from transformers.utils import logging as transformers_logging
 
 from modeling_udon.data.dataset import DomainBatch, MultiDomainDataset
 from modeling_udon.data.domains import check_label_maps, label_maps, open_domain
-from modeling_udon.data.transforms import EvalTransform, TrainTransform, image_processor, normalize, use_one_thread
+from modeling_udon.data.transforms import EvalTransform, image_processor, normalize, use_one_thread
 from modeling_udon.hub.card import render_card
 from modeling_udon.hub.export import export_student
 from modeling_udon.retrieval.embed import ImageEmbedder
 from modeling_udon.retrieval.evaluate import domains_with, evaluate_baselines, evaluate_model, search_model
 from modeling_udon.retrieval.gallery import make_gallery
 from modeling_udon.retrieval.measure import analyse
-from modeling_udon.retrieval.protocol import SplitScores, build_results, versions, write_results
+from modeling_udon.retrieval.protocol import (
+    SplitScores,
+    build_results,
+    versions,
+    write_results,
+)
 from modeling_udon.retrieval.report import write_report
 from modeling_udon.retrieval.tables import format_table
 from modeling_udon.training.checkpoint import (
@@ -40,7 +45,7 @@ from modeling_udon.training.checkpoint import (
     save_checkpoint,
 )
 from modeling_udon.training.config import ConfigError, TrainConfig, dump_config
-from modeling_udon.training.distillation import TERMS, RelationalBank
+from modeling_udon.training.distillation import RelationalBank
 from modeling_udon.training.optimization import (
     IdleHeads,
     frozen_steps,
@@ -49,7 +54,13 @@ from modeling_udon.training.optimization import (
     set_learning_rates,
 )
 from modeling_udon.training.reporting import Reporter, format_changes, format_validation, format_weights
-from modeling_udon.training.setup import build_model, channel_statistics, make_accelerator, make_sampler
+from modeling_udon.training.setup import (
+    build_model,
+    channel_statistics,
+    make_accelerator,
+    make_sampler,
+    training_transform,
+)
 
 # What may differ when a run goes on: where it is told of, and how fast data comes.
 _FREE_ON_RESUME = {"output_dir", "log.every", "log.trackers", "log.project", "data.num_workers", "eval.batch_size"}
@@ -103,12 +114,12 @@ class LossWindow:
         self.sums[domain] = [a + b for a, b in zip(old, losses, strict=True)]
         self.counts[domain] = self.counts.get(domain, 0) + 1
 
-    def means(self) -> dict[str, Any]:
-        """Returns means over all steps, and the total of each domain."""
+    def means(self, terms: Sequence[str]) -> dict[str, Any]:
+        """Returns means over all steps, of the named terms as well, and the total of each domain."""
         steps = sum(self.counts.values())
-        total, *terms = (sum(values) / steps for values in zip(*self.sums.values(), strict=True))
+        total, *losses = (sum(values) / steps for values in zip(*self.sums.values(), strict=True))
         domains = {name: self.sums[name][0] / self.counts[name] for name in sorted(self.sums)}
-        return {"loss": total, "losses": dict(zip(TERMS, terms, strict=True)), "domain_losses": domains}
+        return {"loss": total, "losses": dict(zip(terms, losses, strict=True)), "domain_losses": domains}
 
 
 class Trainer:
@@ -184,7 +195,7 @@ class Trainer:
         """Gives this process's share of every step's batch, to the end of the run."""
         dataset = MultiDomainDataset(
             self.domains,
-            TrainTransform(self.config.data.image_size, self.config.data.resize_size, self.config.data.flip),
+            training_transform(self.config.data),
             self.config.seed,
         )
         loader: DataLoader[DomainBatch] = DataLoader(
@@ -207,19 +218,21 @@ class Trainer:
         """Takes one optimiser step on one domain.
 
         Returns:
-            The total loss and its terms, of shape `(5,)`, of this process's share of the batch.
+            The total loss and its terms, of shape `(1 + num_terms,)`, of this process's share of the batch.
         """
         config, step = self.config, self.step
         # Dropout, where a backbone has it, depends on seed, step and process alone.
         torch.manual_seed((config.seed * 1_000_003 + step) * 8191 + self.accelerator.process_index)
         self.idle_heads.catch_up(batch.domain, step)
+        ramp = config.loss.distillation_ramp_steps
+        self.model.distillation_share = min(1.0, (step + 1) / ramp) if ramp else 1.0
         set_learning_rates(self._optimizer, learning_rates(config.optim, step, self.num_steps))
         pixels = normalize(batch.pixels.to(self.accelerator.device, non_blocking=True), self.mean, self.std)
         labels = batch.labels.to(self.accelerator.device, non_blocking=True)
         parts = config.train.accumulation_steps
         pixel_parts, label_parts = pixels.chunk(parts), labels.chunk(parts)
         banks = self._relational_banks(pixel_parts, batch.domain)
-        losses = torch.zeros(1 + len(TERMS), device=pixels.device)
+        losses = torch.zeros(1 + len(self.model.terms), device=pixels.device)
         for number, (part, part_labels, bank) in enumerate(zip(pixel_parts, label_parts, banks, strict=True)):
             last = number == parts - 1
             with nullcontext() if last else self.accelerator.no_sync(self._wrapped):
@@ -250,7 +263,7 @@ class Trainer:
         self._flush_losses()
         now = time.perf_counter()
         num_images = sum(self._window.counts.values()) * self.config.train.batch_size
-        values = self._window.means() | {
+        values = self._window.means(self.model.terms) | {
             "learning_rates": learning_rates(self.config.optim, self.step - 1, self.num_steps),
             "weights": self.sampler.weights,
             "images_per_second": num_images / (now - self._clock),
@@ -266,7 +279,7 @@ class Trainer:
         with self.idle_heads.caught_up_for_reading(self.step):
             if validated:
                 scores = evaluate_model(self.model.udon, validated, "validation", self._embedder, self.mean, self.std)
-                recall = scores.merged["mean"]["R@1"]
+                recall = self._quality(scores)
                 better = self.best is None or recall > self.best["R@1"]
                 self.reporter.say(format_validation(self.step, scores, better))
                 self.reporter.record(self.step, validation=_as_dict(scores))
@@ -358,6 +371,8 @@ class Trainer:
         if self.config.train.compile:
             self.model.udon.backbone.compile()
         self._wrapped, self._wrapped_optimizer = self.accelerator.prepare(self.model, self._optimizer)
+        if self.model.frozen_teachers is not None:
+            self.model.frozen_teachers = self.model.frozen_teachers.to(self.accelerator.device)
         if self.accelerator.num_processes > 1:
             self.model.gather, self.model.rank = self.accelerator.gather, self.accelerator.process_index
             for domain in self.domains:
@@ -413,9 +428,9 @@ class Trainer:
         if len(pixel_parts) == 1 or self.config.loss.relational_distillation == 0:
             return [None] * len(pixel_parts)
         with torch.no_grad(), self.accelerator.autocast():
-            outputs = [self.model.udon(part, domain=domain) for part in pixel_parts]
-        student = self.accelerator.gather(torch.cat([output.image_embeds for output in outputs]))
-        teacher = self.accelerator.gather(torch.cat([output.teacher_embeds for output in outputs]))
+            embeds = [self.model.embed(part, domain) for part in pixel_parts]
+        student = self.accelerator.gather(torch.cat([part.student for part in embeds]))
+        teacher = self.accelerator.gather(torch.cat([part.teacher for part in embeds if part.teacher is not None]))
         size = len(pixel_parts[0])
         start = self.accelerator.process_index * size * len(pixel_parts)
         return [RelationalBank(student, teacher, start + number * size) for number in range(len(pixel_parts))]
@@ -427,6 +442,8 @@ class Trainer:
         gradients = [
             parameter.grad for parameter in self.model.domain_parameters(domain).values() if parameter.grad is not None
         ]
+        if not gradients:
+            return
         flat = torch.cat([gradient.flatten() for gradient in gradients])
         torch.distributed.all_reduce(flat)
         flat /= self.accelerator.num_processes
@@ -441,14 +458,25 @@ class Trainer:
         stacked = torch.stack([losses for _, losses in self._pending])
         rows = self.accelerator.reduce(stacked, reduction="mean").tolist()
         self._pending.clear()
+        # Where no teacher learns, the weights of the domains do not go by its loss.
+        signal = f"{self.config.sampling.signal}_classification"
+        column = 1 + self.model.terms.index(signal) if signal in self.model.terms else 1
         for name, row in zip(names, rows, strict=True):
             if not all(math.isfinite(value) for value in row):
+                losses = dict(zip(self.model.terms, row[1:], strict=True))
                 raise TrainingError(
-                    f"The loss must be finite. Got {dict(zip(TERMS, row[1:], strict=True))} for domain {name!r} at "
-                    f"about step {self.step}; lower optim.lr or set optim.max_grad_norm, then go on with --resume."
+                    f"The loss must be finite. Got {losses} for domain {name!r} at about step {self.step}; lower "
+                    "optim.lr or set optim.max_grad_norm, then go on with --resume."
                 )
             self._window.add(name, row)
-            self.sampler.observe(name, row[1 + TERMS.index("teacher_classification")])
+            self.sampler.observe(name, row[column])
+
+    def _quality(self, scores: SplitScores) -> float:
+        """What the best is chosen by: the student's mean R@1, or the teachers' where the student learns nothing."""
+        learned = {term for term, weight in self.config.loss.weights().items() if weight}
+        if learned == {"teacher_classification"} and scores.teachers:
+            return scores.teachers["mean"]["R@1"]
+        return scores.merged["mean"]["R@1"]
 
     def _keep_best(self) -> None:
         """Writes the best weights with the teachers, for the test, and the student, for the Hub."""

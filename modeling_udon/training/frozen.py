@@ -1,0 +1,92 @@
+"""Teachers that were trained before, in runs of their own, and only give targets."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from modeling_udon.modeling_udon import UdonModel
+from modeling_udon.retrieval.encoders import open_teachers, read_run
+from modeling_udon.training.losses import cosine_logits
+
+
+@dataclass(frozen=True)
+class FrozenTeacher:
+    """The teacher of one domain.
+
+    Attributes:
+        model: A model with a teacher head for the domain.
+        prototypes: Classifier weights of shape `(num_classes, teacher_dim)`.
+    """
+
+    model: UdonModel
+    prototypes: torch.Tensor
+
+
+class FrozenTeachers:
+    """A trained teacher for each domain.
+
+    Not a module: its weights are neither trained nor saved with the student's.
+
+    Args:
+        teachers: The teacher of each domain; several domains may share a model.
+    """
+
+    def __init__(self, teachers: Mapping[str, FrozenTeacher]) -> None:
+        self._teachers = dict(teachers)
+
+    def to(self, device: torch.device) -> "FrozenTeachers":
+        """Returns the teachers on another device."""
+        return FrozenTeachers(
+            {
+                domain: FrozenTeacher(teacher.model.to(device), teacher.prototypes.to(device))  # type: ignore[arg-type]
+                for domain, teacher in self._teachers.items()
+            }
+        )
+
+    @torch.no_grad()
+    def __call__(self, pixel_values: torch.Tensor, domain: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """Embeds images of a domain by its teacher.
+
+        Args:
+            pixel_values: Normalised images of shape `(batch_size, num_channels, height, width)`.
+            domain: Name of the domain.
+
+        Returns:
+            Embeddings of shape `(batch_size, teacher_dim)` and cosines of shape `(batch_size, num_classes)`.
+        """
+        teacher = self._teachers[domain]
+        embeds = teacher.model(pixel_values, domain=domain).teacher_embeds
+        with torch.autocast(pixel_values.device.type, enabled=False):
+            return embeds, cosine_logits(embeds, teacher.prototypes)
+
+
+def load_frozen_teachers(runs: Mapping[str, Path], label_maps: Mapping[str, Mapping[str, Any]]) -> FrozenTeachers:
+    """Loads the teacher of each domain from the run that trained it.
+
+    Args:
+        runs: Folder of a run for each domain; several domains may share one.
+        label_maps: What `domains.json` says of each domain now.
+
+    Raises:
+        ValueError: If a folder holds no run with teachers, or its classes of the domain are others.
+    """
+    teachers: dict[str, FrozenTeacher] = {}
+    models: dict[Path, UdonModel] = {}
+    for domain, folder in runs.items():
+        run = read_run(folder)
+        known = json.loads((run.folder / "domains.json").read_text(encoding="utf-8"))
+        if any(known.get(domain, {}).get(what) != label_maps[domain][what] for what in ("classes", "fingerprint")):
+            raise ValueError(
+                f"`teachers.{domain}` must be a run on the same images and classes of that domain. Got {folder}, whose "
+                f"domains are {', '.join(known)}; train it on the same data."
+            )
+        if folder not in models:
+            models[folder] = open_teachers(run)
+        weights = load_file(run.weights)
+        teachers[domain] = FrozenTeacher(models[folder], weights[f"teacher_prototypes.{domain}"])
+    return FrozenTeachers(teachers)
