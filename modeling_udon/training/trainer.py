@@ -474,7 +474,7 @@ class Trainer:
     def _quality(self, scores: SplitScores) -> float:
         """What the best is chosen by: the student's mean R@1, or the teachers' where the student learns nothing."""
         learned = {term for term, weight in self.config.loss.weights().items() if weight}
-        if learned == {"teacher_classification"} and scores.teachers:
+        if learned == {"teacher_classification"} and scores.teachers is not None:
             return scores.teachers["mean"]["R@1"]
         return scores.merged["mean"]["R@1"]
 
@@ -504,7 +504,8 @@ def _as_it_is(batch: Any) -> Any:
 
 
 def _as_dict(scores: SplitScores) -> dict[str, Any]:
-    return {"merged": scores.merged, "separate": scores.separate}
+    teachers = {} if scores.teachers is None else {"teachers": scores.teachers}
+    return {"merged": scores.merged, "separate": scores.separate, **teachers}
 
 
 def _leaves(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
