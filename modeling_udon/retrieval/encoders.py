@@ -3,7 +3,7 @@
 import importlib
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
@@ -140,7 +140,8 @@ def open_model(
     Args:
         name: A folder or Hub id; `timm:NAME` for a model of timm; `raw-pixels` for the baseline.
         pooling: What of a vision encoder's output is the image's feature: `"cls"`, the first token of the last hidden
-            state; `"mean"`, the mean over all its positions; `"pooler"`, the model's own. A UDON model takes none.
+            state; `"mean"`, the mean over all its positions; `"pooler"`, the model's own. A UDON model needs none;
+            `"cls"` takes its backbone's features in place of the student's embedding.
         revision: Commit, tag or branch on the Hub.
         trust_remote_code: Whether code that lies beside a model may run.
         image_size: Side in pixels, if the preparation is to be another: shorter side to it, bilinear, centre cut out.
@@ -150,7 +151,8 @@ def open_model(
         ImportError: If timm is asked for and not installed.
     """
     if name == RAW_PIXELS:
-        _refuse_pooling(name, pooling)
+        if pooling is not None:
+            raise ValueError(f"--pooling must be left out for {name}, which are no tokens. Got {pooling}.")
         return Encoder(name, "raw_pixels", shrink_to_thumbnail, lambda domain: embed_raw_pixels, None, None, {})
     if name.startswith(TIMM_PREFIX):
         return _open_timm(name, _require_pooling(name, pooling), image_size)
@@ -166,10 +168,15 @@ def open_model(
     mean, std = tuple(processor.image_mean), tuple(processor.image_std)
     folder = Path(name) if Path(name).is_dir() else None
     if isinstance(config, UdonConfig):
-        _refuse_pooling(name, pooling)
+        if pooling not in (None, "cls"):
+            raise ValueError(
+                f"--pooling must be left out for the student {name}, or cls for its backbone's own features. "
+                f"Got {pooling}."
+            )
         student = UdonModel.from_pretrained(name, revision=revision)
         ours = EvalTransform(image_size or processor.size["shortest_edge"])
-        return _udon_encoder(student, name, ours, mean, std, folder)
+        encoder = _udon_encoder(student, name, ours, mean, std, folder)
+        return encoder if pooling is None else _backbone_of(encoder, student, mean, std)
     chosen = _require_pooling(name, pooling)
     model = AutoModel.from_pretrained(
         name, revision=revision, trust_remote_code=trust_remote_code, dtype=torch.float32
@@ -266,6 +273,17 @@ def _open_processor(name: str, revision: str | None, trust_remote_code: bool = F
         ) from None
 
 
+def _backbone_of(encoder: Encoder, model: UdonModel, mean: Channels, std: Channels) -> Encoder:
+    """The same model by the features of its backbone, at their full width."""
+    embed = embed_with_model(model, mean, std)
+    settings = encoder.settings | {"pooling": "cls"}
+
+    def features(pixels: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"features": embed(pixels)["backbone"]}
+
+    return replace(encoder, kind="features", embed_for=lambda domain: features, folder=None, settings=settings)
+
+
 def _settings(image_size: int, mean: Channels, std: Channels) -> dict[str, Any]:
     return {"image_size": image_size, "image_mean": list(mean), "image_std": list(std)}
 
@@ -278,8 +296,3 @@ def _require_pooling(name: str, pooling: Pooling | None) -> Pooling:
     if pooling is None:
         raise ValueError(f"--pooling must be named for {name}, which is not a UDON model: one of {', '.join(POOLINGS)}")
     return pooling
-
-
-def _refuse_pooling(name: str, pooling: Pooling | None) -> None:
-    if pooling is not None:
-        raise ValueError(f"--pooling must be left out for {name}, which has its own embedding, got {pooling}")
