@@ -20,7 +20,7 @@ from transformers import ViTConfig, ViTModel
 from modeling_udon.cli import main
 from modeling_udon.data.dataset import read_images
 from modeling_udon.data.domains import Domain, DomainSpec, EvaluationSplit, ImageSplit, open_domain
-from modeling_udon.data.transforms import image_processor
+from modeling_udon.data.transforms import EvalTransform, image_processor, normalize
 from modeling_udon.modeling_udon import UdonModel
 from modeling_udon.retrieval.encoders import open_model, open_run, read_run
 from modeling_udon.retrieval.precomputed import read_split
@@ -154,6 +154,25 @@ def test_the_model_alone_scores_as_in_its_run(udon, run, config, tmp_path):
     for name, values in expected["merged"]["domains"].items():
         assert found["splits"]["test"]["merged"]["domains"][name] == pytest.approx(values)
     assert found["splits"]["test"]["teachers"] == {} and found["baseline"] == {}
+
+
+def test_the_backbone_of_a_student_is_measured_by_its_class_token(udon, run, config, tmp_path):
+    words = ["--model", run / "best", "--pooling", "cls", "--config", config, "--num-workers", 0, "--calibrate"]
+    assert udon("evaluate", *words, "--output", tmp_path)[0] == 0
+    found = json.loads((tmp_path / "results.json").read_text())["splits"]["test"]["merged"]["domains"]
+    model, transform = UdonModel.from_pretrained(run / "best").eval(), EvalTransform(16)
+    embeds, labels = {}, {}
+    for name, domain in opened(config).items():
+        images = domain.evaluation["test"].query.images
+        pixels = np.stack([transform(image) for image in read_images(images, np.arange(len(images)), name)])
+        with torch.no_grad():
+            tokens = model.backbone(normalize(torch.from_numpy(pixels), (0.5,) * 3, (0.5,) * 3)).last_hidden_state
+        embeds[name] = F.normalize(tokens[:, 0], dim=1).double().numpy()
+        labels[name] = domain.evaluation["test"].query.labels
+    for name, recall in recall_by_loop(embeds, labels).items():
+        assert found[name]["R@1"] == pytest.approx(recall)
+    # The threshold of other embeddings is none of the student's.
+    assert (tmp_path / "calibration.json").is_file() and not (run / "best" / "calibration.json").exists()
 
 
 def test_raw_pixels_are_those_of_a_loop_over_pillow_thumbnails(udon, config, tmp_path):
@@ -298,7 +317,10 @@ def test_report_writes_the_page_of_a_run(udon, own_run):
             ["--model", "raw-pixels", "--pooling", "cls", "--config", "{config}"],
             "--pooling must be left out for raw-pix",
         ),
-        (["--model", "{run}/best", "--pooling", "cls", "--config", "{config}"], "--pooling must be left out for {run}"),
+        (
+            ["--model", "{run}/best", "--pooling", "mean", "--config", "{config}"],
+            "--pooling must be left out for the student {run}",
+        ),
         (["--model", "no/such-model", "--config", "{config}"], "--model must be a folder of a model, a Hub id, timm:"),
         (["--model", "raw-pixels", "--config", "{config}", "--report"], "--report must have a folder to go to"),
         (["--model", "raw-pixels", "--config", "{config}", "--calibrate"], "--calibrate must have a folder for"),
