@@ -55,29 +55,36 @@ class Settings:
     Attributes:
         data: Folder of MiniUnED.
         out: Folder of all runs.
+        start: Config of the common start.
         budget: One of `BUDGETS`.
         jobs: Runs at the same time, which share the cores.
     """
 
     data: Path
     out: Path
+    start: str
     budget: str
     jobs: int
 
     @property
-    def start(self) -> Path:
+    def start_dir(self) -> Path:
         """Folder of the common start."""
-        return self.out / "pretrain"
+        return self.out / self.start
 
     def run_dir(self, seed: int, run: str) -> Path:
         """Folder of one run."""
         return self.out / f"seed-{seed}" / run
 
 
+def starts() -> list[str]:
+    """Every start, the default first."""
+    return sorted(path.stem for path in CONFIGS.glob("pretrain*.yaml"))
+
+
 def rows() -> dict[str, str]:
     """Every row with its line, from the first line of its config."""
-    own = {path.stem: _first_line(path) for path in sorted(CONFIGS.glob("*.yaml"))}
-    for helper in ("base", "pretrain", "specialist"):
+    own = {path.stem: _first_line(path) for path in sorted(CONFIGS.glob("*.yaml")) if path.stem not in starts()}
+    for helper in ("base", "specialist"):
         own.pop(helper)
     own["specialists"] = "A model for each domain, asked on its own domain: a bound, since the domain is given."
     return {name: own[name] for name in (*CORE, *(name for name in own if name not in CORE))}
@@ -95,7 +102,8 @@ def train(settings: Settings, seed: int, run: str) -> None:
         return
     config, *domain = run.split("-")
     words = ["--config", str(CONFIGS / f"{config}.yaml"), "--name", run, "--output_dir", str(folder.parent)]
-    words += ["--seed", str(seed), "--model.backbone", str(settings.start / "best")]
+    words += ["--seed", str(seed), "--model.backbone", str(settings.start_dir / "best")]
+    words += ["--data.image_size", str(_image_size(settings.start))]
     words += BUDGETS[settings.budget]["systems"]
     if domain:
         words += ["--domains", yaml.safe_dump({domain[0]: str(settings.data / domain[0])}, default_flow_style=True)]
@@ -110,9 +118,10 @@ def train(settings: Settings, seed: int, run: str) -> None:
 
 def train_start(settings: Settings) -> None:
     """Trains the common start unless it is there."""
-    if not (settings.start / "results.json").is_file():
-        words = ["--config", str(CONFIGS / "pretrain.yaml"), "--name", "pretrain", "--output_dir", str(settings.out)]
-        launch(settings, settings.start, [*words, *BUDGETS[settings.budget]["pretrain"]])
+    if not (settings.start_dir / "results.json").is_file():
+        config = CONFIGS / f"{settings.start}.yaml"
+        words = ["--config", str(config), "--name", settings.start, "--output_dir", str(settings.out)]
+        launch(settings, settings.start_dir, [*words, *BUDGETS[settings.budget]["pretrain"]])
 
 
 def launch(settings: Settings, folder: Path, words: Sequence[str]) -> None:
@@ -275,11 +284,14 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--data", type=Path, default=data, required=data is None, help="folder of MiniUnED")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--systems", nargs="+", default=list(CORE), choices=list(rows()), metavar="ROW")
+    parser.add_argument("--start", choices=starts(), default="pretrain", help="config of the common start")
     parser.add_argument("--budget", choices=list(BUDGETS), default="cpu")
     parser.add_argument("--out", type=Path, default=Path("runs/systems"))
     parser.add_argument("--jobs", type=int, default=1, help="runs at the same time; default: 1")
     arguments = parser.parse_args(words)
-    settings = Settings(arguments.data.resolve(), arguments.out.resolve(), arguments.budget, arguments.jobs)
+    settings = Settings(
+        arguments.data.resolve(), arguments.out.resolve(), arguments.start, arguments.budget, arguments.jobs
+    )
     train_start(settings)
     helpers = [TEACHERS[row] for row in arguments.systems if row in TEACHERS]
     first = [row for row in dict.fromkeys([*helpers, *arguments.systems]) if row not in TEACHERS]
@@ -289,6 +301,7 @@ def main(words: Sequence[str] | None = None) -> None:
                 runs = [run for row in stage for run in runs_of(row)]
                 list(pool.map(lambda run, seed=seed: train(settings, seed, run), runs))
     table = {
+        "start": arguments.start,
         "budget": arguments.budget,
         "baselines": read_baselines(settings, arguments.seeds[0], list(rows())),
         "rows": {row: read_row(settings, row, arguments.seeds) for row in arguments.systems},
@@ -311,6 +324,11 @@ def say(text: str) -> None:
 
 def _first_line(path: Path) -> str:
     return path.read_text(encoding="utf-8").partition("\n")[0].removeprefix("# ")
+
+
+def _image_size(start: str) -> int:
+    values = yaml.safe_load((CONFIGS / f"{start}.yaml").read_text(encoding="utf-8"))
+    return values["model"]["backbone_config"]["image_size"]
 
 
 def _num_steps(settings: Settings) -> int:

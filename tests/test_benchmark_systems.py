@@ -116,7 +116,7 @@ def test_the_table_has_means_spread_and_cost_over_seeds(
 
 
 def test_a_run_that_fails_stops_the_benchmark_with_its_last_words(systems: ModuleType, tmp_path: Path) -> None:
-    settings = systems.Settings(tmp_path, tmp_path, "cpu", 1)
+    settings = systems.Settings(tmp_path, tmp_path, "pretrain", "cpu", 1)
     with pytest.raises(SystemExit, match="must be a file that can be read"):
         systems.launch(settings, tmp_path / "run", ["--config", "nowhere.yaml"])
 
@@ -125,3 +125,13 @@ def test_a_run_that_fails_stops_the_benchmark_with_its_last_words(systems: Modul
 def test_every_config_says_what_it_is_in_its_first_line(path: Path, tiny_config: Callable[..., Path]) -> None:
     first = path.read_text().partition("\n")[0]
     assert first.startswith("# ") and first.endswith(".")
+
+
+def test_every_start_is_a_config_of_its_size(systems: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("UDON_BENCHMARK_DIR", "miniuned")
+    assert systems.starts() == ["pretrain", *(f"pretrain_vit_{size}" for size in ("b", "l", "s", "ti"))]
+    for start in systems.starts():
+        config = load_config(ROOT / "configs" / "miniuned" / f"{start}.yaml")
+        backbone = config.model.backbone_config
+        assert backbone is not None and config.system == "uscds"
+        assert config.data.image_size == backbone["image_size"] == systems._image_size(start)
