@@ -135,15 +135,17 @@ def test_prototypes_start_with_a_mean_squared_length_of_one():
     assert model.teacher_prototypes["many"].square().sum(1).mean().item() == pytest.approx(1, rel=0.01)
 
 
-@pytest.mark.parametrize("num_blocks", [2, 4])
-def test_blocks_of_a_batch_give_loss_and_gradients_of_the_whole(batch, num_blocks):
-    images, labels = batch
+@pytest.mark.parametrize(("batch_size", "num_blocks"), [(8, 2), (8, 4), (8, 8), (64, 4)])
+def test_blocks_of_a_batch_give_loss_and_gradients_of_the_whole(batch_size, num_blocks):
+    random = torch.Generator().manual_seed(1)
+    images = torch.randn(batch_size, 3, 16, 16, generator=random)
+    labels = torch.randint(0, 5, (batch_size,), generator=random)
     whole, blocks = make_model(), make_model()
     whole(images, labels, "cars").loss.backward()
     with torch.no_grad():
         embeds = blocks.udon(images, domain="cars")
-    size, total = 8 // num_blocks, 0.0
-    for start in range(0, 8, size):
+    size, total = batch_size // num_blocks, 0.0
+    for start in range(0, batch_size, size):
         bank = RelationalBank(embeds.image_embeds, embeds.teacher_embeds, start)
         loss = blocks(images[start : start + size], labels[start : start + size], "cars", bank).loss / num_blocks
         loss.backward()
