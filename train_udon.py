@@ -5,7 +5,8 @@ import sys
 
 from modeling_udon.data.dataset import BrokenImageError
 from modeling_udon.training.checkpoint import CheckpointError
-from modeling_udon.training.config import ConfigError, load_config
+from modeling_udon.training.config import ConfigError
+from modeling_udon.training.config_file import load_config
 from modeling_udon.training.trainer import TrainingError, train
 
 # What a worker's traceback ends with, before the message.

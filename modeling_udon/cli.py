@@ -216,7 +216,7 @@ def _add_evaluate(verbs: Any) -> None:
 
 def _evaluate(arguments: argparse.Namespace) -> None:
     from modeling_udon.retrieval.evaluate_verb import EvaluateOptions, evaluate
-    from modeling_udon.training.config import load_config
+    from modeling_udon.training.config_file import load_config
 
     names = ("model", "embeddings", "split", "pooling", "image_size", "revision", "trust_remote_code")
     work = ("batch_size", "num_workers", "mixed_precision", "metrics", "pca", "quality_per_byte", "leaks", "bootstrap")

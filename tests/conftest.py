@@ -34,7 +34,8 @@ from datasets import Dataset, Features, Image, Value
 from PIL import Image as PILImage
 
 from modeling_udon.data.dataset import DomainBatch
-from modeling_udon.training.config import TrainConfig, load_config
+from modeling_udon.training.config import TrainConfig
+from modeling_udon.training.config_file import load_config
 from modeling_udon.training.trainer import Trainer, train
 
 ROOT = Path(__file__).parent.parent

@@ -2,7 +2,8 @@
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,27 @@ from accelerate import Accelerator
 from tqdm import tqdm
 
 from modeling_udon.retrieval.protocol import Scores, SplitScores
+
+
+@dataclass
+class LossWindow:
+    """Sums of the losses of each domain since the last log, which a checkpoint keeps."""
+
+    sums: dict[str, list[float]] = field(default_factory=dict)
+    counts: dict[str, int] = field(default_factory=dict)
+
+    def add(self, domain: str, losses: list[float]) -> None:
+        """Adds the losses of one step, the total first."""
+        old = self.sums.get(domain, [0.0] * len(losses))
+        self.sums[domain] = [a + b for a, b in zip(old, losses, strict=True)]
+        self.counts[domain] = self.counts.get(domain, 0) + 1
+
+    def means(self, terms: Sequence[str]) -> dict[str, Any]:
+        """Returns means over all steps, of the named terms as well, and the total of each domain."""
+        steps = sum(self.counts.values())
+        total, *losses = (sum(values) / steps for values in zip(*self.sums.values(), strict=True))
+        domains = {name: self.sums[name][0] / self.counts[name] for name in sorted(self.sums)}
+        return {"loss": total, "losses": dict(zip(terms, losses, strict=True)), "domain_losses": domains}
 
 
 class Reporter:

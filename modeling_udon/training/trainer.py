@@ -2,16 +2,13 @@
 
 import json
 import math
-import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 from torch.nn.parallel import DistributedDataParallel
@@ -19,7 +16,7 @@ from torch.utils.data import DataLoader
 from transformers.utils import logging as transformers_logging
 
 from modeling_udon.data.dataset import DomainBatch, MultiDomainDataset
-from modeling_udon.data.domains import check_label_maps, label_maps, open_domain
+from modeling_udon.data.domains import open_domain
 from modeling_udon.data.transforms import EvalTransform, image_processor, normalize, use_one_thread
 from modeling_udon.hub.card import render_card
 from modeling_udon.hub.export import export_student
@@ -30,21 +27,18 @@ from modeling_udon.retrieval.measure import analyse
 from modeling_udon.retrieval.protocol import (
     SplitScores,
     build_results,
-    versions,
     write_results,
 )
 from modeling_udon.retrieval.report import write_report
 from modeling_udon.retrieval.tables import format_table
 from modeling_udon.training.checkpoint import (
     TrainState,
-    find_checkpoint,
-    list_checkpoints,
     load_checkpoint,
-    recover_folder,
     replaced_folder,
     save_checkpoint,
 )
-from modeling_udon.training.config import ConfigError, TrainConfig, dump_config
+from modeling_udon.training.config import ConfigError, TrainConfig
+from modeling_udon.training.config_file import dump_config
 from modeling_udon.training.distillation import RelationalBank
 from modeling_udon.training.optimization import (
     IdleHeads,
@@ -53,7 +47,8 @@ from modeling_udon.training.optimization import (
     make_optimizer,
     set_learning_rates,
 )
-from modeling_udon.training.reporting import Reporter, format_changes, format_validation, format_weights
+from modeling_udon.training.reporting import LossWindow, Reporter, format_changes, format_validation, format_weights
+from modeling_udon.training.run_folder import RunFolder, leaves
 from modeling_udon.training.setup import (
     build_model,
     channel_statistics,
@@ -61,9 +56,6 @@ from modeling_udon.training.setup import (
     make_sampler,
     training_transform,
 )
-
-# What may differ when a run goes on: where it is told of, and how fast data comes.
-_FREE_ON_RESUME = {"output_dir", "log.every", "log.trackers", "log.project", "data.num_workers", "eval.batch_size"}
 
 
 class TrainingError(RuntimeError):
@@ -101,34 +93,16 @@ def train(config: TrainConfig, resume: bool = False, overwrite: bool = False) ->
     return trainer.finish()
 
 
-@dataclass
-class LossWindow:
-    """Sums of the losses of each domain since the last log, which a checkpoint keeps."""
-
-    sums: dict[str, list[float]] = field(default_factory=dict)
-    counts: dict[str, int] = field(default_factory=dict)
-
-    def add(self, domain: str, losses: list[float]) -> None:
-        """Adds the losses of one step, the total first."""
-        old = self.sums.get(domain, [0.0] * len(losses))
-        self.sums[domain] = [a + b for a, b in zip(old, losses, strict=True)]
-        self.counts[domain] = self.counts.get(domain, 0) + 1
-
-    def means(self, terms: Sequence[str]) -> dict[str, Any]:
-        """Returns means over all steps, of the named terms as well, and the total of each domain."""
-        steps = sum(self.counts.values())
-        total, *losses = (sum(values) / steps for values in zip(*self.sums.values(), strict=True))
-        domains = {name: self.sums[name][0] / self.counts[name] for name in sorted(self.sums)}
-        return {"loss": total, "losses": dict(zip(terms, losses, strict=True)), "domain_losses": domains}
-
-
 class Trainer:
     """The state of a run and the verbs of its loop; see `train`."""
 
     def __init__(self, config: TrainConfig, resume: bool, overwrite: bool) -> None:
         self.config = config
         self.accelerator: Accelerator = make_accelerator(config)
-        checkpoint = self._find_checkpoint(resume, overwrite)
+        self.folder = RunFolder(config)
+        checkpoint, faults = self.folder.find_checkpoint(resume, overwrite)
+        for fault in faults:
+            self.accelerator.print(f"WARNING: {fault}; going on from {checkpoint.name if checkpoint else 'nothing'}")
         transformers_logging.disable_progress_bar()
         try:
             self.domains = {name: open_domain(name, spec, config.seed) for name, spec in config.domains.items()}
@@ -145,8 +119,9 @@ class Trainer:
         if checkpoint:
             self._restore(checkpoint)
         self.idle_heads = IdleHeads(self.model, self._optimizer, config.optim, self.num_steps)
-        self._prepare_folder(overwrite)
-        self._write_run_files()
+        if self.accelerator.is_main_process:
+            self.folder.prepare(self.domains, overwrite)
+        self.accelerator.wait_for_everyone()
         self.reporter = Reporter(config.run_dir, self.accelerator, self.num_steps, self.step)
         self._start_trackers()
         self._embedder = ImageEmbedder(
@@ -188,7 +163,7 @@ class Trainer:
         if tested:
             scores = evaluate_baselines(self.model.udon, tested, "test", self._embedder, self.mean, self.std)
             if self.accelerator.is_main_process:
-                self._baseline_path.write_text(json.dumps(scores, indent=1), encoding="utf-8")
+                self.folder.baseline.write_text(json.dumps(scores, indent=1), encoding="utf-8")
         self.validate()
 
     def batches(self) -> Iterator[DomainBatch]:
@@ -299,69 +274,34 @@ class Trainer:
             if self.accelerator.scaler is not None:
                 state.extra["scaler"] = self.accelerator.scaler.state_dict()
             keep = self.config.train.keep_checkpoints
-            save_checkpoint(self._checkpoints, self.model, self._optimizer, state, keep)
+            save_checkpoint(self.folder.checkpoints, self.model, self._optimizer, state, keep)
         self.accelerator.wait_for_everyone()
         self._clock += time.perf_counter() - started
 
     def finish(self) -> dict[str, Any] | None:
         """Tests the best student and its teachers and writes `results.json` and `report.html`."""
-        self.model.load_state_dict(load_file(self._best_weights))
+        self.model.load_state_dict(load_file(self.folder.best_weights))
         results = None
         tested = domains_with(self.domains, "test")
         if tested:
             found = search_model(self.model.udon, tested, "test", self._embedder, self.mean, self.std)
             scores = found.scores()
-            baseline = json.loads(self._baseline_path.read_text(encoding="utf-8"))
+            baseline = json.loads(self.folder.baseline.read_text(encoding="utf-8"))
             results = build_results({"test": scores}, baseline=baseline, config=dump_config(self.config))
             results["analysis"] = {"test": analyse(found)}
             if self.accelerator.is_main_process:
-                write_results(self.config.run_dir / "results.json", results)
+                write_results(self.folder.results, results)
                 write_report(self.config.run_dir, results, {"test": make_gallery(found.merged, tested, "test")})
                 self._export_best(results)
             self.reporter.say("\n" + format_table(results))
             self.reporter.say("\n" + format_changes(baseline["untrained"], scores.merged))
             if self.accelerator.is_main_process:
-                self.reporter.say("\n" + format_weights(self.config.run_dir / "metrics.jsonl"))
+                self.reporter.say("\n" + format_weights(self.folder.metrics))
         assert self.best is not None, "the last step is always validated"
-        self.reporter.say(f"\nbest student, of step {self.best['step']}: {self.config.run_dir / 'best'}")
+        self.reporter.say(f"\nbest student, of step {self.best['step']}: {self.folder.best}")
         self.accelerator.wait_for_everyone()
         self.reporter.close()
         return results
-
-    @property
-    def _checkpoints(self) -> Path:
-        return self.config.run_dir / "checkpoints"
-
-    @property
-    def _best_weights(self) -> Path:
-        return self._checkpoints / "best" / "model.safetensors"
-
-    @property
-    def _baseline_path(self) -> Path:
-        return self.config.run_dir / "baseline.json"
-
-    def _find_checkpoint(self, resume: bool, overwrite: bool) -> Path | None:
-        """Returns the checkpoint to go on from, if any."""
-        run_dir, found = self.config.run_dir, None
-        if not (resume or overwrite) and (run_dir / "metrics.jsonl").exists():
-            raise ConfigError(
-                f"`output_dir`/`name` must be a new folder. Got {run_dir}, which holds a run; go on with --resume, "
-                "start anew with --overwrite, or choose another --name."
-            )
-        if resume and list_checkpoints(self._checkpoints):
-            found, faults = find_checkpoint(self._checkpoints)
-            for fault in faults:
-                self.accelerator.print(f"WARNING: {fault}; going on from {found.name}")
-        return found
-
-    def _prepare_folder(self, overwrite: bool) -> None:
-        """Makes the run's folder; an old run goes only now that nothing is wrong with the new one."""
-        run_dir = self.config.run_dir
-        if self.accelerator.is_main_process:
-            if overwrite and run_dir.exists():
-                shutil.rmtree(run_dir)
-            run_dir.mkdir(parents=True, exist_ok=True)
-        self.accelerator.wait_for_everyone()
 
     def _prepare_processes(self) -> None:
         self._optimizer = make_optimizer(self.model, self.config.optim)
@@ -380,11 +320,7 @@ class Trainer:
                     torch.distributed.broadcast(parameter.data, src=0)
 
     def _restore(self, checkpoint: Path) -> None:
-        try:
-            check_label_maps(self.domains, self.config.run_dir / "domains.json")
-        except ValueError as error:
-            raise ConfigError(str(error)) from None
-        self._check_same_config()
+        self.folder.check_unchanged(self.domains)
         state = load_checkpoint(checkpoint, self.model, self._optimizer)
         self.sampler.load_state_dict(state.sampler)
         self.best = state.best
@@ -392,33 +328,11 @@ class Trainer:
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state.extra["scaler"])
 
-    def _check_same_config(self) -> None:
-        saved = yaml.safe_load((self.config.run_dir / "config.yaml").read_text(encoding="utf-8"))
-        saved.pop("versions")
-        before, now = _leaves(saved), _leaves(dump_config(self.config))
-        changed = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
-        changed = [key for key in changed if key not in _FREE_ON_RESUME]
-        if changed:
-            details = ", ".join(f"{key} from {before.get(key)!r} to {now.get(key)!r}" for key in changed)
-            raise ConfigError(
-                f"`--resume` must go on with the run's own config. Got {details}; start a new run for it."
-            )
-
-    def _write_run_files(self) -> None:
-        if not self.accelerator.is_main_process:
-            return
-        run_dir = self.config.run_dir
-        recover_folder(run_dir / "best")
-        recover_folder(self._checkpoints / "best")
-        config = dump_config(self.config) | {"versions": versions()}
-        (run_dir / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
-        (run_dir / "domains.json").write_text(json.dumps(label_maps(self.domains), indent=1), encoding="utf-8")
-
     def _start_trackers(self) -> None:
         if self.config.log.trackers:
             values = {
                 key: value
-                for key, value in _leaves(dump_config(self.config)).items()
+                for key, value in leaves(dump_config(self.config)).items()
                 if isinstance(value, int | float | str)
             }
             self.accelerator.init_trackers(self.config.log.project, config=values)
@@ -481,13 +395,13 @@ class Trainer:
     def _keep_best(self) -> None:
         """Writes the best weights with the teachers, for the test, and the student, for the Hub."""
         if self.accelerator.is_main_process:
-            with replaced_folder(self._checkpoints / "best") as folder:
-                save_file(self.model.state_dict(), folder / self._best_weights.name)
+            with replaced_folder(self.folder.checkpoints / "best") as folder:
+                save_file(self.model.state_dict(), folder / self.folder.best_weights.name)
             self._export_best(None)
         self.accelerator.wait_for_everyone()
 
     def _export_best(self, results: dict[str, Any] | None) -> None:
-        best = self.config.run_dir / "best"
+        best = self.folder.best
         config = dump_config(self.config)
         with replaced_folder(best) as folder:
             export_student(
@@ -506,13 +420,3 @@ def _as_it_is(batch: Any) -> Any:
 def _as_dict(scores: SplitScores) -> dict[str, Any]:
     teachers = {} if scores.teachers is None else {"teachers": scores.teachers}
     return {"merged": scores.merged, "separate": scores.separate, **teachers}
-
-
-def _leaves(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    leaves: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, dict) and value:
-            leaves |= _leaves(value, f"{prefix}{key}.")
-        else:
-            leaves[f"{prefix}{key}"] = value
-    return leaves

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import yaml
 
-from modeling_udon.training.config import ConfigError, TrainConfig, dump_config, load_config
+from modeling_udon.training.config import ConfigError, TrainConfig
+from modeling_udon.training.config_file import dump_config, load_config
 
 Write = Callable[..., Path]
 

@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 
 from modeling_udon import UdonConfig
-from modeling_udon.training.config import ConfigError, LossConfig, load_config
+from modeling_udon.training.config import ConfigError, LossConfig
+from modeling_udon.training.config_file import load_config
 from modeling_udon.training.distillation import TERMS, UdonForDistillation
 from modeling_udon.training.systems import SYSTEMS
 
@@ -234,7 +235,7 @@ def test_a_variable_of_the_environment_stands_in_a_path(
 
 
 def test_the_resolved_config_of_every_system_reads_back(tiny_config: Callable[..., Path], tmp_path: Path) -> None:
-    from modeling_udon.training.config import dump_config
+    from modeling_udon.training.config_file import dump_config
 
     for system in SYSTEMS:
         teachers = {"teachers": "runs/x"} if system == "separate_teachers" else {}

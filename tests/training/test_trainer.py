@@ -12,7 +12,8 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from modeling_udon.training.config import ConfigError, load_config
+from modeling_udon.training.config import ConfigError
+from modeling_udon.training.config_file import load_config
 from modeling_udon.training.trainer import Trainer, TrainingError
 
 Values = Callable[..., dict[str, Any]]

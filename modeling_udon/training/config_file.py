@@ -1,0 +1,164 @@
+"""A YAML file becomes a typed, checked config.
+
+A file may name a `base` file, whose values it takes over and overrides; `--section.key value` on the command line
+overrides both. Unknown keys, wrong types and values out of range are refused by name before any work starts.
+"""
+
+import difflib
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from modeling_udon.data.domains import DomainSpec
+from modeling_udon.training.config import ConfigError, TrainConfig
+from modeling_udon.training.systems import SYSTEMS
+
+_VARIABLE = re.compile(r"\$\{(\w+)\}")
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
+    """Reads a config file.
+
+    Args:
+        path: A YAML file, whose `base` key may name another, relative to it.
+        overrides: Command line arguments such as `["--optim.lr", "3e-4"]` or `["--optim.lr=3e-4"]`.
+
+    Raises:
+        ConfigError: If a file or a value cannot be used; the message is one line.
+    """
+    values = _read(Path(path), ())
+    for key, value in _pairs(overrides):
+        _set(values, key, value)
+    values = _expand_variables(values)
+    _apply_system(values)
+    try:
+        return TrainConfig.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(_explain(error, path)) from None
+
+
+def dump_config(config: TrainConfig) -> dict[str, Any]:
+    """Returns the resolved config as YAML and JSON take it."""
+    return config.model_dump(mode="json")
+
+
+def _read(path: Path, including: tuple[Path, ...]) -> dict[str, Any]:
+    path = path.resolve()
+    if path in including:
+        raise ConfigError(f"`base` must not lead back to its own file. Got {path} again; remove one `base`.")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"`config` must be a file that can be read. Got {path}: {error.strerror}.") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"`config` must be a UTF-8 text file. Got {path}, which is not.") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f" line {mark.line + 1}: {getattr(error, 'problem', '')}" if mark else ""
+        raise ConfigError(f"`config` must be valid YAML. Got {path}{where}.") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"`config` must hold keys with values. Got {type(values).__name__} in {path}.")
+    base = values.pop("base", None)
+    if base is None:
+        return values
+    return _merge(_read(path.parent / str(base), (*including, path)), values)
+
+
+def _expand_variables(value: Any) -> Any:
+    """Puts the environment's values in for `${NAME}`."""
+    if isinstance(value, dict):
+        return {key: _expand_variables(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_expand_variables(inner) for inner in value]
+    if not isinstance(value, str):
+        return value
+    for name in _VARIABLE.findall(value):
+        if name not in os.environ:
+            raise ConfigError(f"`${{{name}}}` must be set in the environment. Got {value!r}; export {name}=...")
+    return _VARIABLE.sub(lambda match: os.environ[match[1]], value)
+
+
+def _apply_system(values: dict[str, Any]) -> None:
+    """Fills in what makes up the system; a value that contradicts it is refused."""
+    system = values.get("system", "udon")
+    for section, settings in SYSTEMS.get(system, {}).items():
+        given = values.setdefault(section, {})
+        if not isinstance(given, dict):
+            return  # Its type is refused with the others.
+        for key, value in settings.items():
+            if given.setdefault(key, value) != value:
+                raise ConfigError(
+                    f"`{section}.{key}` must be {value!r} for system {system!r}. Got {given[key]!r}; leave one out."
+                )
+
+
+def _merge(base: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in values.items():
+        both_nested = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        # Half of one backbone and half of another would be neither.
+        merged[key] = _merge(merged[key], value) if both_nested and key != "backbone_config" else value
+    return merged
+
+
+def _pairs(overrides: Sequence[str]) -> list[tuple[str, Any]]:
+    pairs, words = [], list(overrides)
+    while words:
+        word = words.pop(0)
+        if not word.startswith("--"):
+            raise ConfigError(f"An override must look like `--section.key value`. Got {word!r}.")
+        key, equals, text = word[2:].partition("=")
+        if not equals:
+            if not words or words[0].startswith("--"):
+                raise ConfigError(f"An override must have a value. Got `{word}` with none; write `{word} VALUE`.")
+            text = words.pop(0)
+        try:
+            pairs.append((key, yaml.safe_load(text)))
+        except yaml.YAMLError:
+            raise ConfigError(f"`{key}` must have a YAML value. Got {text!r}; put it in quotes.") from None
+    return pairs
+
+
+def _set(values: dict[str, Any], key: str, value: Any) -> None:
+    *parents, last = key.split(".")
+    for parent in parents:
+        nested = values.setdefault(parent, {})
+        if parents[0] == "domains" and isinstance(nested, str):
+            nested = values[parent] = {"path": nested}
+        if not isinstance(nested, dict):
+            raise ConfigError(f"`{key}` must lead through sections. Got the value {nested!r} at `{parent}`.")
+        values = nested
+    values[last] = value
+
+
+def _explain(error: ValidationError, path: str | Path) -> str:
+    # A typo before what is missing because of it.
+    first, *others = sorted(error.errors(), key=lambda fault: fault["type"] != "extra_forbidden")
+    where = ".".join(str(part) for part in first["loc"]) or "the config"
+    more = f" ({len(others)} more)" if others else ""
+    if first["type"] == "extra_forbidden":
+        known = _known_keys(first["loc"][:-1])
+        close = difflib.get_close_matches(str(first["loc"][-1]), known, n=1)
+        hint = f"did you mean `{close[0]}`?" if close else f"known here: {', '.join(known)}."
+        return f"`{where}` is not a key of {path}; {hint}{more}"
+    message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "missing":
+        return f"`{where}` is missing in {path}.{more}"
+    got = "" if isinstance(first["input"], dict | BaseModel) else f" Got {first['input']!r}."
+    return f"`{where}`: {message[0].lower() + message[1:] if message[1:2].islower() else message}.{got}{more}"
+
+
+def _known_keys(location: tuple[str | int, ...]) -> list[str]:
+    model: type[BaseModel] = TrainConfig
+    for part in location:
+        field = model.model_fields.get(str(part))
+        if field is None:
+            return list(DomainSpec.model_fields)
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            model = field.annotation
+    return list(model.model_fields) if location[:1] != ("domains",) else list(DomainSpec.model_fields)
