@@ -4,7 +4,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -153,6 +153,12 @@ def open_domain(name: str, spec: DomainSpec, seed: int = 0) -> Domain:
         fingerprint=_fingerprint(train),
         evaluation=_evaluation_splits(name, spec, splits),
     )
+
+
+def with_images_as_classes(domain: Domain) -> Domain:
+    """Makes each training image a class of its own, for training without labels (arXiv 1805.01978)."""
+    num_images = len(domain.images)
+    return replace(domain, labels=np.arange(num_images, dtype=np.int64), classes=tuple(range(num_images)))
 
 
 def label_maps(domains: Mapping[str, Domain]) -> dict[str, Any]:

@@ -62,6 +62,8 @@ class DataConfig(Section):
     """Side that training images are resized to before the crop; `null`: 8/7 of `image_size`, 256 for 224."""
     augmentation: Literal["crop", "strong"] = "crop"
     """`crop`: the paper's square, crop and flip; `strong`: crops of many sizes, turned, other colours, parts erased."""
+    targets: Literal["classes", "images"] = "classes"
+    """What is told apart in training: the data's classes, or each image by itself, which needs no labels."""
     flip: bool = True
     """Whether half of the training images are mirrored; false where left and right matter, as in letters."""
     eval_antialias: bool = True

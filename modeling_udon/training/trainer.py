@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from transformers.utils import logging as transformers_logging
 
 from modeling_udon.data.dataset import DomainBatch, MultiDomainDataset
-from modeling_udon.data.domains import open_domain
+from modeling_udon.data.domains import open_domain, with_images_as_classes
 from modeling_udon.data.transforms import EvalTransform, image_processor, normalize, use_one_thread
 from modeling_udon.hub.card import render_card
 from modeling_udon.hub.export import export_student
@@ -108,6 +108,8 @@ class Trainer:
             self.domains = {name: open_domain(name, spec, config.seed) for name, spec in config.domains.items()}
         except (ValueError, ImportError) as error:
             raise ConfigError(" ".join(str(error).split())) from error
+        if config.data.targets == "images":
+            self.domains = {name: with_images_as_classes(domain) for name, domain in self.domains.items()}
         self.sampler = make_sampler(config, self.domains, self.accelerator)
         self.model = build_model(config, self.domains)
         self.mean, self.std = channel_statistics(config.data, self.model.config.backbone_config)

@@ -187,6 +187,17 @@ def test_a_ramp_changes_the_run_and_ends(make_values: Values, run_train: Run, tm
         assert row["loss"] == pytest.approx(expected, rel=1e-5)
 
 
+def test_images_can_be_told_apart_instead_of_classes(make_values: Values, run_train: Run, tmp_path: Path) -> None:
+    run = run_train(make_values(tmp_path, system="uscds", data__targets="images"))
+    label_maps = json.loads((run / "domains.json").read_text())
+    weights = last_weights(run)
+    for name, entry in label_maps.items():
+        assert entry["num_classes"] == entry["num_images"] == len(weights[f"student_prototypes.{name}"])
+    # The first loss is that of a guess among so many classes, give or take the start.
+    assert read_rows(run, "losses")[0]["loss"] > 2
+    run_train(make_values(tmp_path, system="uscds", data__targets="images"), resume=True)
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
