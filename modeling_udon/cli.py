@@ -4,6 +4,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 INDEX_KINDS = ("auto", "flat", "ivf", "hnsw", "pq", "ivfpq", "sq8", "binary")
@@ -35,12 +36,86 @@ def make_parser() -> argparse.ArgumentParser:
     """The parser of all verbs."""
     parser = _Parser(prog="udon", description="One image embedding for many domains.", allow_abbrev=False)
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
+    _add_prepare(verbs)
     _add_embed(verbs)
     _add_index(verbs)
     _add_search(verbs)
     _add_evaluate(verbs)
     _add_report(verbs)
     return parser
+
+
+def _add_prepare(verbs: Any) -> None:
+    prepare = verbs.add_parser("prepare", help="turn image files into domains to train on", allow_abbrev=False)
+    kinds = prepare.add_subparsers(dest="kind", metavar="KIND", required=True)
+    uned = _add_verb(
+        kinds,
+        "uned",
+        "prepare domains of UnED from its info files",
+        "udon prepare uned --info-files info_files --images images --out uned",
+        _prepare_uned,
+    )
+    uned.add_argument("--info-files", required=True, metavar="FOLDER", help="holds DOMAIN/SPLIT.json")
+    uned.add_argument("--images", required=True, metavar="FOLDER", help="that the paths in them start from")
+    uned.add_argument("--domains", nargs="+", default=[], metavar="NAME", help="which of them; default: all")
+    own = {
+        "folder": (
+            "prepare a domain from a folder with a folder a class",
+            "udon prepare folder photos --out data/photos",
+        ),
+        "csv": ("prepare a domain from a table, CSV or Parquet", "udon prepare csv photos.csv --out data/photos"),
+    }
+    for kind, (what, example) in own.items():
+        parser = _add_verb(kinds, kind, what, example, _prepare_own)
+        parser.add_argument("source", metavar="SOURCE", help="the folder" if kind == "folder" else "the table")
+        parser.add_argument("--name", help="of the domain; default: that of --out")
+        parser.add_argument("--seed", type=_natural, default=0, metavar="N", help="of the split; default: 0")
+        parser.add_argument(
+            "--validation", type=_fraction, default=0.1, metavar="R", help="share of classes; default: 0.1"
+        )
+        parser.add_argument("--test", type=_fraction, default=0.2, metavar="R", help="share of classes; default: 0.2")
+        if kind == "csv":
+            parser.add_argument("--images", metavar="FOLDER", help="that paths start from; default: the table's folder")
+            for column in ("path", "label", "split"):
+                parser.add_argument(f"--{column}-column", default=column, metavar="COLUMN", help=f"default: {column}")
+    for parser in kinds.choices.values():
+        parser.add_argument("--out", required=True, metavar="FOLDER", help="where it goes")
+        parser.add_argument("--size", type=_positive, metavar="N", help="shrink to this shorter side, encode anew")
+        parser.add_argument("--shard-size", type=_positive, default=5000, metavar="N", help="images; default: 5000")
+        parser.add_argument("--num-workers", type=_natural, default=2, metavar="N", help="that decode; default: 2")
+
+
+def _prepare_uned(arguments: argparse.Namespace) -> None:
+    from modeling_udon.data.prepare import PrepareOptions
+    from modeling_udon.data.prepare_verb import prepare_uned
+
+    prepare_uned(
+        Path(arguments.info_files),
+        Path(arguments.images),
+        Path(arguments.out),
+        PrepareOptions(**_chosen(arguments, "size", "shard_size", "num_workers")),
+        arguments.domains,
+        sys.stderr.isatty(),
+        _say,
+    )
+
+
+def _prepare_own(arguments: argparse.Namespace) -> None:
+    from modeling_udon.data.prepare import PrepareOptions
+    from modeling_udon.data.prepare_verb import OwnData, prepare_own
+
+    names = ["seed", "validation", "test"]
+    if arguments.kind == "csv":
+        names += ["path_column", "label_column", "split_column"]
+    images = getattr(arguments, "images", None)
+    data = OwnData(
+        Path(arguments.source),
+        arguments.name or Path(arguments.out).name,
+        None if images is None else Path(images),
+        **_chosen(arguments, *names),
+    )
+    options = PrepareOptions(**_chosen(arguments, "size", "shard_size", "num_workers"))
+    prepare_own(data, Path(arguments.out), options, sys.stderr.isatty(), _say)
 
 
 def _add_embed(verbs: Any) -> None:

@@ -74,6 +74,11 @@ class ImageSplit:
     def __len__(self) -> int:
         return len(self.images)
 
+    def with_single_labels(self) -> "ImageSplit":
+        """Takes labels out of their lists where every image has one: a split whose neighbours have several."""
+        singles = [label[0] for label in self.labels if isinstance(label, list) and len(label) == 1]
+        return replace(self, labels=singles) if singles and len(singles) == len(self.labels) else self
+
 
 @dataclass(frozen=True)
 class EvaluationSplit:
@@ -132,7 +137,7 @@ def open_domain(name: str, spec: DomainSpec, seed: int = 0) -> Domain:
             supported type.
     """
     splits = _open_splits(name, spec, seed)
-    train = _image_split(name, spec, splits[spec.train_split], spec.train_split)
+    train = _image_split(name, spec, splits[spec.train_split], spec.train_split).with_single_labels()
     if isinstance(train.labels[0], list):
         raise ValueError(
             f"`domains.{name}.label_column` must hold one class for each training image. Got lists in "
@@ -282,8 +287,10 @@ def _evaluation_splits(name: str, spec: DomainSpec, splits: DatasetDict) -> dict
             continue
         split = EvaluationSplit(
             query=_image_split(name, spec, splits[query], query),
-            index=None if index is None else _image_split(name, spec, splits[index], index),
+            index=None if index is None else _image_split(name, spec, splits[index], index).with_single_labels(),
         )
+        if split.index is None:
+            split = replace(split, query=split.query.with_single_labels())
         for searched in (split.index or split.query).labels:
             if isinstance(searched, list):
                 raise ValueError(

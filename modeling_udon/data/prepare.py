@@ -1,0 +1,262 @@
+"""Image files become a domain on disk: Parquet shards that `datasets` opens, images kept as encoded bytes.
+
+Every image is decoded once on the way, so that what training cannot read is found and named here. Shards appear whole
+or not at all, and one that is there is not written again: a stopped preparation goes on where it was.
+"""
+
+import hashlib
+import json
+import statistics
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import cv2
+import pyarrow as pa
+import pyarrow.parquet as pq
+import yaml
+from datasets import Features, Image, Value
+from datasets import Sequence as ListOf
+
+from modeling_udon.data.transforms import decode_image, use_one_thread
+
+Label = int | str | list[int] | list[str]
+
+_PLAN_FILE = "prepare.json"
+_UNREADABLE = b"udon.unreadable"
+_SHORTER_SIDES = b"udon.shorter_sides"
+_JPEG_QUALITY = 95
+
+
+@dataclass(frozen=True)
+class Picture:
+    """An image file and what it shows.
+
+    Attributes:
+        path: Where the file lies below the folder of images; kept beside the image.
+        label: Its class; several for a query.
+    """
+
+    path: str
+    label: Label
+
+
+@dataclass(frozen=True)
+class PrepareOptions:
+    """How images are written.
+
+    Attributes:
+        size: Shorter side in pixels to which larger images are shrunk and encoded anew; `None` keeps the files' bytes.
+        shard_size: Images of a shard.
+        num_workers: Processes that decode; 0 for this one.
+    """
+
+    size: int | None = None
+    shard_size: int = 5000
+    num_workers: int = 0
+
+
+@dataclass(frozen=True)
+class SplitSummary:
+    """What became of one split.
+
+    Attributes:
+        name: The split.
+        num_images: Images written.
+        class_sizes: Images of each class, largest first.
+        shorter_sides: Least, median and greatest shorter side in pixels, before any shrinking.
+        unreadable: Path and reason of each image left out.
+    """
+
+    name: str
+    num_images: int
+    class_sizes: list[int]
+    shorter_sides: tuple[int, int, int]
+    unreadable: list[tuple[str, str]]
+
+
+def write_domain(
+    splits: Mapping[str, Sequence[Picture]],
+    images: Path,
+    folder: Path,
+    options: PrepareOptions | None = None,
+    advance: Callable[[int], object] = lambda num_images: None,
+) -> list[SplitSummary]:
+    """Writes a domain, or what is missing of it.
+
+    Args:
+        splits: Pictures by split, such as `"train"`, `"validation"`, `"test"`, `"index"`.
+        images: Folder that their paths start from.
+        folder: Where the domain goes: `SPLIT-00000.parquet`, ... and a `README.md` that names the splits.
+        options: How.
+        advance: Called with the number of images done since the last call.
+
+    Raises:
+        ValueError: If `folder` holds something else, or a domain prepared from other pictures or in another way.
+    """
+    options = options or PrepareOptions()
+    _claim(folder, splits, images, options)
+    jobs = [
+        (folder / f"{split}-{number:05d}.parquet", list(pictures[start : start + options.shard_size]))
+        for split, pictures in splits.items()
+        for number, start in enumerate(range(0, len(pictures), options.shard_size))
+    ]
+    schema = _schema(any(isinstance(p.label, list) for ps in splits.values() for p in ps), _label_type(splits))
+    missing = [(path, pictures, images, options.size, schema) for path, pictures in jobs if not path.is_file()]
+    advance(sum(len(pictures) for path, pictures in jobs if path.is_file()))
+    for num_images in _run(missing, options.num_workers):
+        advance(num_images)
+    _write_readme(folder, list(splits))
+    return [_summarise(split, [path for path, _ in jobs if path.stem.rpartition("-")[0] == split]) for split in splits]
+
+
+def format_summary(name: str, summaries: Sequence[SplitSummary]) -> str:
+    """A line for each split, and a few of the files that could not be read."""
+    lines = [
+        f"{name}: {'split':<12}{'images':>9}{'classes':>9}{'images a class':>20}{'with one':>10}{'shorter side':>18}"
+    ]
+    for summary in summaries:
+        sizes = summary.class_sizes
+        span = f"{sizes[-1]} / {statistics.median(sizes):g} / {sizes[0]}" if sizes else "-"
+        sides = " / ".join(map(str, summary.shorter_sides))
+        lines.append(
+            " " * (len(name) + 2)
+            + f"{summary.name:<12}{summary.num_images:>9,}{len(sizes):>9,}{span:>20}{sizes.count(1):>10,}{sides:>18}"
+        )
+    unreadable = [(summary.name, *found) for summary in summaries for found in summary.unreadable]
+    for split, path, reason in unreadable[:5]:
+        lines.append(f"  left out of {split}: {path}: {reason}")
+    if len(unreadable) > 5:
+        lines.append(f"  and {len(unreadable) - 5} more, see unreadable.txt")
+    return "\n".join(lines)
+
+
+def write_unreadable(folder: Path, summaries: Iterable[SplitSummary]) -> Path | None:
+    """Lists what was left out in `unreadable.txt`, a line each: split, path, reason."""
+    lines = [f"{s.name}\t{path}\t{reason}\n" for s in summaries for path, reason in s.unreadable]
+    if not lines:
+        return None
+    path = folder / "unreadable.txt"
+    path.write_text("".join(lines), encoding="utf-8")
+    return path
+
+
+def domain_spec(splits: Sequence[str], folder: Path) -> dict[str, Any]:
+    """What a config says of a prepared domain with these splits."""
+    spec: dict[str, Any] = {"path": str(folder)}
+    for split in ("validation", "test"):
+        if split not in splits:
+            spec[f"{split}_split"] = None
+    if "index" in splits and "test" in splits:
+        spec["test_index_split"] = "index"
+    return spec
+
+
+def _claim(folder: Path, splits: Mapping[str, Sequence[Picture]], images: Path, options: PrepareOptions) -> None:
+    """Writes down what is being prepared, or compares with what was."""
+    digest = hashlib.sha256()
+    for split, pictures in splits.items():
+        digest.update(json.dumps([split, [(p.path, p.label) for p in pictures]]).encode())
+    plan = {"pictures": digest.hexdigest(), "size": options.size, "shard_size": options.shard_size}
+    path = folder / _PLAN_FILE
+    if path.is_file():
+        before = json.loads(path.read_text(encoding="utf-8"))
+        changed = [key for key in plan if before.get(key) != plan[key]]
+        if changed:
+            raise ValueError(
+                f"--out must be new or hold what is being prepared. Got {folder}, prepared with another "
+                f"{' and '.join(changed)}; give another --out, or remove it."
+            )
+    elif folder.exists() and any(folder.iterdir()):
+        raise ValueError(f"--out must be a new folder for each domain. Got {folder}, which holds other files.")
+    folder.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(plan), encoding="utf-8")
+
+
+def _label_type(splits: Mapping[str, Sequence[Picture]]) -> str:
+    for pictures in splits.values():
+        for picture in pictures:
+            label = picture.label[0] if isinstance(picture.label, list) and picture.label else picture.label
+            if isinstance(label, str):
+                return "string"
+    return "int64"
+
+
+def _schema(lists: bool, label_type: str) -> pa.Schema:
+    label = Value(label_type)
+    # One type for all splits of a data set: where a query has several classes, every label is a list.
+    return Features(
+        {"image": Image(), "label": ListOf(label) if lists else label, "path": Value("string")}
+    ).arrow_schema
+
+
+def _run(jobs: Sequence[tuple[Any, ...]], num_workers: int) -> Iterator[int]:
+    if num_workers == 0:
+        yield from (_write_shard(job) for job in jobs)
+        return
+    with ProcessPoolExecutor(num_workers, initializer=use_one_thread) as pool:
+        yield from pool.map(_write_shard, jobs)
+
+
+def _write_shard(job: tuple[Path, list[Picture], Path, int | None, pa.Schema]) -> int:
+    path, pictures, images, size, schema = job
+    rows: list[dict[str, Any]] = []
+    unreadable: list[tuple[str, str]] = []
+    sides: list[int] = []
+    lists = pa.types.is_list(schema.field("label").type)
+    for picture in pictures:
+        try:
+            data, side = _read(images / picture.path, size)
+        except (OSError, ValueError) as error:
+            unreadable.append((picture.path, " ".join(str(error).split())))
+            continue
+        label = [picture.label] if lists and not isinstance(picture.label, list) else picture.label
+        rows.append({"image": {"bytes": data, "path": Path(picture.path).name}, "label": label, "path": picture.path})
+        sides.append(side)
+    found = {_UNREADABLE: json.dumps(unreadable).encode(), _SHORTER_SIDES: json.dumps(sides).encode()}
+    table = pa.Table.from_pylist(rows, schema=schema.with_metadata({**schema.metadata, **found}))
+    draft = path.with_name(f".{path.name}.tmp")
+    # Small row groups, so that a reader of a few rows does not load a shard of photographs.
+    pq.write_table(table, draft, row_group_size=100)
+    draft.replace(path)
+    return len(pictures)
+
+
+def _read(path: Path, size: int | None) -> tuple[bytes, int]:
+    """The image's bytes, shrunk if asked for, and its shorter side before."""
+    data = path.read_bytes()
+    pixels = decode_image(data)
+    side = min(pixels.shape[:2])
+    if size is None or side <= size:
+        return data, side
+    factor = size / side
+    shape = (max(size, round(pixels.shape[1] * factor)), max(size, round(pixels.shape[0] * factor)))
+    shrunk = cv2.resize(pixels, shape, interpolation=cv2.INTER_AREA)
+    form, flags = (".jpg", [cv2.IMWRITE_JPEG_QUALITY, _JPEG_QUALITY]) if data[:2] == b"\xff\xd8" else (".png", [])
+    return cv2.imencode(form, cv2.cvtColor(shrunk, cv2.COLOR_RGB2BGR), flags)[1].tobytes(), side
+
+
+def _write_readme(folder: Path, splits: Sequence[str]) -> None:
+    files = [{"split": split, "path": f"{split}-*.parquet"} for split in splits]
+    header = yaml.safe_dump({"configs": [{"config_name": "default", "data_files": files}]}, sort_keys=False)
+    (folder / "README.md").write_text(f"---\n{header}---\n", encoding="utf-8")
+
+
+def _summarise(split: str, shards: Sequence[Path]) -> SplitSummary:
+    counts: Counter[int | str] = Counter()
+    unreadable: list[tuple[str, str]] = []
+    sides: list[int] = []
+    num_images = 0
+    for shard in shards:
+        labels = pq.read_table(shard, columns=["label"])["label"].to_pylist()
+        num_images += len(labels)
+        for label in labels:
+            counts.update(label if isinstance(label, list) else [label])
+        metadata = pq.read_schema(shard).metadata
+        unreadable += [(path, reason) for path, reason in json.loads(metadata[_UNREADABLE])]
+        sides += json.loads(metadata[_SHORTER_SIDES])
+    span = (min(sides), round(statistics.median(sides)), max(sides)) if sides else (0, 0, 0)
+    return SplitSummary(split, num_images, sorted(counts.values(), reverse=True), span, unreadable)

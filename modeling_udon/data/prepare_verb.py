@@ -1,0 +1,164 @@
+"""`udon prepare`: image files become domains, with a summary and what a config says of them."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from tqdm import tqdm
+
+from modeling_udon.data.own_data import (
+    below,
+    drop_duplicates,
+    read_folder,
+    read_table,
+    split_by_class,
+    without_lone_queries,
+)
+from modeling_udon.data.prepare import (
+    Picture,
+    PrepareOptions,
+    SplitSummary,
+    domain_spec,
+    format_summary,
+    write_domain,
+    write_unreadable,
+)
+from modeling_udon.data.uned import compare_with_published, read_info_files
+
+SPECS_FILE = "domains.yaml"
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class OwnData:
+    """Where pictures of your own are, and how they are split.
+
+    Attributes:
+        source: Folder with a folder a class, or a CSV or Parquet table.
+        images: Folder that a table's paths start from; by default the table's own.
+        name: Name of the domain.
+        path_column: Column of the paths.
+        label_column: Column of the classes.
+        split_column: Column of the splits, if the table has it.
+        seed: Seed of the split by classes.
+        validation: Share of the classes for validation.
+        test: Share of the classes for the test.
+    """
+
+    source: Path
+    name: str
+    images: Path | None = None
+    path_column: str = "path"
+    label_column: str = "label"
+    split_column: str = "split"
+    seed: int = 0
+    validation: float = 0.1
+    test: float = 0.2
+
+
+def prepare_own(
+    data: OwnData, out: Path, options: PrepareOptions, show_progress: bool = False, say: Say = lambda text: None
+) -> list[SplitSummary]:
+    """Prepares one domain of your own; `out` is its folder.
+
+    Raises:
+        ValueError: If the pictures cannot be read or split, or `out` holds something else.
+    """
+    images = data.source if data.source.is_dir() else data.images or data.source.parent
+    if data.source.is_dir():
+        found: dict[str | None, list[Picture]] = {None: read_folder(data.source)}
+    elif data.source.is_file():
+        found = read_table(data.source, data.path_column, data.label_column, data.split_column)
+    else:
+        raise ValueError(f"SOURCE must be a folder or a table that is there. Got {data.source}.")
+    found = {split: below(pictures, images) for split, pictures in found.items()}
+    if None in found:
+        splits = split_by_class(found[None], data.seed, data.validation, data.test)
+    else:
+        splits = {split: found[split] for split in ("train", "validation", "test", "index") if split in found}
+        if "train" not in splits:
+            raise ValueError(f"--split-column must have rows for train. Got {', '.join(map(str, found))}.")
+        say_overlap(splits, say)
+    splits, dropped = drop_duplicates(splits, images)
+    splits = without_lone_queries(splits)
+    for path, other in dropped[:5]:
+        say(f"left out: {path} has the content of {other}")
+    if len(dropped) > 5:
+        say(f"left out: {len(dropped) - 5} more with the content of others")
+    summaries = _write({data.name: splits}, images, {data.name: out}, options, show_progress, say)[data.name]
+    say("\nfor the config:\n\n" + _yaml({data.name: domain_spec([name for name in splits if splits[name]], out)}))
+    return summaries
+
+
+def prepare_uned(
+    info_files: Path,
+    images: Path,
+    out: Path,
+    options: PrepareOptions,
+    domains: Sequence[str] = (),
+    show_progress: bool = False,
+    say: Say = lambda text: None,
+) -> dict[str, list[SplitSummary]]:
+    """Prepares domains of UnED, each in a folder below `out`, and writes `domains.yaml` for the configs.
+
+    Args:
+        info_files: Folder with `DOMAIN/SPLIT.json`.
+        images: Folder that the paths in them start from.
+        out: Where the domains go.
+        options: How.
+        domains: Which of them; by default all.
+        show_progress: Whether a bar is shown.
+        say: Called with lines for the user.
+
+    Raises:
+        ValueError: If a domain has no info files, or `out` holds something else.
+    """
+    there = sorted(path.parent.name for path in info_files.glob("*/train.json"))
+    if unknown := [name for name in domains if name not in there]:
+        raise ValueError(f"--domains must be among {', '.join(there) or 'none'} of {info_files}. Got {unknown[0]!r}.")
+    chosen = list(domains) or there
+    if not chosen:
+        raise ValueError(f"--info-files must hold DOMAIN/train.json. Got {info_files} without any.")
+    splits = {name: read_info_files(info_files / name, images) for name in chosen}
+    found = _write(splits, images, {name: out / name for name in chosen}, options, show_progress, say)
+    for name, pictures in splits.items():
+        classes = {label for p in pictures["train"] for label in (p.label if isinstance(p.label, list) else [p.label])}
+        say(compare_with_published(name, len(pictures["train"]), len(classes)))
+    specs = out / SPECS_FILE
+    specs.write_text(_yaml({name: domain_spec(list(of), out.resolve() / name) for name, of in splits.items()}), "utf-8")
+    say(f"wrote {specs}, the `base` of the configs")
+    return found
+
+
+def say_overlap(splits: Mapping[str, Sequence[Picture]], say: Say) -> None:
+    """Says how many classes of the evaluation are trained on as well."""
+    trained = {str(picture.label) for picture in splits["train"]}
+    for split in ("validation", "test"):
+        shared = trained & {str(picture.label) for picture in splits.get(split, [])}
+        if shared:
+            say(f"{len(shared)} classes of {split} are trained on as well: its scores are of known classes")
+
+
+def _write(
+    splits: Mapping[str, Mapping[str, Sequence[Picture]]],
+    images: Path,
+    folders: Mapping[str, Path],
+    options: PrepareOptions,
+    show_progress: bool,
+    say: Say,
+) -> dict[str, list[SplitSummary]]:
+    total = sum(len(pictures) for of_domain in splits.values() for pictures in of_domain.values())
+    found = {}
+    with tqdm(total=total, unit="image", disable=not show_progress, dynamic_ncols=True) as bar:
+        for name, of_domain in splits.items():
+            found[name] = write_domain(of_domain, images, folders[name], options, bar.update)
+            say(format_summary(name, found[name]))
+            write_unreadable(folders[name], found[name])
+    return found
+
+
+def _yaml(specs: Mapping[str, Any]) -> str:
+    return yaml.safe_dump({"domains": dict(specs)}, sort_keys=False)
