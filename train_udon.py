@@ -21,12 +21,19 @@ def main() -> int:
         allow_abbrev=False,
     )
     parser.add_argument("--config", required=True, help="YAML file of the run, such as configs/demo.yaml")
+    parser.add_argument(
+        "--domain",
+        action="append",
+        default=[],
+        metavar="NAME=SOURCE",
+        help="train on this domain instead of the config's: a folder or an id on the Hub; may be repeated",
+    )
     existing = parser.add_mutually_exclusive_group()
     existing.add_argument("--resume", action="store_true", help="go on from the run's last checkpoint")
     existing.add_argument("--overwrite", action="store_true", help="remove the run's folder and start anew")
     arguments, overrides = parser.parse_known_args()
     try:
-        train(load_config(arguments.config, overrides), arguments.resume, arguments.overwrite)
+        train(load_config(arguments.config, overrides, arguments.domain), arguments.resume, arguments.overwrite)
     except ConfigError as error:
         sys.stderr.write(f"error: {error}\n")
         return 2

@@ -64,10 +64,12 @@ def _add_prepare(verbs: Any) -> None:
             "udon prepare folder photos --out data/photos",
         ),
         "csv": ("prepare a domain from a table, CSV or Parquet", "udon prepare csv photos.csv --out data/photos"),
+        "hub": ("prepare a domain from a data set", "udon prepare hub org/photos --out data/photos"),
     }
     for kind, (what, example) in own.items():
         parser = _add_verb(kinds, kind, what, example, _prepare_own)
-        parser.add_argument("source", metavar="SOURCE", help="the folder" if kind == "folder" else "the table")
+        source = {"folder": "the folder", "csv": "the table", "hub": "its id on the Hub, or its folder"}
+        parser.add_argument("source", metavar="SOURCE", help=source[kind])
         parser.add_argument("--name", help="of the domain; default: that of --out")
         parser.add_argument("--seed", type=_natural, default=0, metavar="N", help="of the split; default: 0")
         parser.add_argument(
@@ -76,8 +78,11 @@ def _add_prepare(verbs: Any) -> None:
         parser.add_argument("--test", type=_fraction, default=0.2, metavar="R", help="share of classes; default: 0.2")
         if kind == "csv":
             parser.add_argument("--images", metavar="FOLDER", help="that paths start from; default: the table's folder")
-            for column in ("path", "label", "split"):
-                parser.add_argument(f"--{column}-column", default=column, metavar="COLUMN", help=f"default: {column}")
+        if kind == "hub":
+            parser.add_argument("--config", metavar="NAME", help="configuration of the data set")
+            parser.add_argument("--revision", help="commit, tag or branch on the Hub")
+        for column in {"folder": (), "csv": ("path", "label", "split"), "hub": ("image", "label")}[kind]:
+            parser.add_argument(f"--{column}-column", default=column, metavar="COLUMN", help=f"default: {column}")
     for parser in kinds.choices.values():
         parser.add_argument("--out", required=True, metavar="FOLDER", help="where it goes")
         parser.add_argument("--size", type=_positive, metavar="N", help="shrink to this shorter side, encode anew")
@@ -104,16 +109,14 @@ def _prepare_own(arguments: argparse.Namespace) -> None:
     from modeling_udon.data.prepare import PrepareOptions
     from modeling_udon.data.prepare_verb import OwnData, prepare_own
 
-    names = ["seed", "validation", "test"]
-    if arguments.kind == "csv":
-        names += ["path_column", "label_column", "split_column"]
-    images = getattr(arguments, "images", None)
-    data = OwnData(
-        Path(arguments.source),
-        arguments.name or Path(arguments.out).name,
-        None if images is None else Path(images),
-        **_chosen(arguments, *names),
-    )
+    of_kind = {
+        "csv": ["images", "path_column", "label_column", "split_column"],
+        "hub": ["config", "revision", "image_column", "label_column"],
+    }
+    values = _chosen(arguments, "seed", "validation", "test", *of_kind.get(arguments.kind, []))
+    if values.get("images") is not None:
+        values["images"] = Path(values["images"])
+    data = OwnData(arguments.source, arguments.kind, arguments.name or Path(arguments.out).name, **values)
     options = PrepareOptions(**_chosen(arguments, "size", "shard_size", "num_workers"))
     prepare_own(data, Path(arguments.out), options, sys.stderr.isatty(), _say)
 

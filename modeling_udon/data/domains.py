@@ -160,6 +160,21 @@ def open_domain(name: str, spec: DomainSpec, seed: int = 0) -> Domain:
     )
 
 
+def open_image_splits(name: str, spec: DomainSpec) -> dict[str, ImageSplit]:
+    """Opens all splits of a data set as they are, whichever the specification names.
+
+    Raises:
+        ValueError: If it cannot be opened, a column is missing, or images or labels are of no supported type.
+    """
+    try:
+        splits = _load_splits(spec)
+    except (ValueError, OSError, IndexError, DatasetsError) as error:
+        raise ValueError(
+            f"{name} must be a data set that opens. Got {spec.path!r}: {' '.join(str(error).split())}"
+        ) from error
+    return {split: _image_split(name, spec, dataset, split) for split, dataset in splits.items()}
+
+
 def with_images_as_classes(domain: Domain) -> Domain:
     """Makes each training image a class of its own, for training without labels (arXiv 1805.01978)."""
     num_images = len(domain.images)

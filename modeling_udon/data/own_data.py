@@ -4,14 +4,16 @@ import csv
 import hashlib
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
+from datasets import Dataset
 
-from modeling_udon.data.prepare import Picture
+from modeling_udon.data.domains import DomainSpec, open_image_splits
+from modeling_udon.data.prepare import Picture, Read
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"})
 # What a table may call the splits.
@@ -72,6 +74,42 @@ def read_table(
     return dict(splits)
 
 
+@dataclass(frozen=True)
+class DatasetReader:
+    """Reads pictures of a data set by `SPLIT/ROW`."""
+
+    images: Mapping[str, Dataset]
+
+    def __call__(self, path: str) -> bytes:
+        """Gives an image's bytes."""
+        split, _, row = path.rpartition("/")
+        image = self.images[split][int(row)]["image"]
+        return image["bytes"] if image["bytes"] is not None else Path(image["path"]).read_bytes()
+
+
+def read_dataset(
+    path: str, name: str | None, revision: str | None, image_column: str, label_column: str
+) -> tuple[dict[str | None, list[Picture]], DatasetReader]:
+    """Opens a data set: an id on the Hub, or what else `datasets` opens.
+
+    Returns:
+        Pictures by split, of `None` where it has but one, and what reads them.
+
+    Raises:
+        ValueError: If it cannot be opened or a column is missing.
+    """
+    spec = {"path": path, "name": name, "revision": revision}
+    columns = {"image_column": image_column, "label_column": label_column}
+    splits = open_image_splits("SOURCE", DomainSpec(**spec, **columns))
+    found: dict[str | None, list[Picture]] = {}
+    for split, rows in splits.items():
+        known = None if len(splits) == 1 else SPLIT_NAMES.get(split)
+        if known is None and len(splits) > 1:
+            raise ValueError(f"SOURCE must have splits named {', '.join(SPLIT_NAMES)}. Got {split!r} in {path}.")
+        found.setdefault(known, []).extend(Picture(f"{split}/{row}", label) for row, label in enumerate(rows.labels))
+    return found, DatasetReader({split: rows.images for split, rows in splits.items()})
+
+
 def split_by_class(
     pictures: Sequence[Picture], seed: int = 0, validation: float = 0.1, test: float = 0.2
 ) -> dict[str, list[Picture]]:
@@ -115,7 +153,7 @@ def split_by_class(
 
 
 def drop_duplicates(
-    splits: Mapping[str, Sequence[Picture]], images: Path
+    splits: Mapping[str, Sequence[Picture]], read: Read
 ) -> tuple[dict[str, list[Picture]], list[tuple[str, str]]]:
     """Drops pictures whose file has the content of an earlier one in another class or split.
 
@@ -131,8 +169,10 @@ def drop_duplicates(
     for split, pictures in splits.items():
         kept[split] = []
         for picture in pictures:
-            path = images / picture.path
-            digest = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else str(path)
+            try:
+                digest = hashlib.sha256(read(picture.path)).hexdigest()
+            except OSError:  # It is named when it is to be written.
+                digest = picture.path
             known_split, known_label, known_path = first.setdefault(digest, (split, picture.label, picture.path))
             # Query and index of one test may share pictures: the benchmark's own choice.
             together = known_split == split or {known_split, split} == {"test", "index"}

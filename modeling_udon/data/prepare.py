@@ -23,7 +23,8 @@ from datasets import Sequence as ListOf
 
 from modeling_udon.data.transforms import decode_image, use_one_thread
 
-Label = int | str | list[int] | list[str]
+Label = int | str | Sequence[int | str]
+Read = Callable[[str], bytes]
 
 _PLAN_FILE = "prepare.json"
 _UNREADABLE = b"udon.unreadable"
@@ -36,12 +37,23 @@ class Picture:
     """An image file and what it shows.
 
     Attributes:
-        path: Where the file lies below the folder of images; kept beside the image.
+        path: Where the file lies below the folder of images, or the row of a data set; kept beside the image.
         label: Its class; several for a query.
     """
 
     path: str
     label: Label
+
+
+@dataclass(frozen=True)
+class FolderReader:
+    """Reads pictures below a folder."""
+
+    folder: Path
+
+    def __call__(self, path: str) -> bytes:
+        """Gives a file's bytes."""
+        return (self.folder / path).read_bytes()
 
 
 @dataclass(frozen=True)
@@ -80,7 +92,7 @@ class SplitSummary:
 
 def write_domain(
     splits: Mapping[str, Sequence[Picture]],
-    images: Path,
+    read: Read,
     folder: Path,
     options: PrepareOptions | None = None,
     advance: Callable[[int], object] = lambda num_images: None,
@@ -89,7 +101,7 @@ def write_domain(
 
     Args:
         splits: Pictures by split, such as `"train"`, `"validation"`, `"test"`, `"index"`.
-        images: Folder that their paths start from.
+        read: Gives the bytes of a picture by its path; processes get copies of it.
         folder: Where the domain goes: `SPLIT-00000.parquet`, ... and a `README.md` that names the splits.
         options: How.
         advance: Called with the number of images done since the last call.
@@ -98,14 +110,14 @@ def write_domain(
         ValueError: If `folder` holds something else, or a domain prepared from other pictures or in another way.
     """
     options = options or PrepareOptions()
-    _claim(folder, splits, images, options)
+    _claim(folder, splits, options)
     jobs = [
         (folder / f"{split}-{number:05d}.parquet", list(pictures[start : start + options.shard_size]))
         for split, pictures in splits.items()
         for number, start in enumerate(range(0, len(pictures), options.shard_size))
     ]
     schema = _schema(any(isinstance(p.label, list) for ps in splits.values() for p in ps), _label_type(splits))
-    missing = [(path, pictures, images, options.size, schema) for path, pictures in jobs if not path.is_file()]
+    missing = [(path, pictures, read, options.size, schema) for path, pictures in jobs if not path.is_file()]
     advance(sum(len(pictures) for path, pictures in jobs if path.is_file()))
     for num_images in _run(missing, options.num_workers):
         advance(num_images)
@@ -155,7 +167,7 @@ def domain_spec(splits: Sequence[str], folder: Path) -> dict[str, Any]:
     return spec
 
 
-def _claim(folder: Path, splits: Mapping[str, Sequence[Picture]], images: Path, options: PrepareOptions) -> None:
+def _claim(folder: Path, splits: Mapping[str, Sequence[Picture]], options: PrepareOptions) -> None:
     """Writes down what is being prepared, or compares with what was."""
     digest = hashlib.sha256()
     for split, pictures in splits.items():
@@ -201,15 +213,15 @@ def _run(jobs: Sequence[tuple[Any, ...]], num_workers: int) -> Iterator[int]:
         yield from pool.map(_write_shard, jobs)
 
 
-def _write_shard(job: tuple[Path, list[Picture], Path, int | None, pa.Schema]) -> int:
-    path, pictures, images, size, schema = job
+def _write_shard(job: tuple[Path, list[Picture], Read, int | None, pa.Schema]) -> int:
+    path, pictures, read, size, schema = job
     rows: list[dict[str, Any]] = []
     unreadable: list[tuple[str, str]] = []
     sides: list[int] = []
     lists = pa.types.is_list(schema.field("label").type)
     for picture in pictures:
         try:
-            data, side = _read(images / picture.path, size)
+            data, side = _shrink(read(picture.path), size)
         except (OSError, ValueError) as error:
             unreadable.append((picture.path, " ".join(str(error).split())))
             continue
@@ -225,9 +237,8 @@ def _write_shard(job: tuple[Path, list[Picture], Path, int | None, pa.Schema]) -
     return len(pictures)
 
 
-def _read(path: Path, size: int | None) -> tuple[bytes, int]:
+def _shrink(data: bytes, size: int | None) -> tuple[bytes, int]:
     """The image's bytes, shrunk if asked for, and its shorter side before."""
-    data = path.read_bytes()
     pixels = decode_image(data)
     side = min(pixels.shape[:2])
     if size is None or side <= size:

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from tqdm import tqdm
@@ -11,14 +11,17 @@ from tqdm import tqdm
 from modeling_udon.data.own_data import (
     below,
     drop_duplicates,
+    read_dataset,
     read_folder,
     read_table,
     split_by_class,
     without_lone_queries,
 )
 from modeling_udon.data.prepare import (
+    FolderReader,
     Picture,
     PrepareOptions,
+    Read,
     SplitSummary,
     domain_spec,
     format_summary,
@@ -37,9 +40,13 @@ class OwnData:
     """Where pictures of your own are, and how they are split.
 
     Attributes:
-        source: Folder with a folder a class, or a CSV or Parquet table.
-        images: Folder that a table's paths start from; by default the table's own.
+        source: Folder with a folder a class; a CSV or Parquet table; a data set's id on the Hub, or its folder.
+        kind: `"folder"`, `"csv"` or `"hub"`.
         name: Name of the domain.
+        images: Folder that a table's paths start from; by default the table's own.
+        image_column: Column of a data set's images.
+        config: Configuration of a data set.
+        revision: Commit, tag or branch of a data set on the Hub.
         path_column: Column of the paths.
         label_column: Column of the classes.
         split_column: Column of the splits, if the table has it.
@@ -48,9 +55,13 @@ class OwnData:
         test: Share of the classes for the test.
     """
 
-    source: Path
+    source: str
+    kind: Literal["folder", "csv", "hub"]
     name: str
     images: Path | None = None
+    image_column: str = "image"
+    config: str | None = None
+    revision: str | None = None
     path_column: str = "path"
     label_column: str = "label"
     split_column: str = "split"
@@ -67,14 +78,7 @@ def prepare_own(
     Raises:
         ValueError: If the pictures cannot be read or split, or `out` holds something else.
     """
-    images = data.source if data.source.is_dir() else data.images or data.source.parent
-    if data.source.is_dir():
-        found: dict[str | None, list[Picture]] = {None: read_folder(data.source)}
-    elif data.source.is_file():
-        found = read_table(data.source, data.path_column, data.label_column, data.split_column)
-    else:
-        raise ValueError(f"SOURCE must be a folder or a table that is there. Got {data.source}.")
-    found = {split: below(pictures, images) for split, pictures in found.items()}
+    found, read = _read(data)
     if None in found:
         splits = split_by_class(found[None], data.seed, data.validation, data.test)
     else:
@@ -82,13 +86,13 @@ def prepare_own(
         if "train" not in splits:
             raise ValueError(f"--split-column must have rows for train. Got {', '.join(map(str, found))}.")
         say_overlap(splits, say)
-    splits, dropped = drop_duplicates(splits, images)
+    splits, dropped = drop_duplicates(splits, read)
     splits = without_lone_queries(splits)
     for path, other in dropped[:5]:
         say(f"left out: {path} has the content of {other}")
     if len(dropped) > 5:
         say(f"left out: {len(dropped) - 5} more with the content of others")
-    summaries = _write({data.name: splits}, images, {data.name: out}, options, show_progress, say)[data.name]
+    summaries = _write({data.name: splits}, read, {data.name: out}, options, show_progress, say)[data.name]
     say("\nfor the config:\n\n" + _yaml({data.name: domain_spec([name for name in splits if splits[name]], out)}))
     return summaries
 
@@ -123,7 +127,7 @@ def prepare_uned(
     if not chosen:
         raise ValueError(f"--info-files must hold DOMAIN/train.json. Got {info_files} without any.")
     splits = {name: read_info_files(info_files / name, images) for name in chosen}
-    found = _write(splits, images, {name: out / name for name in chosen}, options, show_progress, say)
+    found = _write(splits, FolderReader(images), {name: out / name for name in chosen}, options, show_progress, say)
     for name, pictures in splits.items():
         classes = {label for p in pictures["train"] for label in (p.label if isinstance(p.label, list) else [p.label])}
         say(compare_with_published(name, len(pictures["train"]), len(classes)))
@@ -142,9 +146,23 @@ def say_overlap(splits: Mapping[str, Sequence[Picture]], say: Say) -> None:
             say(f"{len(shared)} classes of {split} are trained on as well: its scores are of known classes")
 
 
+def _read(data: OwnData) -> tuple[dict[str | None, list[Picture]], Read]:
+    if data.kind == "hub":
+        return read_dataset(data.source, data.config, data.revision, data.image_column, data.label_column)
+    source = Path(data.source)
+    if data.kind == "folder" and source.is_dir():
+        return {None: read_folder(source)}, FolderReader(source)
+    if data.kind == "csv" and source.is_file():
+        images = data.images or source.parent
+        found = read_table(source, data.path_column, data.label_column, data.split_column)
+        return {split: below(pictures, images) for split, pictures in found.items()}, FolderReader(images)
+    what = "folder" if data.kind == "folder" else "table"
+    raise ValueError(f"SOURCE must be a {what} that is there. Got {data.source}.")
+
+
 def _write(
     splits: Mapping[str, Mapping[str, Sequence[Picture]]],
-    images: Path,
+    read: Read,
     folders: Mapping[str, Path],
     options: PrepareOptions,
     show_progress: bool,
@@ -154,7 +172,7 @@ def _write(
     found = {}
     with tqdm(total=total, unit="image", disable=not show_progress, dynamic_ncols=True) as bar:
         for name, of_domain in splits.items():
-            found[name] = write_domain(of_domain, images, folders[name], options, bar.update)
+            found[name] = write_domain(of_domain, read, folders[name], options, bar.update)
             say(format_summary(name, found[name]))
             write_unreadable(folders[name], found[name])
     return found

@@ -21,17 +21,20 @@ from modeling_udon.training.systems import SYSTEMS
 _VARIABLE = re.compile(r"\$\{(\w+)\}")
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
+def load_config(path: str | Path, overrides: Sequence[str] = (), domains: Sequence[str] = ()) -> TrainConfig:
     """Reads a config file.
 
     Args:
         path: A YAML file, whose `base` key may name another, relative to it.
         overrides: Command line arguments such as `["--optim.lr", "3e-4"]` or `["--optim.lr=3e-4"]`.
+        domains: `NAME=SOURCE` of each domain that is to take the place of those in the file.
 
     Raises:
         ConfigError: If a file or a value cannot be used; the message is one line.
     """
     values = _read(Path(path), ())
+    if domains:
+        values["domains"] = dict(_named(domain) for domain in domains)
     for key, value in _pairs(overrides):
         _set(values, key, value)
     values = _expand_variables(values)
@@ -66,7 +69,7 @@ def _read(path: Path, including: tuple[Path, ...]) -> dict[str, Any]:
     base = values.pop("base", None)
     if base is None:
         return values
-    return _merge(_read(path.parent / str(base), (*including, path)), values)
+    return _merge(_read(path.parent / _expand_variables(str(base)), (*including, path)), values)
 
 
 def _expand_variables(value: Any) -> Any:
@@ -104,6 +107,13 @@ def _merge(base: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
         # Half of one backbone and half of another would be neither.
         merged[key] = _merge(merged[key], value) if both_nested and key != "backbone_config" else value
     return merged
+
+
+def _named(domain: str) -> tuple[str, str]:
+    name, equals, source = domain.partition("=")
+    if not (name and equals and source):
+        raise ConfigError(f"`--domain` must look like NAME=SOURCE. Got {domain!r}; write --domain shoes=/data/shoes.")
+    return name, source
 
 
 def _pairs(overrides: Sequence[str]) -> list[tuple[str, Any]]:

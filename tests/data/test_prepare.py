@@ -223,6 +223,29 @@ def test_a_table_says_paths_classes_and_splits(udon: Udon, tmp_path: Path, suffi
     assert list(test.query.labels) == list("eeff") and test.index is not None and len(test.index) == 4
 
 
+def test_a_data_set_is_split_by_class_or_keeps_its_splits(udon: Udon, tmp_path: Path, tiny_domains: Path) -> None:
+    code, text, error = udon("prepare", "hub", tiny_domains / "stripes", "--out", tmp_path / "kept")
+    assert (code, error) == (0, "")
+    before, after = load_dataset(str(tiny_domains / "stripes")), load_dataset(str(tmp_path / "kept"))
+    for split, rows in before.cast_column("image", Image(decode=False)).items():
+        found = after[split].cast_column("image", Image(decode=False))
+        assert found["label"] == rows["label"]
+        assert [image["bytes"] for image in found["image"]] == [image["bytes"] for image in rows["image"]]
+    whole = tmp_path / "whole"
+    whole.mkdir()
+    for number, rows in enumerate(before.values()):
+        rows.to_parquet(whole / f"part-{number}.parquet")
+    words = ["--validation", 0.2, "--test", 0.3, "--seed", 5]
+    assert udon("prepare", "hub", whole, "--out", tmp_path / "split", *words)[0] == 0
+    splits = load_dataset(str(tmp_path / "split"))
+    classes = {split: set(rows["label"]) for split, rows in splits.items()}
+    assert {split: len(found) for split, found in classes.items()} == {"train": 6, "validation": 2, "test": 3}
+    assert len(set.union(*classes.values())) == 11
+    assert udon("prepare", "hub", tmp_path / "nowhere", "--out", tmp_path / "x")[2].startswith(
+        "udon prepare: error: SOURCE must be a data set that opens. Got"
+    )
+
+
 def test_the_same_picture_in_two_splits_or_classes_stays_once(udon: Udon, tmp_path: Path) -> None:
     rows = ["path,label,split"]
     for split, labels in {"train": "ab", "test": "cd"}.items():
@@ -258,7 +281,7 @@ def test_classes_that_are_trained_and_tested_are_told(udon: Udon, tmp_path: Path
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["folder", "{tmp}/nowhere"], "SOURCE must be a folder or a table that is there. Got {tmp}/nowhere."),
+        (["folder", "{tmp}/nowhere"], "SOURCE must be a folder that is there. Got {tmp}/nowhere."),
         (["folder", "{tmp}/flat"], "SOURCE must hold a folder of images for each class. Got {tmp}/flat without any."),
         (["folder", "{tmp}/few"], "SOURCE must have enough classes of several images to leave two for validation."),
         (["csv", "{tmp}/t.csv", "--path-column", "file"], "--path-column must be a column of {tmp}/t.csv: path, label"),

@@ -111,11 +111,46 @@ def test_a_base_is_overridden_section_by_section(tiny_config: Write, tmp_path: P
     assert config.train == base.train
 
 
+def test_domains_of_the_command_line_take_the_place_of_those_in_the_file(tiny_config: Write, tmp_path: Path) -> None:
+    config = load_config(tiny_config(), ["--domains.b.test_split", "query"], ["a=/data/a=1", "b=org/b"])
+    assert {name: (spec.path, spec.test_split) for name, spec in config.domains.items()} == {
+        "a": ("/data/a=1", "test"),
+        "b": ("org/b", "query"),
+    }
+    for wrong in ("a", "a=", "=x"):
+        with pytest.raises(ConfigError, match="`--domain` must look like NAME=SOURCE. Got "):
+            load_config(tiny_config(), (), [wrong])
+
+
+def test_a_base_may_lie_where_a_variable_says(
+    tiny_config: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny_config()
+    monkeypatch.setenv("UDON_SOMEWHERE", str(tmp_path))
+    child = tmp_path / "else" / "child.yaml"
+    child.parent.mkdir()
+    child.write_text("base: ${UDON_SOMEWHERE}/config.yaml\nname: child\n")
+    assert load_config(child).name == "child"
+
+
 def test_a_base_gives_no_half_of_a_backbone(tiny_config: Write, tmp_path: Path) -> None:
     tiny_config()
     child = tmp_path / "child.yaml"
     child.write_text("base: config.yaml\nmodel: {backbone_config: {model_type: clip_vision_model}}\n")
     assert load_config(child).model.backbone_config == {"model_type": "clip_vision_model"}
+
+
+@pytest.mark.parametrize("name", ["vitb16_in21k", "vitb16_clip", "vits16_in21k", "vitl16_in21k"])
+def test_the_configs_of_uned_stand_on_what_is_prepared(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "domains.yaml").write_text("domains: {cars: {path: uned/cars, test_index_split: index}}\n")
+    monkeypatch.setenv("UNED_DIR", str(tmp_path))
+    config = load_config(Path(__file__).parents[2] / "configs" / f"uned_{name}.yaml")
+    assert config.name == f"uned_{name}" and list(config.domains) == ["cars"]
+    # The paper's settings, which are the defaults as well.
+    assert (config.train.batch_size, config.train.num_epochs, config.optim.frozen_fraction) == (128, 10, 0.2)
+    assert (config.optim.lr, config.optim.backbone_lr, config.sampling.update_every) == (1e-3, 1e-5, 1000)
 
 
 def test_a_file_that_cannot_be_used_is_named(tmp_path: Path) -> None:
