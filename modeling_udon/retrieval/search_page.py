@@ -80,33 +80,42 @@ def render_page(results: SearchResults) -> str:
 </head>
 <body>
 <h1>Nearest images</h1>
-<p>{_text(where)}</p>
+<p>{html_text(where)}</p>
 {sections}
 </body>
 </html>
 """
 
 
+def neighbour_list(query: QueryResult) -> str:
+    """The neighbours of a query as an HTML list: pictures, scores, and escaped names."""
+    found = "\n".join(_item(rank, neighbour) for rank, neighbour in enumerate(query.neighbours, 1))
+    return f"<ol>\n{found}\n</ol>"
+
+
+def html_text(text: str) -> str:
+    """Text from data as HTML, in one line, of which nothing can act."""
+    return escape(printable(text))
+
+
 def _section(query: QueryResult) -> str:
     mark = "" if query.is_known else '<div class="mark">not in the index</div>'
-    found = "\n".join(_item(rank, neighbour) for rank, neighbour in enumerate(query.neighbours, 1))
+    caption = f"<figcaption>{html_text(query.path)}{mark}</figcaption>"
     return f"""<section>
-<div class="query"><figure>{_picture(query.thumbnail)}<figcaption>{_text(query.path)}{mark}</figcaption></figure></div>
-<ol>
-{found}
-</ol>
+<div class="query"><figure>{_picture(query.thumbnail)}{caption}</figure></div>
+{neighbour_list(query)}
 </section>"""
 
 
 def _item(rank: int, found: FoundImage) -> str:
     low = found.accepted is False
     details = [found.domain or "", *(f"{name}: {value}" for name, value in found.columns.items())]
-    lines = "".join(f'<div class="muted">{_text(detail)}</div>' for detail in details if detail)
+    lines = "".join(f'<div class="muted">{html_text(detail)}</div>' for detail in details if detail)
     mark = '<div class="mark">no match</div>' if low else ""
     return (
         f"<li><figure><div{' class=low' if low else ''}>{_picture(_thumbnail(found))}</div>"
         f'<figcaption><span class="muted">{rank}</span> <span class="score">{found.score:.3f}</span>{mark}'
-        f"<div>{_text(found.path)}</div>{lines}</figcaption></figure></li>"
+        f"<div>{html_text(found.path)}</div>{lines}</figcaption></figure></li>"
     )
 
 
@@ -121,7 +130,3 @@ def _thumbnail(found: FoundImage) -> bytes | None:
     with suppress(OSError, ValueError):  # moved or changed since it was embedded
         return make_thumbnail(decode_image(Path(found.file).read_bytes()))
     return None
-
-
-def _text(text: str) -> str:
-    return escape(printable(text))
