@@ -23,7 +23,6 @@ MAX_EXAMPLES = 12
 
 # What every browser shows; a TIFF can be searched for, but not be an example.
 _SHOWN_SUFFIXES = frozenset((".jpg", ".jpeg", ".jfif", ".png", ".webp", ".gif", ".bmp", ".avif"))
-_FORMATS = "JPEG, PNG, WebP, GIF, BMP, TIFF, PPM, JPEG 2000 or AVIF"
 _SECONDS_KEPT = 3600
 _MOST_WAITING = 64
 

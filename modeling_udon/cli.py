@@ -4,6 +4,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from importlib.util import find_spec
 from typing import Any, NoReturn
 
 INDEX_KINDS = ("auto", "flat", "ivf", "hnsw", "pq", "ivfpq", "sq8", "binary")
@@ -41,6 +42,7 @@ def make_parser() -> argparse.ArgumentParser:
     _add_evaluate(verbs)
     _add_report(verbs)
     _add_app(verbs)
+    _add_push_space(verbs)
     return parser
 
 
@@ -259,11 +261,7 @@ def _add_app(verbs: Any) -> None:
 
 
 def _app(arguments: argparse.Namespace) -> None:
-    _check_second_side(arguments)
-    try:
-        import gradio  # noqa: F401
-    except ImportError as error:
-        raise ImportError('the page needs gradio, which is missing: pip install "modeling-udon[demo]"') from error
+    _check_sides(arguments)
     from modeling_udon.app import find_examples, make_page, open_side, start
 
     examples = [] if arguments.examples is None else find_examples(arguments.examples)
@@ -276,6 +274,45 @@ def _app(arguments: argparse.Namespace) -> None:
     page.block_thread()
 
 
+def _add_push_space(verbs: Any) -> None:
+    parser = _add_verb(
+        verbs,
+        "push-space",
+        "publish the page of udon app as a Space on the Hub, in one commit",
+        "udon push-space --repo me/nearest --model runs/demo/best --index photos-index --examples photos",
+        _push_space,
+    )
+    parser.add_argument("--repo", required=True, metavar="OWNER/NAME", help="the Space, made if need be")
+    _add_sides(parser)
+    parser.add_argument("--private", action="store_true", help="it must be private")
+    parser.add_argument("--out", metavar="FOLDER", help="folder that the Space is made in; default: NAME-space")
+    parser.add_argument("--dry-run", action="store_true", help="make the folder, list files and sizes, upload nothing")
+
+
+def _push_space(arguments: argparse.Namespace) -> None:
+    _check_sides(arguments)
+    from huggingface_hub.utils import disable_progress_bars
+    from transformers.utils import logging
+
+    from modeling_udon.app import find_examples
+    from modeling_udon.hub.space import SpaceSide, check_repo, list_files, make_space, push_space
+
+    check_repo(arguments.repo)
+    if not sys.stderr.isatty():
+        disable_progress_bars()
+        logging.disable_progress_bar()
+    name = arguments.repo.rpartition("/")[2]
+    folder = arguments.out or f"{name}-space"
+    sides = [SpaceSide(arguments.model, arguments.index, arguments.revision)]
+    if arguments.model2 is not None:
+        sides.append(SpaceSide(arguments.model2, arguments.index2, arguments.revision2))
+    examples = [] if arguments.examples is None else find_examples(arguments.examples)
+    make_space(sides, folder, name, examples, arguments.trust_remote_code, say=_warn)
+    _say(list_files(folder))
+    if not arguments.dry_run:
+        _say(f"the Space is at {push_space(folder, arguments.repo, arguments.private)}")
+
+
 def _add_sides(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--index", required=True, metavar="FOLDER", help="folder that `udon index` wrote")
     _add_model(parser)
@@ -286,9 +323,13 @@ def _add_sides(parser: argparse.ArgumentParser) -> None:
     second.add_argument("--revision2", metavar="REVISION", help="its commit, tag or branch on the Hub")
 
 
-def _check_second_side(arguments: argparse.Namespace) -> None:
+def _check_sides(arguments: argparse.Namespace) -> None:
     if (arguments.model2 is None) != (arguments.index2 is None):
         raise ValueError("--model2 and --index2 must be given together, a model with the index that was made with it")
+    if arguments.revision2 is not None and arguments.model2 is None:
+        raise ValueError("--revision2 must be of --model2, which is not given")
+    if find_spec("gradio") is None:
+        raise ImportError('the page needs gradio, which is missing: pip install "modeling-udon[demo]"')
 
 
 def _add_verb(verbs: Any, name: str, what: str, example: str, run: Any) -> argparse.ArgumentParser:

@@ -1,13 +1,11 @@
 """A page of search results that stands alone: thumbnails and styles are within it, and it loads nothing."""
 
-from contextlib import suppress
 from html import escape
 from pathlib import Path
 
-from modeling_udon.data.transforms import decode_image
 from modeling_udon.retrieval.search import FoundImage, QueryResult, SearchResults
 from modeling_udon.retrieval.shards import printable
-from modeling_udon.retrieval.thumbnails import data_uri, make_thumbnail
+from modeling_udon.retrieval.thumbnails import data_uri, find_thumbnail
 
 _STYLE = """
 :root { color-scheme: light dark; --line: #8884; --muted: #777; --accent: #2563eb; --low: #b45309; }
@@ -113,7 +111,7 @@ def _item(rank: int, found: FoundImage) -> str:
     lines = "".join(f'<div class="muted">{html_text(detail)}</div>' for detail in details if detail)
     mark = '<div class="mark">no match</div>' if low else ""
     return (
-        f"<li><figure><div{' class=low' if low else ''}>{_picture(_thumbnail(found))}</div>"
+        f"<li><figure><div{' class=low' if low else ''}>{_picture(find_thumbnail(found.thumbnail, found.file))}</div>"
         f'<figcaption><span class="muted">{rank}</span> <span class="score">{found.score:.3f}</span>{mark}'
         f"<div>{html_text(found.path)}</div>{lines}</figcaption></figure></li>"
     )
@@ -122,11 +120,3 @@ def _item(rank: int, found: FoundImage) -> str:
 def _picture(thumbnail: bytes | None) -> str:
     inner = "no picture" if thumbnail is None else f'<img alt="" src="{data_uri(thumbnail)}">'
     return f'<div class="picture">{inner}</div>'
-
-
-def _thumbnail(found: FoundImage) -> bytes | None:
-    if found.thumbnail is not None or found.file is None:
-        return found.thumbnail
-    with suppress(OSError, ValueError):  # moved or changed since it was embedded
-        return make_thumbnail(decode_image(Path(found.file).read_bytes()))
-    return None
