@@ -131,7 +131,7 @@ def make_page(sides: Sequence[Side], examples: Sequence[Path] = ()) -> gr.Blocks
     def search(picture: dict[str, Any] | None, domain: str | None, k: float) -> str:
         return answer(sides, None if picture is None else picture["path"], domain, k)
 
-    # Pictures that people brought are deleted after an hour.
+    # Pictures that people brought are deleted: each hour those that are older than one.
     with gr.Blocks(
         title="Nearest images", analytics_enabled=False, delete_cache=(_SECONDS_KEPT,) * 2, fill_width=True
     ) as page:

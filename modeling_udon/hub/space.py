@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
@@ -156,13 +157,16 @@ def push_space(folder: str | os.PathLike[str], repo: str, private: bool = False,
                 f"`--private` must go with a private Space. Got {repo}, which is public; make it private in its "
                 "settings, or leave `--private` out."
             )
-        client.upload_folder(
-            repo_id=repo,
-            repo_type="space",
-            folder_path=os.fspath(folder),
-            commit_message="Upload the page with udon push-space",
-            delete_patterns=[f"{name}/*" for name in OWN_FOLDERS],
-        )
+        with warnings.catch_warnings():
+            # An index beside the page is no mistake.
+            warnings.filterwarnings("ignore", message="It seems that you are about to commit a data file")
+            client.upload_folder(
+                repo_id=repo,
+                repo_type="space",
+                folder_path=os.fspath(folder),
+                commit_message="Upload the page with udon push-space",
+                delete_patterns=[f"{name}/*" for name in OWN_FOLDERS],
+            )
     except (OSError, HTTPError) as error:
         raise OSError(
             f"nothing was uploaded to the Space {repo}: {_reason(error)}; its folder {folder} is ready: run the same "
