@@ -25,7 +25,7 @@ pytest.importorskip("gradio", reason='the page needs gradio: pip install "modeli
 import httpx
 from gradio_client import Client, handle_file
 
-from modeling_udon.app import MAX_EXAMPLES, answer, find_examples, open_side
+from modeling_udon.app import MAX_EXAMPLES, answer, find_examples, open_side, start
 
 ROOT = Path(__file__).parents[1]
 LAPTOP, PHONE = {"width": 1280, "height": 800}, {"width": 390, "height": 844}
@@ -229,6 +229,19 @@ def test_a_port_that_is_taken_is_refused_in_one_line(address, searchable):
     )
     complaint = f"udon app: error: port {port} of 127.0.0.1 cannot be listened on; give another --host or --port"
     assert (done.returncode, done.stdout, done.stderr.splitlines()[-1]) == (1, "", complaint)
+
+
+def test_a_public_link_that_cannot_be_had_is_refused():
+    class PageWithoutLink:
+        def queue(self, max_size):
+            return self
+
+        def launch(self, **values):
+            assert values["share"] is True
+            return None, "http://127.0.0.1:7860/", None
+
+    with pytest.raises(OSError, match="^no public link could be opened; leave out --share"):
+        start(PageWithoutLink(), share=True)
 
 
 @pytest.mark.parametrize(

@@ -12,10 +12,12 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
+import torch
 from huggingface_hub import constants, metadata_load
 from huggingface_hub.errors import HfHubHTTPError, HTTPError
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from safetensors.torch import load_file
 
 from modeling_udon.cli import main
 from modeling_udon.hub import space
@@ -178,6 +180,15 @@ def test_only_what_loading_needs_is_taken_of_a_model(searchable, tmp_path):
     make_space([SpaceSide(str(model), str(searchable.index))], tmp_path / "space", "nearest")
     names = {path.name for path in (tmp_path / "space" / "models" / "1").iterdir()}
     assert names == {"config.json", "model.safetensors", "preprocessor_config.json"}
+
+
+def test_a_model_without_safetensors_is_refused(searchable, tmp_path):
+    model = shutil.copytree(searchable.model, tmp_path / "best")
+    weights = model / "model.safetensors"
+    torch.save(load_file(weights), model / "pytorch_model.bin")
+    weights.unlink()
+    with pytest.raises(ValueError, match="^`model` must have its weights as safetensors. Got '.*best' without"):
+        make_space([SpaceSide(str(model), str(searchable.index))], tmp_path / "space", "nearest")
 
 
 def test_a_space_is_made_again_in_its_folder_but_other_files_are_left_alone(searchable, tmp_path):
