@@ -4,6 +4,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -42,6 +43,8 @@ def make_parser() -> argparse.ArgumentParser:
     _add_search(verbs)
     _add_evaluate(verbs)
     _add_report(verbs)
+    _add_app(verbs)
+    _add_push_space(verbs)
     return parser
 
 
@@ -319,6 +322,92 @@ def _report(arguments: argparse.Namespace) -> None:
 
     work = _chosen(arguments, "split", "batch_size", "num_workers")
     evaluate(EvaluateOptions(run=arguments.run_folder, report=True, **work), say=_say)
+
+
+def _add_app(verbs: Any) -> None:
+    parser = _add_verb(
+        verbs,
+        "app",
+        "serve a page on which one drops a picture and sees the nearest images",
+        "udon app --model runs/demo/best --index photos-index --examples photos",
+        _app,
+    )
+    _add_sides(parser)
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on, 0.0.0.0 for all; default: 127.0.0.1")
+    parser.add_argument("--port", type=_positive, default=7860, metavar="N", help="default: 7860")
+    parser.add_argument("--share", action="store_true", help="open a public link to this machine")
+
+
+def _app(arguments: argparse.Namespace) -> None:
+    _check_sides(arguments)
+    from modeling_udon.app import find_examples, make_page, open_side, start
+
+    examples = [] if arguments.examples is None else find_examples(arguments.examples)
+    sides = [open_side(arguments.index, lambda: _model(arguments))]
+    if arguments.model2 is not None:
+        second = argparse.Namespace(**vars(arguments) | {"model": arguments.model2, "revision": arguments.revision2})
+        sides.append(open_side(arguments.index2, lambda: _model(second)))
+    page = make_page(sides, examples)
+    _say(f"the page is at {start(page, arguments.host, arguments.port, arguments.share)}, until Ctrl+C")
+    page.block_thread()
+
+
+def _add_push_space(verbs: Any) -> None:
+    parser = _add_verb(
+        verbs,
+        "push-space",
+        "publish the page of udon app as a Space on the Hub, in one commit",
+        "udon push-space --repo me/nearest --model runs/demo/best --index photos-index --examples photos",
+        _push_space,
+    )
+    parser.add_argument("--repo", required=True, metavar="OWNER/NAME", help="the Space, made if need be")
+    _add_sides(parser)
+    parser.add_argument("--private", action="store_true", help="it must be private")
+    parser.add_argument("--out", metavar="FOLDER", help="folder that the Space is made in; default: NAME-space")
+    parser.add_argument("--dry-run", action="store_true", help="make the folder, list files and sizes, upload nothing")
+
+
+def _push_space(arguments: argparse.Namespace) -> None:
+    _check_sides(arguments)
+    from huggingface_hub.utils import disable_progress_bars
+    from transformers.utils import logging
+
+    from modeling_udon.app import find_examples
+    from modeling_udon.hub.space import SpaceSide, check_repo, list_files, make_space, push_space
+
+    check_repo(arguments.repo)
+    if not sys.stderr.isatty():
+        disable_progress_bars()
+        logging.disable_progress_bar()
+    name = arguments.repo.rpartition("/")[2]
+    folder = arguments.out or f"{name}-space"
+    sides = [SpaceSide(arguments.model, arguments.index, arguments.revision)]
+    if arguments.model2 is not None:
+        sides.append(SpaceSide(arguments.model2, arguments.index2, arguments.revision2))
+    examples = [] if arguments.examples is None else find_examples(arguments.examples)
+    make_space(sides, folder, name, examples, arguments.trust_remote_code, say=_warn)
+    _say(list_files(folder))
+    if not arguments.dry_run:
+        _say(f"the Space is at {push_space(folder, arguments.repo, arguments.private)}")
+
+
+def _add_sides(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--index", required=True, metavar="FOLDER", help="folder that `udon index` wrote")
+    _add_model(parser)
+    parser.add_argument("--examples", metavar="FOLDER", help="pictures to click on, at most 12")
+    second = parser.add_argument_group("to compare two models side by side")
+    second.add_argument("--model2", metavar="MODEL", help="folder of the second model, or its id on the Hub")
+    second.add_argument("--index2", metavar="FOLDER", help="its index")
+    second.add_argument("--revision2", metavar="REVISION", help="its commit, tag or branch on the Hub")
+
+
+def _check_sides(arguments: argparse.Namespace) -> None:
+    if (arguments.model2 is None) != (arguments.index2 is None):
+        raise ValueError("--model2 and --index2 must be given together, a model with the index that was made with it")
+    if arguments.revision2 is not None and arguments.model2 is None:
+        raise ValueError("--revision2 must be of --model2, which is not given")
+    if find_spec("gradio") is None:
+        raise ImportError('the page needs gradio, which is missing: pip install "modeling-udon[demo]"')
 
 
 def _add_verb(verbs: Any, name: str, what: str, example: str, run: Any) -> argparse.ArgumentParser:

@@ -8,7 +8,8 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,10 @@ from accelerate.state import AcceleratorState, PartialState
 from datasets import Dataset, Features, Image, Value
 from PIL import Image as PILImage
 
+from modeling_udon import UdonConfig, UdonModel
+from modeling_udon.cli import main
 from modeling_udon.data.dataset import DomainBatch
+from modeling_udon.data.transforms import image_processor
 from modeling_udon.training.config import TrainConfig
 from modeling_udon.training.config_file import load_config
 from modeling_udon.training.trainer import Trainer, train
@@ -132,6 +136,51 @@ def tiny_values(domains: Path, output_dir: Path, /, **changes: Any) -> dict[str,
 def make_values(tiny_domains: Path) -> Callable[..., dict[str, Any]]:
     """`tiny_values` on the tiny domains: takes the folder of runs and changes."""
     return functools.partial(tiny_values, tiny_domains)
+
+
+@dataclass(frozen=True)
+class Searchable:
+    """Folders: a student, pictures in a folder a domain, their embeddings, and the index of these."""
+
+    model: Path
+    pictures: Path
+    embedded: Path
+    index: Path
+
+
+# Nothing of it may act in a page.
+HOSTILE_DOMAIN = "<b id=hostile>{{1}}${alert(1)}"
+
+
+@pytest.fixture(scope="session")
+def make_searchable(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Searchable]:
+    """Draws pictures, embeds and indexes them by the commands: takes a seed of the student, and names of domains."""
+
+    def make(seed: int = 0, domains: Sequence[str] = ("plants", "tools", HOSTILE_DOMAIN)) -> Searchable:
+        folder = tmp_path_factory.mktemp("searchable")
+        made = Searchable(*(folder / name for name in ("model", "pictures", "embedded", "index")))
+        torch.manual_seed(seed)
+        backbone = {"model_type": "vit", "image_size": 16, "patch_size": 8, "hidden_size": 16, "num_hidden_layers": 1}
+        backbone |= {"num_attention_heads": 2, "intermediate_size": 32, "initializer_range": 0.3}
+        UdonModel(UdonConfig(backbone_config=backbone, embedding_dim=8)).student().save_pretrained(made.model)
+        image_processor(16, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)).save_pretrained(made.model)
+        rng = np.random.default_rng(0)
+        for number, domain in enumerate(domains):
+            (made.pictures / domain).mkdir(parents=True)
+            for label in range(5 - number):
+                (made.pictures / domain / f"{label}.png").write_bytes(encode_png(draw_image(number, label, rng)))
+        embed = ["embed", made.pictures, "--domain-from-folder", "--model", made.model, "--out", made.embedded]
+        for command in ([*embed, "--num-workers", 0], ["index", made.embedded, "--out", made.index]):
+            assert main([str(word) for word in command]) == 0
+        return made
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def searchable(make_searchable: Callable[..., Searchable]) -> Searchable:
+    """12 pictures of three domains, one of them with a hostile name."""
+    return make_searchable()
 
 
 @pytest.fixture

@@ -132,7 +132,7 @@ def search_images(
     results: list[QueryResult] = []
     readable = _readable(files, warn)
     while batch := list(islice(readable, batch_size)):
-        results += _search_batch(opened, loaded, batch, k, domain)
+        results += search_decoded(opened, loaded, batch, k, domain)
     if not results:
         raise ValueError(f"`queries` must hold an image that can be read. Got none in {len(files)} file(s).")
     about = opened.about
@@ -200,9 +200,18 @@ def _readable(files: Sequence[Path], warn: Callable[[str], None]) -> Iterator[tu
 
 
 @torch.inference_mode()
-def _search_batch(
+def search_decoded(
     index: ImageIndex, model: EmbeddingModel, batch: Sequence[tuple[str, np.ndarray]], k: int, domain: str | None
 ) -> list[QueryResult]:
+    """Searches an opened index for the images most like each of a batch.
+
+    Args:
+        index: The index.
+        model: The model that it was made with; see `check_model`.
+        batch: What to call each query, and its pixels, of shape `(height, width, 3)`, uint8.
+        k: Neighbours a query.
+        domain: Search among the images of this domain of the index only.
+    """
     pixels = torch.stack([torch.from_numpy(model.transform(image)) for _, image in batch])
     scores, rows = index.search(model(pixels).numpy(), k, domain)
     return [

@@ -1,13 +1,11 @@
 """A page of search results that stands alone: thumbnails and styles are within it, and it loads nothing."""
 
-from contextlib import suppress
 from html import escape
 from pathlib import Path
 
-from modeling_udon.data.transforms import decode_image
 from modeling_udon.retrieval.search import FoundImage, QueryResult, SearchResults
 from modeling_udon.retrieval.shards import printable
-from modeling_udon.retrieval.thumbnails import data_uri, make_thumbnail
+from modeling_udon.retrieval.thumbnails import data_uri, find_thumbnail
 
 _STYLE = """
 :root { color-scheme: light dark; --line: #8884; --muted: #777; --accent: #2563eb; --low: #b45309; }
@@ -80,48 +78,45 @@ def render_page(results: SearchResults) -> str:
 </head>
 <body>
 <h1>Nearest images</h1>
-<p>{_text(where)}</p>
+<p>{html_text(where)}</p>
 {sections}
 </body>
 </html>
 """
 
 
+def neighbour_list(query: QueryResult) -> str:
+    """The neighbours of a query as an HTML list: pictures, scores, and escaped names."""
+    found = "\n".join(_item(rank, neighbour) for rank, neighbour in enumerate(query.neighbours, 1))
+    return f"<ol>\n{found}\n</ol>"
+
+
+def html_text(text: str) -> str:
+    """Text from data as HTML, in one line, of which nothing can act."""
+    return escape(printable(text))
+
+
 def _section(query: QueryResult) -> str:
     mark = "" if query.is_known else '<div class="mark">not in the index</div>'
-    found = "\n".join(_item(rank, neighbour) for rank, neighbour in enumerate(query.neighbours, 1))
+    caption = f"<figcaption>{html_text(query.path)}{mark}</figcaption>"
     return f"""<section>
-<div class="query"><figure>{_picture(query.thumbnail)}<figcaption>{_text(query.path)}{mark}</figcaption></figure></div>
-<ol>
-{found}
-</ol>
+<div class="query"><figure>{_picture(query.thumbnail)}{caption}</figure></div>
+{neighbour_list(query)}
 </section>"""
 
 
 def _item(rank: int, found: FoundImage) -> str:
     low = found.accepted is False
     details = [found.domain or "", *(f"{name}: {value}" for name, value in found.columns.items())]
-    lines = "".join(f'<div class="muted">{_text(detail)}</div>' for detail in details if detail)
+    lines = "".join(f'<div class="muted">{html_text(detail)}</div>' for detail in details if detail)
     mark = '<div class="mark">no match</div>' if low else ""
     return (
-        f"<li><figure><div{' class=low' if low else ''}>{_picture(_thumbnail(found))}</div>"
+        f"<li><figure><div{' class=low' if low else ''}>{_picture(find_thumbnail(found.thumbnail, found.file))}</div>"
         f'<figcaption><span class="muted">{rank}</span> <span class="score">{found.score:.3f}</span>{mark}'
-        f"<div>{_text(found.path)}</div>{lines}</figcaption></figure></li>"
+        f"<div>{html_text(found.path)}</div>{lines}</figcaption></figure></li>"
     )
 
 
 def _picture(thumbnail: bytes | None) -> str:
     inner = "no picture" if thumbnail is None else f'<img alt="" src="{data_uri(thumbnail)}">'
     return f'<div class="picture">{inner}</div>'
-
-
-def _thumbnail(found: FoundImage) -> bytes | None:
-    if found.thumbnail is not None or found.file is None:
-        return found.thumbnail
-    with suppress(OSError, ValueError):  # moved or changed since it was embedded
-        return make_thumbnail(decode_image(Path(found.file).read_bytes()))
-    return None
-
-
-def _text(text: str) -> str:
-    return escape(printable(text))

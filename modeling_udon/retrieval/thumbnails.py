@@ -2,9 +2,13 @@
 
 import base64
 import io
+from contextlib import suppress
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
+
+from modeling_udon.data.transforms import decode_image
 
 THUMBNAIL_SIZE = 160
 
@@ -16,6 +20,15 @@ def make_thumbnail(image: np.ndarray) -> bytes:
     file = io.BytesIO()
     small.save(file, "JPEG", quality=80)
     return file.getvalue()
+
+
+def find_thumbnail(kept: bytes | None, file: str | None) -> bytes | None:
+    """The thumbnail that was kept, else one of the file, else `None`: the file may have moved or changed."""
+    if kept is not None or file is None:
+        return kept
+    with suppress(OSError, ValueError):
+        return make_thumbnail(decode_image(Path(file).read_bytes()))
+    return None
 
 
 def data_uri(jpeg: bytes) -> str:

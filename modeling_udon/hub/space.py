@@ -1,0 +1,374 @@
+"""`udon push-space`: the page of `udon app` as a Space on the Hub, in one commit.
+
+The Space brings all that it needs: the part of this package that the page imports, small pictures of the indexed
+images, and of this machine neither paths nor anything else.
+"""
+
+import ast
+import json
+import os
+import shutil
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+from huggingface_hub import HfApi, SpaceCardData
+
+# The client's own base of what its HTTP library raises: another one in version 0.34 (requests) than later (httpx).
+from huggingface_hub.errors import HfHubHTTPError, HTTPError
+from huggingface_hub.utils import HFValidationError, validate_repo_id
+from tqdm import tqdm
+from transformers.utils import cached_file
+from transformers.utils.hub import extract_commit_hash
+
+from modeling_udon.retrieval.ann import ABOUT_FILE, INDEX_FILE, METADATA_FILE, ImageIndex
+from modeling_udon.retrieval.models import load_embedding_model
+from modeling_udon.retrieval.search import check_model
+from modeling_udon.retrieval.thumbnails import find_thumbnail
+
+PACKAGE = "modeling_udon"
+PACKAGE_FOLDER = Path(__file__).parents[1]
+PAGE_MODULE = f"{PACKAGE}.app"
+# What a Space's folder holds; of the folders, what an earlier commit left behind goes with the next one.
+OWN_FOLDERS = ("models", "indexes", "examples", PACKAGE)
+OWN_FILES = ("app.py", "requirements.txt", "README.md")
+
+# Where a library is imported by another name than it is installed by.
+_DISTRIBUTIONS = {"PIL": "pillow", "cv2": "opencv-python-headless", "faiss": "faiss-cpu"}
+# A free Space has no GPU, and PyTorch without it is a tenth of the size.
+_CPU_PACKAGES = "--extra-index-url https://download.pytorch.org/whl/cpu"
+_ROWS = 1024
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class SpaceSide:
+    """A model with its index.
+
+    Attributes:
+        model: Folder of the model, which goes along, or its id on the Hub, which the Space loads.
+        index: Folder that `udon index` wrote.
+        revision: Commit, tag or branch of a model on the Hub.
+    """
+
+    model: str
+    index: str
+    revision: str | None = None
+
+
+@dataclass(frozen=True)
+class _Placed:
+    """What the Space's `app.py` says of a side: paths in the Space, or the model's id and commit."""
+
+    model: str
+    revision: str | None
+    index: str
+    title: str
+
+
+def check_repo(repo: str) -> None:
+    """Refuses what the Hub would not take for a repository.
+
+    Raises:
+        ValueError: If it is not `owner/name`.
+    """
+    try:
+        validate_repo_id(repo)
+        if "/" not in repo:
+            raise HFValidationError("it has no owner")
+    except HFValidationError as error:
+        raise ValueError(f"`--repo` must be `owner/name` as the Hub takes it. Got {repo!r}: {error}") from None
+
+
+def make_space(
+    sides: Sequence[SpaceSide],
+    folder: str | os.PathLike[str],
+    title: str,
+    examples: Sequence[Path] = (),
+    trust_remote_code: bool = False,
+    say: Say = lambda text: None,
+) -> None:
+    """Writes a Space's folder, which appears whole or not at all; `python app.py` in it shows the page.
+
+    Args:
+        sides: One, or two to compare.
+        folder: A new folder, or one that this wrote.
+        title: What the Space is called.
+        examples: Pictures to click on.
+        trust_remote_code: Whether code that lies beside a model of another kind may run, here and in the Space.
+        say: Called with lines for the user.
+
+    Raises:
+        ValueError: If the folder holds other files, or a model does not open or is not its index's.
+    """
+    target = Path(folder)
+    _check_target(target)
+    draft = target.with_name(f".{target.name}.new")
+    shutil.rmtree(draft, ignore_errors=True)
+    draft.mkdir(parents=True)
+    try:
+        placed = [_place(side, number, draft, trust_remote_code, say) for number, side in enumerate(sides, 1)]
+        modules = _imported_modules()
+        for path in modules.values():
+            copy = draft / PACKAGE / path.relative_to(PACKAGE_FOLDER)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, copy)
+        for number, example in enumerate(examples, 1):
+            (draft / "examples").mkdir(exist_ok=True)
+            shutil.copyfile(example, draft / "examples" / f"{number:02d}{example.suffix.lower()}")
+        (draft / "app.py").write_text(_app_file(placed, bool(examples), trust_remote_code), encoding="utf-8")
+        (draft / "requirements.txt").write_text(_requirements(modules), encoding="utf-8")
+        (draft / "README.md").write_text(_readme(title, placed, sides), encoding="utf-8")
+    except BaseException:
+        shutil.rmtree(draft)
+        raise
+    if target.exists():
+        shutil.rmtree(target)
+    draft.rename(target)
+
+
+def push_space(folder: str | os.PathLike[str], repo: str, private: bool = False, api: HfApi | None = None) -> str:
+    """Uploads a Space's folder in one commit; the Space is made if need be.
+
+    Args:
+        folder: Folder that `make_space` wrote.
+        repo: Repository on the Hub, `owner/name`.
+        private: Whether the Space must be private.
+        api: The client; by default the one of the user's own login.
+
+    Returns:
+        The Space's address.
+
+    Raises:
+        ValueError: If the Space must be private and is there already, but public.
+        OSError: If the Hub refuses, fails, or cannot be reached.
+    """
+    client = HfApi() if api is None else api
+    try:
+        made = client.create_repo(repo, repo_type="space", space_sdk="gradio", private=private or None, exist_ok=True)
+        if private and not client.repo_info(repo, repo_type="space").private:
+            raise ValueError(
+                f"`--private` must go with a private Space. Got {repo}, which is public; make it private in its "
+                "settings, or leave `--private` out."
+            )
+        with warnings.catch_warnings():
+            # An index beside the page is no mistake.
+            warnings.filterwarnings("ignore", message="It seems that you are about to commit a data file")
+            client.upload_folder(
+                repo_id=repo,
+                repo_type="space",
+                folder_path=os.fspath(folder),
+                commit_message="Upload the page with udon push-space",
+                delete_patterns=[f"{name}/*" for name in OWN_FOLDERS],
+            )
+    except (OSError, HTTPError) as error:
+        raise OSError(
+            f"nothing was uploaded to the Space {repo}: {_reason(error)}; its folder {folder} is ready: run the same "
+            "command again"
+        ) from error
+    return str(made)
+
+
+def list_files(folder: str | os.PathLike[str]) -> str:
+    """The files of a folder with their sizes, as a table."""
+    paths = sorted(path for path in Path(folder).rglob("*") if path.is_file())
+    sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in paths}
+    width = max(map(len, sizes))
+    lines = [f"{len(sizes)} files, {sum(sizes.values()):,} bytes, in {os.fspath(folder)}"]
+    return "\n".join(lines + [f"  {name:<{width}}  {size:>13,}" for name, size in sizes.items()])
+
+
+def _check_target(target: Path) -> None:
+    if not target.exists():
+        return
+    names = {path.name for path in target.iterdir()} if target.is_dir() else {target.name}
+    strange = sorted(names - {*OWN_FOLDERS, *OWN_FILES})
+    if strange or "app.py" not in names:
+        what = f"{strange[0]!r} in it" if strange else "no app.py in it"
+        raise ValueError(f"`out` must be a new folder, or one that udon push-space wrote. Got {str(target)!r}, {what}.")
+
+
+def _place(side: SpaceSide, number: int, space: Path, trust_remote_code: bool, say: Say) -> _Placed:
+    """Checks that the model is the index's, and brings both into the Space."""
+    index = ImageIndex(side.index)
+    check_model(index, load_embedding_model(side.model, side.revision, trust_remote_code))
+    source, model, revision = Path(side.model), side.model, side.revision
+    title = model
+    if source.is_dir():
+        title, model, revision = _title(source), f"models/{number}", None
+        _copy_model(source, space / model, trust_remote_code)
+    else:
+        revision = extract_commit_hash(str(cached_file(model, "config.json", revision=revision)), None)
+    place = f"indexes/{number}"
+    (space / place).mkdir(parents=True)
+    _copy_index(index, space / place, title, say)
+    return _Placed(model, revision, place, title)
+
+
+def _title(model: Path) -> str:
+    """A run's `best` is called by the run."""
+    path = model.resolve()
+    return path.parent.name if path.name == "best" else path.name
+
+
+def _copy_model(source: Path, target: Path, trust_remote_code: bool) -> None:
+    patterns = ("*.json", "*.safetensors", *(("*.py",) if trust_remote_code else ()))
+    files = [path for pattern in patterns for path in source.glob(pattern)]
+    if not any(path.suffix == ".safetensors" for path in files):
+        raise ValueError(f"`model` must have its weights as safetensors. Got {str(source)!r} without.")
+    target.mkdir(parents=True)
+    for path in files:
+        shutil.copyfile(path, target / path.name)
+
+
+def _copy_index(index: ImageIndex, target: Path, title: str, say: Say) -> None:
+    """Copies an index without what it says of this machine, and with a thumbnail wherever there can be one."""
+    shutil.copyfile(index.folder / INDEX_FILE, target / INDEX_FILE)
+    sources = [{"folder": "", "root": "", "start": source["start"]} for source in index.about.sources]
+    about = asdict(replace(index.about, model=title, sources=sources))
+    (target / ABOUT_FILE).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+    table = pa.ipc.open_file(pa.memory_map(str(index.folder / METADATA_FILE))).read_all()
+    kept = table.drop_columns([name for name in ("path", "thumbnail") if name in table.column_names])
+    schema = kept.schema.append(pa.field("path", pa.string())).append(pa.field("thumbnail", pa.binary()))
+    num_missing = 0
+    with (
+        pa.ipc.new_file(str(target / METADATA_FILE), schema) as writer,
+        tqdm(total=len(table), desc="pictures", unit="image", disable=None) as progress,
+    ):
+        for start in range(0, len(table), _ROWS):
+            rows = [index.describe(row) for row in range(start, min(start + _ROWS, len(table)))]
+            thumbnails = [find_thumbnail(row.get("thumbnail"), row["file"]) for row in rows]
+            paths = [Path(row["path"]).name if os.path.isabs(row["path"]) else row["path"] for row in rows]
+            block = kept.slice(start, len(rows))
+            for name, values, kind in (("path", paths, pa.string()), ("thumbnail", thumbnails, pa.binary())):
+                block = block.append_column(name, pa.array(values, kind))
+            writer.write_table(block)
+            num_missing += thumbnails.count(None)
+            progress.update(len(rows))
+    if num_missing:
+        say(
+            f"{num_missing:,} of {len(table):,} images of {index.folder} will be shown without a picture: their files "
+            "are not there, and udon embed kept no --thumbnails"
+        )
+
+
+def _imported_modules() -> dict[str, Path]:
+    """The modules of this package that the page imports, directly or not, with their files."""
+    found: dict[str, Path] = {}
+    waiting = [PAGE_MODULE]
+    while waiting:
+        name = waiting.pop()
+        path = PACKAGE_FOLDER.joinpath(*name.split(".")[1:])
+        file = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+        if name in found or not file.is_file():  # a name in a module is no module
+            continue
+        found[name] = file
+        if "." in name:
+            waiting.append(name.rpartition(".")[0])
+        waiting += [imported for imported in _imports(name, file) if imported.split(".")[0] == PACKAGE]
+    return found
+
+
+def _imports(module: str, file: Path) -> Iterator[str]:
+    """What a module imports at its top; imports within functions are of what may be absent."""
+    for node in ast.parse(file.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Import):
+            yield from (name.name for name in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            package = module.rpartition(".")[0] if node.level else None
+            source = ".".join(filter(None, (package, node.module)))
+            yield source
+            yield from (f"{source}.{name.name}" for name in node.names)
+
+
+def _requirements(modules: Mapping[str, Path]) -> str:
+    """The libraries that these modules import, in the versions of this machine; gradio comes with the Space."""
+    libraries = {name.split(".")[0] for module, file in modules.items() for name in _imports(module, file)}
+    libraries -= {PACKAGE, "gradio", *sys.stdlib_module_names}
+    names = sorted(_DISTRIBUTIONS.get(library, library) for library in libraries)
+    # "+cpu" and the like name a build, which another machine may not have.
+    pins = [f"{name}=={version(name).partition('+')[0]}" for name in names]
+    return "\n".join([_CPU_PACKAGES, *pins]) + "\n"
+
+
+def _app_file(placed: Sequence[_Placed], has_examples: bool, trust_remote_code: bool) -> str:
+    sides = "".join(
+        f"        open_side({side.index!r}, lambda: load_embedding_model({side.model!r}, {side.revision!r}, "
+        f"{trust_remote_code}), {side.title!r}),\n"
+        for side in placed
+    )
+    examples = 'find_examples("examples")' if has_examples else "[]"
+    return f'''"""The page of `udon app`, as a Space."""
+
+from modeling_udon.app import find_examples, make_page, open_side, start
+from modeling_udon.retrieval.models import load_embedding_model
+
+page = make_page(
+    [
+{sides}    ],
+    {examples},
+)
+print(start(page), flush=True)
+page.block_thread()
+'''
+
+
+def _readme(title: str, placed: Sequence[_Placed], sides: Sequence[SpaceSide]) -> str:
+    gradio = version("gradio")
+    metadata: dict[str, Any] = {
+        "title": title,
+        "emoji": "🔎",
+        "colorFrom": "blue",
+        "colorTo": "gray",
+        "sdk": "gradio",
+        "sdk_version": gradio,
+        "python_version": f"{sys.version_info.major}.{sys.version_info.minor}",
+        "app_file": "app.py",
+        "short_description": "Drop a picture, see the nearest images",
+        "models": [side.model for side, source in zip(placed, sides, strict=True) if side.model == source.model]
+        or None,
+        "tags": ["udon", "image-retrieval"],
+    }
+    shown = " and ".join(f"`{side.title}`" for side in placed)
+    return f"""---
+{SpaceCardData(**metadata).to_yaml()}
+---
+
+# {title}
+
+Drop a picture and see the nearest images of an index, by {shown}, with [UDON](https://arxiv.org/abs/2406.08332)
+embeddings. On your own machine:
+
+```bash
+pip install gradio=={gradio} -r requirements.txt
+python app.py
+```
+
+The code in `{PACKAGE}/` is licensed under Apache-2.0.
+"""
+
+
+def _reason(error: Exception) -> str:
+    """What went wrong, without what the Hub says itself: it may repeat the request."""
+    if isinstance(error, HfHubHTTPError):
+        status = error.response.status_code
+        return _REFUSALS.get(status, f"the Hub answered with {status}")
+    return f"the Hub cannot be reached ({' '.join(str(error).split()) or type(error).__name__})"
+
+
+_REFUSALS = {
+    401: "the Hub does not know you (401); log in with `hf auth login`, or set HF_TOKEN to a token with write access",
+    402: "the Hub asks for a paid plan for this (402)",
+    403: "your token may not write there (403); use one with write access",
+    404: "the Hub has no such owner or Space for you (404); check the name, and your token's access",
+    409: "the Space was changed at the same time (409)",
+    412: "the Space was changed at the same time (412)",
+    413: "a file is too large for the Hub (413)",
+    429: "the Hub has had too many requests (429); wait some minutes",
+}
