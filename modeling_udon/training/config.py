@@ -207,6 +207,12 @@ class TrainSection(Section):
     keep_teachers: bool = False
     """Whether the teacher heads go out with the student in `best/`."""
 
+    @field_validator("mixed_precision", mode="before")
+    @classmethod
+    def _no_is_a_word(cls, precision: Any) -> Any:
+        # YAML reads `no` as false.
+        return "no" if precision is False else precision
+
     @model_validator(mode="after")
     def _one_length(self) -> "TrainSection":
         if (self.num_steps is None) == (self.num_epochs is None):

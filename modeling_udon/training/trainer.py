@@ -297,8 +297,8 @@ class Trainer:
                 self._export_best(results)
             self.reporter.say("\n" + format_table(results))
             self.reporter.say("\n" + format_changes(baseline["untrained"], scores.merged))
-            if self.accelerator.is_main_process:
-                self.reporter.say("\n" + format_weights(self.folder.metrics))
+            if self.accelerator.is_main_process and (weights := format_weights(self.folder.metrics)):
+                self.reporter.say("\n" + weights)
         assert self.best is not None, "the last step is always validated"
         self.reporter.say(f"\nbest student, of step {self.best['step']}: {self.folder.best}")
         self.accelerator.wait_for_everyone()

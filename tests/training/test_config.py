@@ -122,6 +122,11 @@ def test_domains_of_the_command_line_take_the_place_of_those_in_the_file(tiny_co
             load_config(tiny_config(), (), [wrong])
 
 
+def test_no_mixed_precision_may_be_said_as_yaml_reads_it(tiny_config: Write) -> None:
+    assert load_config(tiny_config(), ["--train.mixed_precision", "no"]).train.mixed_precision == "no"
+    assert load_config(tiny_config(train__mixed_precision=False)).train.mixed_precision == "no"
+
+
 def test_a_base_may_lie_where_a_variable_says(
     tiny_config: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
