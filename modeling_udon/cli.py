@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 INDEX_KINDS = ("auto", "flat", "ivf", "hnsw", "pq", "ivfpq", "sq8", "binary")
+EXPORT_FORMATS = ("sentence-transformers", "native", "onnx")
 PRECISIONS = ("no", "fp16", "bf16")
 
 
@@ -40,6 +41,7 @@ def make_parser() -> argparse.ArgumentParser:
     _add_search(verbs)
     _add_evaluate(verbs)
     _add_report(verbs)
+    _add_export(verbs)
     return parser
 
 
@@ -243,6 +245,40 @@ def _report(arguments: argparse.Namespace) -> None:
     evaluate(EvaluateOptions(run=arguments.run_folder, report=True, **work), say=_say)
 
 
+def _add_export(verbs: Any) -> None:
+    parser = _add_verb(
+        verbs,
+        "export",
+        "write a student in a form that needs no remote code",
+        "udon export runs/demo --format sentence-transformers --out demo-modules",
+        _export,
+    )
+    parser.add_argument("model", metavar="MODEL", help="folder of a student or of a run, or id on the Hub")
+    parser.add_argument("--format", choices=EXPORT_FORMATS, required=True, help="exact, or refused with the reason")
+    parser.add_argument("--out", required=True, metavar="FOLDER", help="folder of the result")
+    parser.add_argument("--revision", help="commit, tag or branch of the model on the Hub")
+    parser.add_argument("--force", action="store_true", help="replace the model in FOLDER")
+    int8 = parser.add_argument_group("of --format onnx")
+    int8.add_argument("--int8", action="store_true", help="weights in int8; what that costs in R@1 is printed")
+    int8.add_argument(
+        "--config", metavar="FILE", help="YAML file of a run, which names the domains to measure on; for a run its own"
+    )
+    int8.add_argument("--split", choices=("test", "validation"), default="validation", help="default: validation")
+    int8.add_argument("--batch-size", type=_positive, default=64, metavar="N", help="default: 64")
+    int8.add_argument("--num-workers", type=_natural, default=2, metavar="N", help="processes that decode; default: 2")
+
+
+def _export(arguments: argparse.Namespace) -> None:
+    from modeling_udon.hub.formats import ExportOptions, export_model
+    from modeling_udon.training.config import load_config
+
+    _hide_bars_in_logs()
+    names = ("model", "format", "out", "revision", "int8", "split", "batch_size", "num_workers", "force")
+    config = None if arguments.config is None else load_config(arguments.config)
+    specs, seed = (None, 0) if config is None else (config.domains, config.seed)
+    export_model(ExportOptions(**_chosen(arguments, *names)), specs, seed, say=_say)
+
+
 def _add_verb(verbs: Any, name: str, what: str, example: str, run: Any) -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser = verbs.add_parser(
         name,
@@ -264,13 +300,17 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
 
 
 def _model(arguments: argparse.Namespace) -> Any:
-    from transformers.utils import logging
-
     from modeling_udon.retrieval.models import load_embedding_model
+
+    _hide_bars_in_logs()
+    return load_embedding_model(arguments.model, arguments.revision, arguments.trust_remote_code)
+
+
+def _hide_bars_in_logs() -> None:
+    from transformers.utils import logging
 
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
-    return load_embedding_model(arguments.model, arguments.revision, arguments.trust_remote_code)
 
 
 def _chosen(arguments: argparse.Namespace, *names: str) -> dict[str, Any]:
