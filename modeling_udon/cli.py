@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 INDEX_KINDS = ("auto", "flat", "ivf", "hnsw", "pq", "ivfpq", "sq8", "binary")
+CONVERT_FORMATS = ("augreg", "clip-npy", "flax")
 EXPORT_FORMATS = ("sentence-transformers", "native", "onnx")
 PRECISIONS = ("no", "fp16", "bf16")
 
@@ -42,6 +43,7 @@ def make_parser() -> argparse.ArgumentParser:
     _add_evaluate(verbs)
     _add_report(verbs)
     _add_export(verbs)
+    _add_convert(verbs)
     return parser
 
 
@@ -277,6 +279,43 @@ def _export(arguments: argparse.Namespace) -> None:
     config = None if arguments.config is None else load_config(arguments.config)
     specs, seed = (None, 0) if config is None else (config.domains, config.seed)
     export_model(ExportOptions(**_chosen(arguments, *names)), specs, seed, say=_say)
+
+
+def _add_convert(verbs: Any) -> None:
+    parser = _add_verb(
+        verbs,
+        "convert",
+        "bring weights of the original's files into the format of transformers",
+        "udon convert checkpoint_100 --format flax --out udon-vitb --inputs images.npy --outputs embeddings.npy",
+        _convert,
+    )
+    parser.add_argument("file", metavar="FILE", help="file of weights")
+    parser.add_argument(
+        "--format",
+        choices=CONVERT_FORMATS,
+        required=True,
+        help="augreg: a ViT, .npz; clip-npy: CLIP, .npy; flax: a trained UDON checkpoint, msgpack",
+    )
+    parser.add_argument("--out", required=True, metavar="FOLDER", help="folder of the model")
+    parser.add_argument(
+        "--image-size", type=_positive, metavar="N", help="interpolate the position embeddings for images of N pixels"
+    )
+    parser.add_argument("--inputs", metavar="NPY", help="images that the original was given: (num, side, side, 3)")
+    parser.add_argument("--outputs", metavar="NPY", help="what it made of them; the largest difference is printed")
+    parser.add_argument("--force", action="store_true", help="replace the model in FOLDER")
+    flax = parser.add_argument_group("of --format flax")
+    flax.add_argument("--head", metavar="NAME", help="the student's head, if it has another name than UDON's")
+    flax.add_argument("--keep-teachers", action="store_true", help="keep the teachers' heads")
+    flax.add_argument("--domains", nargs="+", default=[], metavar="NAME", help="what they teach, in order")
+
+
+def _convert(arguments: argparse.Namespace) -> None:
+    from modeling_udon.hub.convert import ConvertOptions, convert
+
+    _hide_bars_in_logs()
+    names = ("file", "format", "out", "image_size", "inputs", "outputs", "keep_teachers", "force")
+    head = {} if arguments.head is None else {"head": arguments.head}
+    convert(ConvertOptions(domains=tuple(arguments.domains), **_chosen(arguments, *names), **head), say=_say)
 
 
 def _add_verb(verbs: Any, name: str, what: str, example: str, run: Any) -> argparse.ArgumentParser:
