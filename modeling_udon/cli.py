@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 INDEX_KINDS = ("auto", "flat", "ivf", "hnsw", "pq", "ivfpq", "sq8", "binary")
+CONVERT_FORMATS = ("augreg", "clip-npy", "flax")
+EXPORT_FORMATS = ("sentence-transformers", "native", "onnx")
 PRECISIONS = ("no", "fp16", "bf16")
 
 
@@ -45,6 +47,8 @@ def make_parser() -> argparse.ArgumentParser:
     _add_report(verbs)
     _add_app(verbs)
     _add_push_space(verbs)
+    _add_export(verbs)
+    _add_convert(verbs)
     return parser
 
 
@@ -410,6 +414,77 @@ def _check_sides(arguments: argparse.Namespace) -> None:
         raise ImportError('the page needs gradio, which is missing: pip install "modeling-udon[demo]"')
 
 
+def _add_export(verbs: Any) -> None:
+    parser = _add_verb(
+        verbs,
+        "export",
+        "write a student in a form that needs no remote code",
+        "udon export runs/demo --format sentence-transformers --out demo-modules",
+        _export,
+    )
+    parser.add_argument("model", metavar="MODEL", help="folder of a student or of a run, or id on the Hub")
+    parser.add_argument("--format", choices=EXPORT_FORMATS, required=True, help="exact, or refused with the reason")
+    parser.add_argument("--out", required=True, metavar="FOLDER", help="folder of the result")
+    parser.add_argument("--revision", help="commit, tag or branch of the model on the Hub")
+    parser.add_argument("--force", action="store_true", help="replace the model in FOLDER")
+    int8 = parser.add_argument_group("of --format onnx")
+    int8.add_argument("--int8", action="store_true", help="weights in int8; what that costs in R@1 is printed")
+    int8.add_argument(
+        "--config", metavar="FILE", help="YAML file of a run, which names the domains to measure on; for a run its own"
+    )
+    int8.add_argument("--split", choices=("test", "validation"), default="validation", help="default: validation")
+    int8.add_argument("--batch-size", type=_positive, default=64, metavar="N", help="default: 64")
+    int8.add_argument("--num-workers", type=_natural, default=2, metavar="N", help="processes that decode; default: 2")
+
+
+def _export(arguments: argparse.Namespace) -> None:
+    from modeling_udon.hub.formats import ExportOptions, export_model
+    from modeling_udon.training.config_file import load_config
+
+    _hide_bars_in_logs()
+    names = ("model", "format", "out", "revision", "int8", "split", "batch_size", "num_workers", "force")
+    config = None if arguments.config is None else load_config(arguments.config)
+    specs, seed = (None, 0) if config is None else (config.domains, config.seed)
+    export_model(ExportOptions(**_chosen(arguments, *names)), specs, seed, say=_say)
+
+
+def _add_convert(verbs: Any) -> None:
+    parser = _add_verb(
+        verbs,
+        "convert",
+        "bring weights of the original's files into the format of transformers",
+        "udon convert checkpoint_100 --format flax --out udon-vitb --inputs images.npy --outputs embeddings.npy",
+        _convert,
+    )
+    parser.add_argument("file", metavar="FILE", help="file of weights")
+    parser.add_argument(
+        "--format",
+        choices=CONVERT_FORMATS,
+        required=True,
+        help="augreg: a ViT, .npz; clip-npy: CLIP, .npy; flax: a trained UDON checkpoint, msgpack",
+    )
+    parser.add_argument("--out", required=True, metavar="FOLDER", help="folder of the model")
+    parser.add_argument(
+        "--image-size", type=_positive, metavar="N", help="interpolate the position embeddings for images of N pixels"
+    )
+    parser.add_argument("--inputs", metavar="NPY", help="images that the original was given: (num, side, side, 3)")
+    parser.add_argument("--outputs", metavar="NPY", help="what it made of them; the largest difference is printed")
+    parser.add_argument("--force", action="store_true", help="replace the model in FOLDER")
+    flax = parser.add_argument_group("of --format flax")
+    flax.add_argument("--head", metavar="NAME", help="the student's head, if it has another name than UDON's")
+    flax.add_argument("--keep-teachers", action="store_true", help="keep the teachers' heads")
+    flax.add_argument("--domains", nargs="+", default=[], metavar="NAME", help="what they teach, in order")
+
+
+def _convert(arguments: argparse.Namespace) -> None:
+    from modeling_udon.hub.convert import ConvertOptions, convert
+
+    _hide_bars_in_logs()
+    names = ("file", "format", "out", "image_size", "inputs", "outputs", "keep_teachers", "force")
+    head = {} if arguments.head is None else {"head": arguments.head}
+    convert(ConvertOptions(domains=tuple(arguments.domains), **_chosen(arguments, *names), **head), say=_say)
+
+
 def _add_verb(verbs: Any, name: str, what: str, example: str, run: Any) -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser = verbs.add_parser(
         name,
@@ -431,13 +506,17 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
 
 
 def _model(arguments: argparse.Namespace) -> Any:
-    from transformers.utils import logging
-
     from modeling_udon.retrieval.models import load_embedding_model
+
+    _hide_bars_in_logs()
+    return load_embedding_model(arguments.model, arguments.revision, arguments.trust_remote_code)
+
+
+def _hide_bars_in_logs() -> None:
+    from transformers.utils import logging
 
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
-    return load_embedding_model(arguments.model, arguments.revision, arguments.trust_remote_code)
 
 
 def _chosen(arguments: argparse.Namespace, *names: str) -> dict[str, Any]:

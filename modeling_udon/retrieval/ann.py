@@ -5,9 +5,7 @@ An approximate index is compared with exact search when it is built, and its eff
 
 import json
 import os
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from modeling_udon.retrieval.folders import new_folder
 from modeling_udon.retrieval.index import exact_search
 from modeling_udon.retrieval.shards import Embeddings, open_embeddings
 
@@ -175,7 +174,7 @@ def build_index(
     chosen = choose_kind(num_images) if kind == "auto" else kind
     check_out(Path(out), force)
     say(f"{num_images:,} embeddings of {dim} dimensions by {about['model']}, kind {chosen}")
-    with _new_folder(Path(out)) as draft:
+    with new_folder(Path(out)) as draft:
         index = _empty_index(chosen, dim, num_images)
         if not index.is_trained:
             index.train(read_rows(opened, _sample(num_images, _num_training_rows(index))))
@@ -378,21 +377,3 @@ def _sources(opened: Sequence[Embeddings]) -> list[dict[str, Any]]:
         {"folder": str(part.folder), "root": part.about["root"], "start": start}
         for part, start in zip(opened, starts, strict=False)
     ]
-
-
-@contextmanager
-def _new_folder(folder: Path) -> Iterator[Path]:
-    """Gives a folder to fill, which then takes the place of `folder` as a whole."""
-    draft, old = folder.with_name(f".{folder.name}.new"), folder.with_name(f".{folder.name}.old")
-    for leftover in (draft, old):
-        shutil.rmtree(leftover, ignore_errors=True)
-    draft.mkdir(parents=True)
-    try:
-        yield draft
-    except BaseException:
-        shutil.rmtree(draft)
-        raise
-    if folder.exists():
-        folder.rename(old)
-    draft.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)

@@ -10,14 +10,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from accelerate import Accelerator
 from datasets import Image, load_dataset
+from huggingface_hub import ModelCard
 from safetensors import safe_open
 from transformers import AutoImageProcessor
 
-from modeling_udon import UdonModel
+from modeling_udon import UdonConfig, UdonModel
 from modeling_udon.data.domains import DomainSpec, open_domain
-from modeling_udon.data.transforms import EvalTransform
+from modeling_udon.data.transforms import EvalTransform, image_processor
+from modeling_udon.hub.export import export_student
 from modeling_udon.retrieval.embed import ImageEmbedder, embed_with_model
 
 Values = Callable[..., dict[str, Any]]
@@ -123,7 +126,9 @@ def test_the_folder_holds_what_the_hub_takes_and_nothing_of_the_training(runs: d
         "configuration_udon.py",
         "model.safetensors",
         "modeling_udon.py",
+        "modules.json",
         "preprocessor_config.json",
+        "sentence_bert_config.json",
     }
     with safe_open(best / "model.safetensors", "pt") as file:
         names = set(file.keys())
@@ -137,6 +142,38 @@ def test_the_folder_holds_what_the_hub_takes_and_nothing_of_the_training(runs: d
     with safe_open(runs["teachers"] / "best" / "model.safetensors", "pt") as file:
         tops = {name.partition(".")[0] for name in file.keys()}  # noqa: SIM118
     assert tops == {"backbone", "student_head", "teacher_heads"}
+
+
+@pytest.mark.parametrize("tower", ["clip_vision_model", "siglip_vision_model"])
+def test_the_weights_of_a_tower_bear_the_names_that_every_version_of_transformers_reads(
+    tower: str, tmp_path: Path
+) -> None:
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    backbone = {"model_type": tower, "image_size": 16, "patch_size": 8, **sizes}
+    model = UdonModel(UdonConfig(backbone_config=backbone, embedding_dim=8, pooling="pooler")).eval()
+    export_student(model, image_processor(16, HALF, HALF), ModelCard("---\n---\n"), tmp_path)
+    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+        names = {name for name in file.keys() if name.startswith("backbone.")}  # noqa: SIM118
+        assert file.metadata() == {"format": "pt"}
+    assert names
+    assert {name.split(".")[1] for name in names} == {"vision_model"}
+    again, loading = UdonModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert not loading["missing_keys"]
+    assert not loading["unexpected_keys"]
+    pixels = torch.rand(2, 3, 16, 16)
+    assert torch.equal(again.eval()(pixels).image_embeds, model(pixels).image_embeds)
+
+
+@pytest.mark.parametrize("kind", ["student", "teachers"])
+def test_the_student_opens_in_sentence_transformers(
+    runs: dict[str, Path], strangers: dict[str, dict[str, np.ndarray]], tiny_domains: Path, kind: str
+) -> None:
+    sentence_transformers = pytest.importorskip("sentence_transformers")
+    model = sentence_transformers.SentenceTransformer(str(runs[kind] / "best"), trust_remote_code=True, device="cpu")
+    assert model.get_embedding_dimension() == 8
+    for name in DOMAINS:
+        images = load_dataset(str(tiny_domains / name), split="test").cast_column("image", Image(mode="RGB"))["image"]
+        np.testing.assert_allclose(model.encode(list(images)), strangers[kind][name], atol=2e-6)
 
 
 def test_the_image_processor_gives_the_pixels_that_were_scored(runs: dict[str, Path], tiny_domains: Path) -> None:

@@ -1,0 +1,94 @@
+"""The student as modules of sentence-transformers: exact, bias included, and without code of its own."""
+
+import inspect
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from torch import nn
+
+from modeling_udon.hub.export import (
+    MODULES_FILE,
+    TRANSFORMER_FILE,
+    TRANSFORMER_TYPE,
+    WEIGHTS_FILE,
+    transformer_settings,
+    write_json,
+)
+from modeling_udon.hub.student import Student, require
+
+_BASE = "sentence_transformers.base.modules"
+_POOLING = "sentence_transformers.sentence_transformer.modules.pooling.Pooling"
+_NORMALIZE = f"{_BASE}.normalize.Normalize"
+_DENSE = f"{_BASE}.dense.Dense"
+
+
+def write_modules(student: Student, folder: Path) -> None:
+    """Writes `Transformer -> [Pooling] -> Normalize -> Dense -> Normalize`: backbone, class token, head.
+
+    Raises:
+        ValueError: If the head has hidden layers.
+    """
+    model = student.network
+    if model.config.head_hidden_dims:
+        raise ValueError(
+            "--format sentence-transformers must have a linear head: its Dense takes activations of torch that have "
+            f"no arguments, and the tanh-GELU of a head with hidden layers {model.config.head_hidden_dims} is none. "
+            "The student's own folder opens in sentence-transformers with trust_remote_code=True."
+        )
+    projection = model.student_head.projection
+    pooled = model.config.pooling == "pooler"
+    settings = transformer_settings(
+        *(("pooler_output", "sentence_embedding") if pooled else ("last_hidden_state", "token_embeddings"))
+    )
+    model.backbone.save_pretrained(folder)
+    student.processor.save_pretrained(folder)
+    write_json(folder / TRANSFORMER_FILE, settings | _without_pooler(model.backbone))
+    modules: list[tuple[str, dict[str, Any]]] = []
+    if not pooled:
+        modules.append(
+            (_POOLING, {"embedding_dimension": projection.in_features, "pooling_mode": "cls", "include_prompt": True})
+        )
+    modules += [(_NORMALIZE, {}), (_DENSE, _dense_settings(projection)), (_NORMALIZE, {})]
+    listed = [{"idx": 0, "name": "0", "path": "", "type": TRANSFORMER_TYPE}]
+    for number, (kind, values) in enumerate(modules, start=1):
+        path = f"{number}_{kind.rpartition('.')[2]}"
+        (folder / path).mkdir()
+        write_json(folder / path / "config.json", values)
+        if kind == _DENSE:
+            state = {f"linear.{name}": value.contiguous() for name, value in projection.state_dict().items()}
+            save_file(state, folder / path / WEIGHTS_FILE, metadata={"format": "pt"})
+        listed.append({"idx": number, "name": str(number), "path": path, "type": kind})
+    write_json(folder / MODULES_FILE, listed)
+
+
+def embed_with_modules(folder: Path, images: list[Image.Image]) -> np.ndarray:
+    """Embeds images as a user of sentence-transformers does.
+
+    Raises:
+        ImportError: If sentence-transformers is missing.
+    """
+    library = require("sentence_transformers", "export")
+    return library.SentenceTransformer(str(folder), device="cpu").encode(images, show_progress_bar=False)
+
+
+def _dense_settings(projection: nn.Linear) -> dict[str, Any]:
+    return {
+        "in_features": projection.in_features,
+        "out_features": projection.out_features,
+        "bias": projection.bias is not None,
+        "activation_function": f"{torch.nn.Identity.__module__}.Identity",
+        "module_input_name": "sentence_embedding",
+        "module_output_name": "sentence_embedding",
+    }
+
+
+def _without_pooler(backbone: nn.Module) -> dict[str, Any]:
+    # Else a ViT would be given a pooler of random weights, with a warning.
+    takes_choice = "add_pooling_layer" in inspect.signature(type(backbone).__init__).parameters
+    if takes_choice and getattr(backbone, "pooler", None) is None:
+        return {"model_kwargs": {"add_pooling_layer": False}}
+    return {}

@@ -1,0 +1,101 @@
+"""A published student, opened to be written in another form, and images by which the forms are compared."""
+
+import importlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers import AutoImageProcessor
+from transformers.image_processing_utils import BaseImageProcessor
+
+from modeling_udon.modeling_udon import UdonModel
+from modeling_udon.retrieval.models import EmbeddingModel, load_embedding_model
+
+# The file that every folder of a model has, in whatever form.
+PROCESSOR_FILE = "preprocessor_config.json"
+
+_PROBE_SIZES = ((48, 64), (200, 150), (301, 97), (64, 64), (33, 240), (120, 90))
+
+
+@dataclass(frozen=True)
+class Student:
+    """A student with its preprocessing.
+
+    Attributes:
+        network: The model without teachers, in float32 and evaluation mode.
+        embedding: The same as a function of pixels.
+        processor: What turns images into its input.
+        run: Folder of the run that it was found in, `None` if it was named itself.
+    """
+
+    network: UdonModel
+    embedding: EmbeddingModel
+    processor: BaseImageProcessor
+    run: Path | None
+
+    @torch.no_grad()
+    def embed(self, images: list[Image.Image]) -> np.ndarray:
+        """Embeds images as a user of transformers does: `(len(images), embedding_dim)`."""
+        return self.network(self.pixels(images)).image_embeds.numpy()
+
+    def pixels(self, images: list[Image.Image]) -> torch.Tensor:
+        """What the image processor makes of images, of shape `(len(images), 3, height, width)`."""
+        return self.processor(images=images, return_tensors="pt")["pixel_values"]
+
+
+def open_student(model: str, revision: str | None = None) -> Student:
+    """Opens a student.
+
+    Args:
+        model: Folder of a student, folder of a run, whose best student counts, or id on the Hub.
+        revision: Commit, tag or branch on the Hub.
+
+    Raises:
+        ValueError: If it does not open or is no UDON model.
+    """
+    run = Path(model) if (Path(model) / "best" / "config.json").is_file() else None
+    source = model if run is None else str(run / "best")
+    embedding = load_embedding_model(source, revision)
+    if not isinstance(embedding.network, UdonModel):
+        raise ValueError(f"`model` must be a UDON student. Got {model!r}, a {type(embedding.network).__name__}.")
+    processor = AutoImageProcessor.from_pretrained(source, revision=revision or "main")
+    return Student(embedding.network, embedding, processor, run)
+
+
+def probe_images() -> list[Image.Image]:
+    """Images of several sizes, smooth noise, the same each time."""
+    rng = np.random.default_rng(0)
+    return [
+        Image.fromarray(rng.integers(0, 256, (5, 5, 3), dtype=np.uint8)).resize(size, Image.Resampling.BILINEAR)
+        for size in _PROBE_SIZES
+    ]
+
+
+def check_out(folder: Path, force: bool) -> None:
+    """Refuses a folder that must not be written.
+
+    Raises:
+        ValueError: If it exists and is no model, or is one and `force` is not given.
+    """
+    if not folder.exists():
+        return
+    if not (folder / PROCESSOR_FILE).is_file():
+        raise ValueError(f"`out` must be a new folder, or one of a model to replace. Got {str(folder)!r}.")
+    if not force:
+        raise ValueError(f"`out` must be a new folder. Got {str(folder)!r}, a model; give --force to replace it.")
+
+
+def require(module: str, extra: str) -> Any:
+    """Imports a module that an extra brings.
+
+    Raises:
+        ImportError: If its package is missing; the message names the extra.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        package = module.partition(".")[0].replace("_", "-")
+        raise ImportError(f'this needs {package}, which is missing: pip install "modeling-udon[{extra}]"') from error
