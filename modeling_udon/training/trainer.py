@@ -23,9 +23,10 @@ from modeling_udon.data.domains import check_label_maps, label_maps, open_domain
 from modeling_udon.data.transforms import EvalTransform, image_processor, normalize, use_one_thread
 from modeling_udon.hub.card import render_card
 from modeling_udon.hub.export import export_student
+from modeling_udon.hub.push import PushError, PushOptions, push
 from modeling_udon.retrieval.embed import ImageEmbedder
 from modeling_udon.retrieval.evaluate import domains_with, evaluate_baselines, evaluate_model, search_model
-from modeling_udon.retrieval.gallery import make_gallery
+from modeling_udon.retrieval.gallery import GALLERY_FOLDER, make_gallery, write_sheets
 from modeling_udon.retrieval.measure import analyse
 from modeling_udon.retrieval.protocol import (
     SplitScores,
@@ -44,7 +45,7 @@ from modeling_udon.training.checkpoint import (
     replaced_folder,
     save_checkpoint,
 )
-from modeling_udon.training.config import ConfigError, TrainConfig, dump_config
+from modeling_udon.training.config import ConfigError, PushConfig, TrainConfig, dump_config
 from modeling_udon.training.distillation import RelationalBank
 from modeling_udon.training.optimization import (
     IdleHeads,
@@ -64,6 +65,7 @@ from modeling_udon.training.setup import (
 
 # What may differ when a run goes on: where it is told of, and how fast data comes.
 _FREE_ON_RESUME = {"output_dir", "log.every", "log.trackers", "log.project", "data.num_workers", "eval.batch_size"}
+_FREE_ON_RESUME |= {f"push.{name}" for name in PushConfig.model_fields}
 
 
 class TrainingError(RuntimeError):
@@ -316,7 +318,9 @@ class Trainer:
             results["analysis"] = {"test": analyse(found)}
             if self.accelerator.is_main_process:
                 write_results(self.config.run_dir / "results.json", results)
-                write_report(self.config.run_dir, results, {"test": make_gallery(found.merged, tested, "test")})
+                gallery = make_gallery(found.merged, tested, "test")
+                write_report(self.config.run_dir, results, {"test": gallery})
+                write_sheets(self.config.run_dir / GALLERY_FOLDER, gallery)
                 self._export_best(results)
             self.reporter.say("\n" + format_table(results))
             self.reporter.say("\n" + format_changes(baseline["untrained"], scores.merged))
@@ -324,9 +328,18 @@ class Trainer:
                 self.reporter.say("\n" + format_weights(self.config.run_dir / "metrics.jsonl"))
         assert self.best is not None, "the last step is always validated"
         self.reporter.say(f"\nbest student, of step {self.best['step']}: {self.config.run_dir / 'best'}")
+        if self.config.push.repo is not None and self.accelerator.is_main_process:
+            self._push(PushOptions(**self.config.push.model_dump()))
         self.accelerator.wait_for_everyone()
         self.reporter.close()
         return results
+
+    def _push(self, options: PushOptions) -> None:
+        """Publishes the student; what goes wrong there takes nothing from the run."""
+        try:
+            push(self.config.run_dir, options, say=self.reporter.say)
+        except (PushError, ValueError) as error:
+            self.reporter.say(f"WARNING: the run has ended well, but its student is not on the Hub: {error}")
 
     @property
     def _checkpoints(self) -> Path:
@@ -493,7 +506,7 @@ class Trainer:
             export_student(
                 self.model.udon,
                 image_processor(self.config.data.image_size, self.mean, self.std),
-                render_card(self.config.name, str(best), config, self.num_steps, results),
+                render_card(self.config.name, str(best), config, results),
                 folder,
                 self.config.train.keep_teachers,
             )
