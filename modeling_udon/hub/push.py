@@ -42,6 +42,17 @@ OWN_FILES = (
     ".eval_results/udon-*",
 )
 MAIN_BRANCH = "main"
+# How Sentence Transformers reads the repository: by default it would average the backbone's tokens.
+SENTENCE_TRANSFORMERS_FILES: dict[str, Any] = {
+    "modules.json": [
+        {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.base.modules.transformer.Transformer"}
+    ],
+    "sentence_bert_config.json": {
+        "transformer_task": "feature-extraction",
+        "modality_config": {"image": {"method": "forward", "method_output_name": "pooler_output"}},
+        "module_output_name": "sentence_embedding",
+    },
+}
 
 RETRIED = (429, 500, 502, 503, 504)
 MAX_TRIES = 5
@@ -202,6 +213,8 @@ def stage(student: Student, options: PushOptions, licences: Mapping[str, str], f
     """
     results = None if student.results is None else _without_local_paths(student.results)
     shutil.copyfile(HANDLER, folder / HANDLER.name)
+    for name, values in SENTENCE_TRANSFORMERS_FILES.items():
+        (folder / name).write_text(json.dumps(values, indent=1), encoding="utf-8")
     if results is not None:
         (folder / RESULTS_FILE).write_text(json.dumps(results, indent=1), encoding="utf-8")
     if student.calibration is not None:

@@ -27,8 +27,10 @@ FILES = {
     "handler.py",
     "model.safetensors",
     "modeling_udon.py",
+    "modules.json",
     "preprocessor_config.json",
     "results.json",
+    "sentence_bert_config.json",
 }
 Values = Callable[..., dict[str, Any]]
 
