@@ -69,8 +69,7 @@ class EndpointHandler:
         for place, item in enumerate(inputs):
             try:
                 # One decoded image at a time: it may be a thousand times as large as what the model sees of it.
-                pixels = self.processor(images=read_image(item), return_tensors="pt")["pixel_values"]
-                waiting.append((place, pixels))
+                waiting.append((place, self._prepare(read_image(item))))
             except ValueError as error:
                 answers[place] = {"error": str(error)}
         for start in range(0, len(waiting), BATCH_SIZE):
@@ -82,6 +81,11 @@ class EndpointHandler:
                 if top_k:
                     answers[place]["neighbours"] = self._neighbours(embed, top_k)
         return answers
+
+    def _prepare(self, image: Image.Image) -> torch.Tensor:
+        # Said in so many words: an image three pixels high is taken for one whose channels come first.
+        prepared = self.processor(images=np.array(image), input_data_format="channels_last", return_tensors="pt")
+        return prepared["pixel_values"]  # (1, 3, size, size)
 
     def _neighbours(self, embed: np.ndarray, top_k: int) -> list[dict[str, Any]]:
         assert self.index is not None, "checked with the request"

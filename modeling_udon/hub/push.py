@@ -13,23 +13,23 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard
 from huggingface_hub import constants as hub_constants
 
 # The client's own base of what its HTTP library raises: another one in version 0.34 (requests) than later (httpx).
 from huggingface_hub.errors import HfHubHTTPError, HTTPError
-from huggingface_hub.utils import HFValidationError, get_token, validate_repo_id
+from huggingface_hub.utils import HFValidationError, validate_repo_id
 from huggingface_hub.utils import logging as hub_logging
-from transformers import AutoConfig, AutoImageProcessor
+from transformers import AutoConfig
 
 from modeling_udon.hub.card import DEFAULT_LICENSE, evaluation_files, is_hub_id, render_card
-from modeling_udon.hub.export import export_student
 from modeling_udon.modeling_udon import UdonModel
 
 HANDLER = Path(__file__).with_name("handler.py")
 CARD_FILE = "README.md"
 RESULTS_FILE = "results.json"
 CALIBRATION_FILE = "calibration.json"
+PROCESSOR_FILE = "preprocessor_config.json"
 GALLERY_FOLDER = "gallery"
 # What a push writes: what an earlier one left of these and this one has not goes with the same commit.
 OWN_FILES = (
@@ -166,11 +166,12 @@ def find_student(folder: Path) -> Student:
         ValueError: If there is none.
     """
     best = folder / "best" if (folder / "best" / "config.json").is_file() else folder
-    if not (best / "config.json").is_file():
-        raise ValueError(
-            "`RUN` must be the folder of a run that has its `best`, or of a student with its config.json. "
-            f"Got {folder}."
-        )
+    for name in ("config.json", PROCESSOR_FILE):
+        if not (best / name).is_file():
+            raise ValueError(
+                "`RUN` must be the folder of a run that has its `best`, or of a student by itself. "
+                f"Got {folder}, where {best / name} is missing."
+            )
     model = AutoConfig.from_pretrained(best)
     if model.model_type != "udon":
         raise ValueError(f"`RUN` must hold a UDON model. Got one of type {model.model_type!r} in {best}.")
@@ -225,7 +226,7 @@ def stage(student: Student, options: PushOptions, licences: Mapping[str, str], f
     if options.gallery and student.gallery is not None:
         shutil.copytree(student.gallery, folder / GALLERY_FOLDER)
 
-    def card(revision: str) -> Any:
+    def card(revision: str) -> ModelCard:
         return render_card(
             options.repo.partition("/")[2],
             options.repo,
@@ -238,12 +239,10 @@ def stage(student: Student, options: PushOptions, licences: Mapping[str, str], f
             license=options.license,
         )
 
-    model = UdonModel.from_pretrained(student.folder, dtype="auto")
-    export_student(model, AutoImageProcessor.from_pretrained(student.folder), card(MAIN_BRANCH), folder)
-    if options.create_pr:
-        return None
-    tag = options.tag or f"udon-{_digest(folder)}"
-    card(tag).save(folder / CARD_FILE)
+    UdonModel.from_pretrained(student.folder, dtype="auto").student().save_pretrained(folder)
+    shutil.copyfile(student.folder / PROCESSOR_FILE, folder / PROCESSOR_FILE)
+    tag = None if options.create_pr else options.tag or f"udon-{_digest(folder)}"
+    card(tag or MAIN_BRANCH).save(folder / CARD_FILE)
     return tag
 
 
@@ -295,7 +294,7 @@ def _publish(api: HfApi, files: Mapping[str, Path], options: PushOptions, tag: s
     try:
         done = _with_retries(commit, say)
     except (OSError, HTTPError) as error:
-        if isinstance(error, HfHubHTTPError):
+        if _status(error) is not None:
             raise
         raise PushError(f"the connection was lost, and {repo} may have the commit or not: {_reason(error)}") from error
     if options.create_pr:
@@ -380,18 +379,22 @@ def _said_in_one_line(options: PushOptions, folder: Path) -> Iterator[None]:
         hub_logging.set_verbosity(verbosity)
 
 
-def _reason(error: Exception, repo: str = "the repository") -> str:
-    """What went wrong, without what the Hub says itself: it may repeat the request with its token."""
-    if isinstance(error, HfHubHTTPError):
-        return _REFUSALS.get(error.response.status_code, "the Hub failed ({status})").format(
-            repo=repo, status=error.response.status_code
-        )
+def _reason(error: BaseException, repo: str = "the repository") -> str:
+    """What went wrong, without the text of the Hub or the client: it may hold a signed address, or repeat the token."""
+    status = _status(error)
+    if status is not None:
+        return _REFUSALS.get(status, f"the Hub failed ({status})").format(repo=repo)
     if hub_constants.HF_HUB_OFFLINE:
         return "HF_HUB_OFFLINE is set; unset it"
-    # Of the network's errors the text may hold an address, but no header.
-    token = get_token()
-    text = " ".join(str(error).split()) or type(error).__name__
-    return f"the Hub at {hub_constants.ENDPOINT} cannot be reached ({text.replace(token, '***') if token else text})"
+    return f"the Hub at {hub_constants.ENDPOINT} cannot be reached ({type(error).__name__}); look at the network"
+
+
+def _status(error: BaseException) -> int | None:
+    """Status of the answer that an error is about, if there was one."""
+    response = getattr(
+        error, "response", None
+    )  # Some errors of the HTTP libraries have one, some `None`, some neither.
+    return None if response is None else int(response.status_code)
 
 
 _REFUSALS = {
@@ -426,7 +429,7 @@ def _list_files(folder: Path) -> dict[str, Path]:
 def _digest(folder: Path) -> str:
     digest = hashlib.sha256()
     for name, path in _list_files(folder).items():
-        if name != CARD_FILE:
+        if name != CARD_FILE:  # It names the tag.
             digest.update(name.encode() + b"\0" + hashlib.sha256(path.read_bytes()).digest())
     return digest.hexdigest()[:10]
 

@@ -2,13 +2,12 @@
 
 import base64
 import io
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from modeling_udon.data.dataset import read_images
 from modeling_udon.data.domains import Domain, EvaluationSplit
@@ -77,7 +76,7 @@ def make_gallery(neighbours: Mapping[str, Neighbours], domains: Mapping[str, Dom
 
 
 def write_sheets(folder: Path, gallery: Gallery) -> None:
-    """Writes a picture of each domain, `DOMAIN.jpg`, and one query of it, `examples/DOMAIN.jpg`; what is there goes.
+    """Writes a picture of each domain, `DOMAIN.jpg`, and one query of it, `examples/DOMAIN.jpg`.
 
     A picture's rows are a query with its neighbours in order: some failures, and at last a query that went right.
 
@@ -85,8 +84,7 @@ def write_sheets(folder: Path, gallery: Gallery) -> None:
         folder: Where they go.
         gallery: Queries of each domain.
     """
-    shutil.rmtree(folder, ignore_errors=True)
-    (folder / "examples").mkdir(parents=True)
+    (folder / "examples").mkdir(parents=True, exist_ok=True)
     for name, rows in gallery.items():
         right = [row for row in rows if row.neighbours and row.neighbours[0].right]
         shown = [row for row in rows if row not in right][:SHEET_FAILURES] + right[:1]
@@ -153,7 +151,7 @@ def _draw_sheet(rows: list[GalleryRow]) -> Image.Image:
         for column, picture in enumerate((row.query, *row.neighbours)):
             framed = Image.new("RGB", (cell, cell), COLORS[picture.right])
             framed.paste("white", (FRAME, FRAME, cell - FRAME, cell - FRAME))
-            small = _read_source(picture)
+            small = ImageOps.contain(_read_source(picture), (THUMBNAIL_SIZE, THUMBNAIL_SIZE))
             framed.paste(small, ((cell - small.width) // 2, (cell - small.height) // 2))
             sheet.paste(framed, (column * (cell + FRAME), number * (cell + FRAME)))
     return sheet

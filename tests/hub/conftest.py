@@ -8,10 +8,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
 import pytest
-from huggingface_hub import HfApi, constants
-from loopback import WRITE_TOKEN, LoopbackHub, running_hub
+from huggingface_hub import HfApi
+from loopback import WRITE_TOKEN, LoopbackHub, known_to_clients, running_hub
 
 ROOT = Path(__file__).parents[2]
 Values = Callable[..., dict[str, Any]]
@@ -43,25 +42,10 @@ def shared_hub() -> Iterator[LoopbackHub]:
 
 
 @pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[LoopbackHub]:
+def hub() -> Iterator[LoopbackHub]:
     """A Hub of the test's own; the clients of this process know no other."""
-    with running_hub() as hub:
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint)
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-        monkeypatch.setenv("HF_HUB_DISABLE_XET", "1")
-        monkeypatch.setenv("HF_TOKEN", WRITE_TOKEN)
-        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-        forget_sessions()
+    with running_hub() as hub, known_to_clients(hub):
         yield hub
-    monkeypatch.undo()
-    forget_sessions()
-
-
-def forget_sessions() -> None:
-    """Lets the client make its connections anew: an old one may be set to offline, or to another Hub."""
-    reset = getattr(huggingface_hub, "close_session", None) or huggingface_hub.utils.reset_sessions
-    reset()
 
 
 @pytest.fixture

@@ -17,7 +17,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
+import huggingface_hub
+import pytest
 import yaml
+from huggingface_hub import constants
 
 WRITE_TOKEN = "hf_loopback_writer_0123456789"
 READ_TOKEN = "hf_loopback_reader_0123456789"
@@ -144,6 +147,27 @@ def running_hub() -> Iterator[LoopbackHub]:
         hub.server.shutdown()
         hub.server.server_close()
         thread.join()
+
+
+@contextmanager
+def known_to_clients(hub: LoopbackHub) -> Iterator[None]:
+    """Makes it the only Hub that `huggingface_hub` in this process knows."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(constants, "HF_HUB_OFFLINE", False)
+        patch.setattr(constants, "ENDPOINT", hub.endpoint)
+        patch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        for name, value in hub.environment("").items():
+            if name != "HF_HOME":
+                patch.setenv(name, value)
+        _forget_sessions()
+        yield
+    _forget_sessions()
+
+
+def _forget_sessions() -> None:
+    # An old connection may be set to offline, or to another Hub.
+    reset = getattr(huggingface_hub, "close_session", None) or huggingface_hub.utils.reset_sessions
+    reset()
 
 
 class _Handler(BaseHTTPRequestHandler):

@@ -14,8 +14,7 @@ import pytest
 import torch
 import yaml
 from accelerate import Accelerator
-from huggingface_hub import HfApi
-from loopback import WRITE_TOKEN, LoopbackHub
+from loopback import LoopbackHub, known_to_clients
 
 from modeling_udon import UdonModel
 from modeling_udon.data.domains import DomainSpec, open_domain
@@ -90,12 +89,8 @@ def embed_ourselves(best: Path, folder: Path) -> np.ndarray:
 @pytest.fixture(scope="module")
 def hub_with_students(shared_hub: LoopbackHub, trained: dict[str, Path]) -> LoopbackHub:
     """Holds a student with the tag `v1`, and another one on its main branch."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-        patch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
-        patch.setenv("HF_HUB_DISABLE_XET", "1")
-        api = HfApi(endpoint=shared_hub.endpoint, token=WRITE_TOKEN)
-        push(trained["student"], PushOptions(REPO, tag="v1"), say=lambda text: None, api=api)
+    with known_to_clients(shared_hub):
+        push(trained["student"], PushOptions(REPO, tag="v1"), say=lambda text: None)
     weights = shared_hub.files(REPO)["model.safetensors"]
     # What comes after the pinned commit must not be what loads: another model of the same name.
     repository = shared_hub.model(REPO)

@@ -325,6 +325,9 @@ def test_a_folder_without_a_student_is_refused(tmp_path: Path, hub: LoopbackHub,
     with pytest.raises(ValueError, match="`RUN` must be the folder of a run"):
         push(tmp_path / "nothing", PushOptions(REPO), say=say, api=api)
     (tmp_path / "config.json").write_text('{"model_type": "vit"}')
+    with pytest.raises(ValueError, match="preprocessor_config.json is missing"):
+        push(tmp_path, PushOptions(REPO), say=say, api=api)
+    (tmp_path / "preprocessor_config.json").write_text("{}")
     with pytest.raises(ValueError, match="`RUN` must hold a UDON model. Got one of type 'vit'"):
         push(tmp_path, PushOptions(REPO), say=say, api=api)
 
