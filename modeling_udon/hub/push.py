@@ -23,6 +23,7 @@ from huggingface_hub.utils import logging as hub_logging
 from transformers import AutoConfig
 
 from modeling_udon.hub.card import DEFAULT_LICENSE, evaluation_files, is_hub_id, render_card
+from modeling_udon.hub.export import write_sentence_transformers_files
 from modeling_udon.modeling_udon import UdonModel
 
 HANDLER = Path(__file__).with_name("handler.py")
@@ -42,17 +43,6 @@ OWN_FILES = (
     ".eval_results/udon-*",
 )
 MAIN_BRANCH = "main"
-# How Sentence Transformers reads the repository: by default it would average the backbone's tokens.
-SENTENCE_TRANSFORMERS_FILES: dict[str, Any] = {
-    "modules.json": [
-        {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.base.modules.transformer.Transformer"}
-    ],
-    "sentence_bert_config.json": {
-        "transformer_task": "feature-extraction",
-        "modality_config": {"image": {"method": "forward", "method_output_name": "pooler_output"}},
-        "module_output_name": "sentence_embedding",
-    },
-}
 
 RETRIED = (429, 500, 502, 503, 504)
 MAX_TRIES = 5
@@ -214,8 +204,7 @@ def stage(student: Student, options: PushOptions, licences: Mapping[str, str], f
     """
     results = None if student.results is None else _without_local_paths(student.results)
     shutil.copyfile(HANDLER, folder / HANDLER.name)
-    for name, values in SENTENCE_TRANSFORMERS_FILES.items():
-        (folder / name).write_text(json.dumps(values, indent=1), encoding="utf-8")
+    write_sentence_transformers_files(folder)
     if results is not None:
         (folder / RESULTS_FILE).write_text(json.dumps(results, indent=1), encoding="utf-8")
     if student.calibration is not None:

@@ -123,7 +123,9 @@ def test_the_folder_holds_what_the_hub_takes_and_nothing_of_the_training(runs: d
         "configuration_udon.py",
         "model.safetensors",
         "modeling_udon.py",
+        "modules.json",
         "preprocessor_config.json",
+        "sentence_bert_config.json",
     }
     with safe_open(best / "model.safetensors", "pt") as file:
         names = set(file.keys())
