@@ -12,7 +12,7 @@ LAUNCH_ARGS = --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_b
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test lint types test-oldest clean
+.PHONY: help demo test lint types test-oldest test-matrix clean
 
 help:  ## Show this list
 	@awk -F ':.*  ## ' '/^[a-z-]+:.*  ## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -42,6 +42,13 @@ types: $(VENV)/.dev-installed  ## Check types
 test-oldest: $(VENV_OLDEST)/.dev-installed  ## Run all tests with the oldest supported versions
 	@$(VENV_OLDEST)/bin/python -m pytest -W default --disable-warnings $(PYTEST_ARGS)
 
+# What is pushed has to load with both: the oldest supported transformers 4 and the tested 5, each by itself.
+test-matrix: $(VENV)/.dev-installed $(VENV_OLDEST)/.dev-installed  ## Push and load with the oldest and the tested versions
+	@$(VENV_OLDEST)/bin/python -c "import transformers; print('transformers', transformers.__version__)"
+	@$(VENV_OLDEST)/bin/python -m pytest -W default --disable-warnings tests/hub $(PYTEST_ARGS)
+	@$(VENV)/bin/python -c "import transformers; print('transformers', transformers.__version__)"
+	@$(VENV)/bin/python -m pytest tests/hub $(PYTEST_ARGS)
+
 clean:  ## Remove environments, builds and caches; runs/ stays
 	rm -rf $(VENV) $(VENV_OLDEST) build dist modeling_udon.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
@@ -59,7 +66,7 @@ $(VENV)/.demo-installed: pyproject.toml constraints.txt | $(VENV)/.created
 
 $(VENV)/.dev-installed: pyproject.toml constraints.txt | $(VENV)/.created
 	@echo "Installing the tested versions and the developer's tools into $(VENV), which takes some minutes the first time"
-	@$(VENV)/bin/python $(PIP_INSTALL) -c constraints.txt -e ".[dev,demo,demo-data]"
+	@$(VENV)/bin/python $(PIP_INSTALL) -c constraints.txt -e ".[dev,demo,demo-data,export]"
 	@touch $@ $(VENV)/.demo-installed
 
 $(VENV_OLDEST)/.dev-installed: pyproject.toml constraints-oldest.txt | $(VENV_OLDEST)/.created

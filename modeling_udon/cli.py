@@ -49,6 +49,7 @@ def make_parser() -> argparse.ArgumentParser:
     _add_push_space(verbs)
     _add_export(verbs)
     _add_convert(verbs)
+    _add_push(verbs)
     return parser
 
 
@@ -483,6 +484,35 @@ def _convert(arguments: argparse.Namespace) -> None:
     names = ("file", "format", "out", "image_size", "inputs", "outputs", "keep_teachers", "force")
     head = {} if arguments.head is None else {"head": arguments.head}
     convert(ConvertOptions(domains=tuple(arguments.domains), **_chosen(arguments, *names), **head), say=_say)
+
+
+def _add_push(verbs: Any) -> None:
+    parser = _add_verb(
+        verbs, "push", "publish a run's student on the Hub, in one commit", "udon push runs/demo --repo me/demo", _push
+    )
+    parser.add_argument("run_folder", metavar="RUN", help="folder of a run, or of a student")
+    parser.add_argument("--repo", required=True, metavar="OWNER/NAME", help="repository, made if need be")
+    parser.add_argument("--private", action="store_true", help="it must be private")
+    parser.add_argument("--revision", metavar="BRANCH", help="branch, made if need be; default: main")
+    parser.add_argument("--tag", help="of the commit, which the card pins; default: made of the files' contents")
+    parser.add_argument("--create-pr", action="store_true", help="open a pull request instead")
+    parser.add_argument("--gallery", action="store_true", help="show small pictures of the test split in the card")
+    parser.add_argument("--license", default="apache-2.0", metavar="ID", help="of the model; default: apache-2.0")
+    parser.add_argument("--dry-run", action="store_true", help="list files and sizes, and do nothing")
+
+
+def _push(arguments: argparse.Namespace) -> None:
+    from huggingface_hub.utils import disable_progress_bars
+    from transformers.utils import logging
+
+    from modeling_udon.hub.push import PushOptions, push
+
+    logging.disable_progress_bar()
+    if not sys.stderr.isatty():
+        disable_progress_bars()
+    names = ("repo", "private", "revision", "tag", "create_pr", "gallery", "license")
+    options = PushOptions(**_chosen(arguments, *names))
+    push(arguments.run_folder, options, dry_run=arguments.dry_run, say=_say)
 
 
 def _add_verb(verbs: Any, name: str, what: str, example: str, run: Any) -> argparse.ArgumentParser:

@@ -57,6 +57,8 @@ class DomainSpec(BaseModel):
     """Queries of the test; also the index, unless that has a split of its own. `null`: no test."""
     test_index_split: str | None = None
     """Index of the test, if it is not the query set."""
+    license: str | None = None
+    """Licence of the images, for the model card."""
 
 
 @dataclass(frozen=True)

@@ -1,55 +1,258 @@
-"""The model card: `model_card.md` filled in from the run's config and its measured results."""
+"""The model card: `model_card.md` filled in from the run's config, its domains and its measured results."""
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCard, ModelCardData
+import yaml
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 TEMPLATE = Path(__file__).with_name("model_card.md")
+TASK = "image-feature-extraction"
+METRICS = ("R@1", "mMP@5")
+NOT_STATED = "not stated"
+SEE_PACKAGE = "see the package"
+DEFAULT_LICENSE = "apache-2.0"
+TASK_ID = "image-retrieval"
+
+_METRIC_TYPES = {"R@1": "recall_at_1", "mMP@5": "mean_modified_precision_at_5"}
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_DEMO_SOURCES = {
+    "demo:numbers": "handwritten digits that come with scikit-learn",
+    "demo:letters": "letters drawn with the fonts that come with matplotlib",
+    "demo:symbols": "symbols drawn with the fonts that come with matplotlib",
+    "demo:places": "patches of the photographs that come with scikit-image and scikit-learn",
+}
 
 
 def render_card(
-    name: str, path: str, config: Mapping[str, Any], num_steps: int, results: Mapping[str, Any] | None
+    name: str,
+    path: str,
+    config: Mapping[str, Any],
+    results: Mapping[str, Any] | None,
+    *,
+    revision: str | None = None,
+    licences: Mapping[str, str] | None = None,
+    gallery: Sequence[str] = (),
+    calibrated: bool = False,
+    license: str = DEFAULT_LICENSE,
 ) -> ModelCard:
     """Renders the card of a student.
 
     Args:
         name: The model's name.
         path: What `from_pretrained` takes: a Hub id or a folder.
-        config: The run's resolved config.
-        num_steps: Optimiser steps of the run.
+        config: The run's resolved config; of a model without a run, what is known of it.
         results: What `results.json` holds, or `None` before the test.
+        revision: What the snippets pin; `None` for a folder.
+        licences: Licences of data sets by their Hub id, as far as they are known.
+        gallery: Files of the failure gallery, each named after its domain; those in a folder `examples` hold one query.
+        calibrated: Whether `calibration.json` goes along.
+        license: The model's own.
     """
-    backbone = config["model"]["backbone"]
+    scores = None if results is None else results["splits"].get("test")
+    domains = describe_domains(config.get("domains", {}), licences or {})
+    backbone = config["model"].get("backbone")
+    hub_data = list(dict.fromkeys(domain["hub_id"] for domain in domains if domain["hub_id"]))
+    examples = [file for file in gallery if Path(file).parent.name == "examples"]
+    data = ModelCardData(
+        model_name=name,
+        library_name="transformers",
+        pipeline_tag=TASK,
+        license=license,
+        base_model=backbone if backbone and is_hub_id(backbone) else None,
+        datasets=hub_data or None,
+        metrics=list(_METRIC_TYPES.values()) if scores else None,
+        tags=["udon", "image-retrieval", "image-embedding"],
+        eval_results=_model_index(scores, config.get("domains", {})) if scores else None,
+        widget=_widget(path, revision, examples) or None,
+    )
     return ModelCard.from_template(
-        ModelCardData(
-            library_name="transformers",
-            pipeline_tag="image-feature-extraction",
-            license="apache-2.0",
-            base_model=backbone if backbone and not Path(backbone).exists() else None,
-            tags=["udon", "image-retrieval", "image-embedding"],
-        ),
+        data,
         template_path=str(TEMPLATE),
         name=name,
         path=path,
-        domains=list(config["domains"]),
-        embedding_dim=config["model"]["embedding_dim"],
-        backbone=backbone or config["model"]["backbone_config"]["model_type"] + " from scratch",
-        image_size=config["data"]["image_size"],
-        num_steps=num_steps,
-        batch_size=config["train"]["batch_size"],
-        results=_rows(results),
+        pin="" if revision is None else f', revision="{revision}"',
+        repo=revision is not None,
+        facts={"embedding_dim": config["model"]["embedding_dim"]},
+        domains=domains,
+        domain_names=", ".join(domain["name"] for domain in domains),
+        results=None if results is None or scores is None else _results(results, scores),
+        training=_training(config, results),
+        gallery=[{"domain": Path(file).stem, "path": file} for file in gallery if file not in examples],
+        calibrated=calibrated,
     )
 
 
-def _rows(results: Mapping[str, Any] | None) -> list[list[str]]:
+def describe_domains(specs: Mapping[str, Any], licences: Mapping[str, str]) -> list[dict[str, Any]]:
+    """Says of each domain where its images come from and under which licence.
+
+    Args:
+        specs: The specs of the domains, as the resolved config has them.
+        licences: Licences of data sets by their Hub id; what a spec says itself comes first.
+    """
+    described = []
+    for name, spec in specs.items():
+        path = spec["path"]
+        hub_id = path if is_hub_id(path) else None
+        unknown = SEE_PACKAGE if path in _DEMO_SOURCES else NOT_STATED
+        source = f"[{path}](https://huggingface.co/datasets/{path})" if hub_id else "own data"
+        described.append(
+            {
+                "name": name,
+                "hub_id": hub_id,
+                "source": _DEMO_SOURCES.get(path, source),
+                "licence": spec.get("license") or licences.get(path) or unknown,
+            }
+        )
+    return described
+
+
+def is_hub_id(path: str) -> bool:
+    """Whether a path names something on the Hub and not a folder."""
+    return _HUB_ID.fullmatch(path) is not None and not Path(path).exists()
+
+
+def evaluation_files(results: Mapping[str, Any] | None) -> dict[str, str]:
+    """The scores on data sets of the Hub, in the form of `.eval_results/*.yaml`.
+
+    Args:
+        results: What `results.json` holds.
+
+    Returns:
+        Text by path in the repository. Scores are those of the separate index: a data set's own, whatever other
+        domains the model was tested with.
+    """
     if results is None or "test" not in results["splits"]:
-        return []
-    merged, separate = (results["splits"]["test"][kind] for kind in ("merged", "separate"))
-    named = [(name, merged["domains"][name], separate["domains"][name]) for name in merged["domains"]]
-    named.append(("**mean**", merged["mean"], separate["mean"]))
+        return {}
+    separate = results["splits"]["test"]["separate"]["domains"]
+    files = {}
+    for name, spec in results["config"]["domains"].items():
+        if name not in separate or not is_hub_id(spec["path"]):
+            continue
+        dataset = {"id": spec["path"], "task_id": TASK_ID}
+        if spec.get("revision"):
+            dataset["revision"] = spec["revision"]
+        entries = [
+            {"dataset": dict(dataset), "value": _round(separate[name][metric]), "notes": f"{metric} in percent"}
+            for metric in METRICS
+        ]
+        files[f".eval_results/udon-{name}.yaml"] = yaml.safe_dump(entries, sort_keys=False)
+    return files
+
+
+def _model_index(scores: Mapping[str, Any], specs: Mapping[str, Any]) -> list[EvalResult]:
+    """R@1 and mMP@5 of each domain, and the means over domains, on the merged index."""
+    merged = scores["merged"]
+    rows = [(name, specs.get(name, {}).get("path", name), values) for name, values in merged["domains"].items()]
+    rows.append(("mean over the domains", "mean", merged["mean"]))
     return [
-        [name, *(f"{100 * values[metric]:.1f}" for values in scores for metric in ("R@1", "mMP@5"))]
-        for name, *scores in named
+        EvalResult(
+            task_type=TASK,
+            task_name="image retrieval, merged index",
+            dataset_name=name,
+            # What is not on the Hub is called by the domain's name: a folder of the author's says nothing.
+            dataset_type=path if is_hub_id(path) else name.replace(" ", "-"),
+            dataset_split="test",
+            metric_type=_METRIC_TYPES[metric],
+            metric_name=metric,
+            metric_value=_round(values[metric]),
+        )
+        for name, path, values in rows
+        for metric in METRICS
     ]
+
+
+def _results(results: Mapping[str, Any], scores: Mapping[str, Any]) -> dict[str, Any]:
+    intervals = results.get("analysis", {}).get("test", {}).get("intervals")
+    kinds = [(kind, scores[kind], intervals[kind] if intervals else None) for kind in ("merged", "separate")]
+    header = [f"{metric} {kind}" for kind, _, _ in kinds for metric in METRICS]
+    table = [_line(["domain", *header]), _line(["---"] * (1 + len(header)))]
+    for name in scores["merged"]["domains"]:
+        cells = [
+            _cell(values["domains"][name], bounds and bounds["domains"][name], metric)
+            for _, values, bounds in kinds
+            for metric in METRICS
+        ]
+        table.append(_line([name, *cells]))
+    means = [
+        _cell(values["mean"], bounds and bounds["mean"], metric) for _, values, bounds in kinds for metric in METRICS
+    ]
+    table.append(_line(["**mean**", *means]))
+    baseline = results.get("baseline") or {}
+    rows = [
+        _line([title, *(_percent(baseline[key][metric]) for metric in METRICS)])
+        for key, title in (("untrained", "backbone before training"), ("raw_pixels", "raw pixels"))
+        if key in baseline
+    ]
+    return {
+        "intervals": intervals is not None,
+        "confidence": f"{100 * intervals['confidence']:.0f}" if intervals else "",
+        "table": table,
+        "baselines": [_line(["", *METRICS]), _line(["---"] * 3), *rows] if rows else [],
+    }
+
+
+def _training(config: Mapping[str, Any], results: Mapping[str, Any] | None) -> list[str]:
+    """The settings that make the run, a line each."""
+    model, train = config["model"], config.get("train")
+    if train is None:
+        return []
+    backbone = model["backbone"]
+    if backbone is None:
+        told = f"{model['backbone_config']['model_type']}, from scratch"
+    else:
+        told = f"`{backbone}`" if is_hub_id(backbone) else "weights of an own folder"
+    length = f"{train['num_steps']} steps" if train["num_steps"] is not None else f"{train['num_epochs']:g} epochs"
+    optim, loss, sampling = config["optim"], config["loss"], config["sampling"]
+    weights = [
+        f"{term.replace('_', ' ')} {loss[term]:g}"
+        for term in (
+            "student_classification",
+            "teacher_classification",
+            "logit_distillation",
+            "relational_distillation",
+        )
+    ]
+    lines = [
+        f"Backbone: {told}; images of {config['data']['image_size']} pixels",
+        f"Length: {length} of {train['batch_size']} images, each step of one domain; seed {config['seed']}",
+        f"Optimiser: AdamW, learning rate {optim['lr']:g} for heads and prototypes, {optim['backbone_lr']:g} for the "
+        f"backbone, {optim['schedule']} schedule, weight decay {optim['weight_decay']:g}",
+        f"Loss: {loss['kind']}, scale {loss['scale']:g}; weights of its terms: {', '.join(weights)}",
+        f"Sampling of domains: {sampling['strategy'].replace('_', ' ')}",
+        f"System: {config.get('system', 'udon')}; precision: {train['mixed_precision']}",
+    ]
+    if results is not None:
+        versions = results["versions"]
+        used = [f"{name} {versions[name]}" for name in ("torch", "transformers", "modeling_udon") if name in versions]
+        lines.append(f"Versions: {', '.join(used)}")
+    return [line.replace("precision: no", "precision: float32") for line in lines]
+
+
+def _widget(path: str, revision: str | None, examples: Iterable[str]) -> list[dict[str, str]]:
+    return [
+        {
+            "src": f"https://huggingface.co/{path}/resolve/{revision}/{file}",
+            "example_title": Path(file).stem,
+        }
+        for file in examples
+    ]
+
+
+def _cell(values: Mapping[str, float], bounds: Mapping[str, Sequence[float]] | None, metric: str) -> str:
+    interval = "" if not bounds else f" ({_percent(bounds[metric][0])} to {_percent(bounds[metric][1])})"
+    return _percent(values[metric]) + interval
+
+
+def _line(cells: Iterable[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.1f}"
+
+
+def _round(value: float) -> float:
+    return float(_percent(value))

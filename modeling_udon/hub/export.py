@@ -43,9 +43,14 @@ def export_student(
     if student.config.backbone_config.model_type in _TOWERS:
         name_tower(folder / WEIGHTS_FILE, "backbone.")
     processor.save_pretrained(folder)
+    write_sentence_transformers_files(folder)
+    card.save(folder / "README.md")
+
+
+def write_sentence_transformers_files(folder: Path) -> None:
+    """Writes what makes sentence-transformers take the student's embedding, not a mean of the backbone's tokens."""
     write_json(folder / MODULES_FILE, [{"idx": 0, "name": "0", "path": "", "type": TRANSFORMER_TYPE}])
     write_json(folder / TRANSFORMER_FILE, transformer_settings("pooler_output", "sentence_embedding"))
-    card.save(folder / "README.md")
 
 
 def transformer_settings(output: str, feature: str) -> dict[str, object]:

@@ -15,7 +15,7 @@ from modeling_udon.data.domains import Domain, DomainSpec, check_label_maps, ope
 from modeling_udon.retrieval.calibration import calibrate, write_calibration
 from modeling_udon.retrieval.encoders import Encoder, Pooling, Run, open_model, open_run, read_run
 from modeling_udon.retrieval.evaluate import choose_kind, domains_with
-from modeling_udon.retrieval.gallery import make_gallery
+from modeling_udon.retrieval.gallery import GALLERY_FOLDER, make_gallery, write_sheets
 from modeling_udon.retrieval.measure import Embedder, Study, encode_with, measure, merge_results
 from modeling_udon.retrieval.precomputed import KIND, read_split
 from modeling_udon.retrieval.protocol import check_metrics, write_results
@@ -172,6 +172,8 @@ def _measure(
         if options.report:
             gallery = make_gallery(measured.found.merged, domains, options.split)
             say(f"wrote {write_report(output, results, {options.split: gallery})}")
+            if options.split == "test":
+                write_sheets(output / GALLERY_FOLDER, gallery)
     if options.calibrate:
         again = embedded if options.split == "validation" else subject.embed(domains, "validation")
         calibration = calibrate(choose_kind(again, subject.kind), options.false_accept_rate, "validation")

@@ -4,18 +4,24 @@ import base64
 import io
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from modeling_udon.data.dataset import read_images
 from modeling_udon.data.domains import Domain, EvaluationSplit
 from modeling_udon.retrieval.protocol import Neighbours, score_queries
 
+GALLERY_FOLDER = "gallery"
 THUMBNAIL_SIZE = 96
 NUM_NEIGHBOURS = 5
 NUM_FAILURES = 8
 NUM_SUCCESSES = 2
+# Of a sheet: its rows, its frames in pixels, and their colours.
+SHEET_FAILURES = 3
+FRAME = 4
+COLORS = {None: "#808080", True: "#2e8b57", False: "#c0392b"}
 
 
 @dataclass(frozen=True)
@@ -69,6 +75,24 @@ def make_gallery(neighbours: Mapping[str, Neighbours], domains: Mapping[str, Dom
     return gallery
 
 
+def write_sheets(folder: Path, gallery: Gallery) -> None:
+    """Writes a picture of each domain, `DOMAIN.jpg`, and one query of it, `examples/DOMAIN.jpg`.
+
+    A picture's rows are a query with its neighbours in order: some failures, and at last a query that went right.
+
+    Args:
+        folder: Where they go.
+        gallery: Queries of each domain.
+    """
+    (folder / "examples").mkdir(parents=True, exist_ok=True)
+    for name, rows in gallery.items():
+        right = [row for row in rows if row.neighbours and row.neighbours[0].right]
+        shown = [row for row in rows if row not in right][:SHEET_FAILURES] + right[:1]
+        if shown:
+            _draw_sheet(shown).save(folder / f"{name}.jpg", quality=85)
+            _read_source(shown[-1].query).save(folder / "examples" / f"{name}.jpg", quality=85)
+
+
 def choose_queries(
     neighbours: Neighbours, num_failures: int = NUM_FAILURES, num_successes: int = NUM_SUCCESSES
 ) -> list[int]:
@@ -117,6 +141,24 @@ def make_thumbnail(images: EvaluationSplit, set_name: str, row: int, name: str) 
     buffer = io.BytesIO()
     picture.save(buffer, "JPEG", quality=80)
     return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def _draw_sheet(rows: list[GalleryRow]) -> Image.Image:
+    cell = THUMBNAIL_SIZE + 2 * FRAME
+    columns = 1 + max(len(row.neighbours) for row in rows)
+    sheet = Image.new("RGB", (columns * (cell + FRAME), len(rows) * (cell + FRAME)), "white")
+    for number, row in enumerate(rows):
+        for column, picture in enumerate((row.query, *row.neighbours)):
+            framed = Image.new("RGB", (cell, cell), COLORS[picture.right])
+            framed.paste("white", (FRAME, FRAME, cell - FRAME, cell - FRAME))
+            small = ImageOps.contain(_read_source(picture), (THUMBNAIL_SIZE, THUMBNAIL_SIZE))
+            framed.paste(small, ((cell - small.width) // 2, (cell - small.height) // 2))
+            sheet.paste(framed, (column * (cell + FRAME), number * (cell + FRAME)))
+    return sheet
+
+
+def _read_source(picture: Picture) -> Image.Image:
+    return Image.open(io.BytesIO(base64.b64decode(picture.source.partition(",")[2])))
 
 
 def _pictures(found: Neighbours, row: int, domains: Mapping[str, Domain], split: str) -> list[Picture]:

@@ -240,6 +240,23 @@ class LogConfig(Section):
     """The trackers' project."""
 
 
+class PushConfig(Section):
+    """Where the student goes when the run has ended."""
+
+    repo: str | None = Field(None, pattern=r"^[\w.-]+/[\w.-]+$")
+    """Repository on the Hub, `owner/name`; `null` publishes nothing."""
+    private: bool = False
+    """Whether a repository that is made for it is private."""
+    revision: str | None = None
+    """Branch to commit to, made if need be; `null` is the main one."""
+    tag: str | None = None
+    """Tag of the commit; `null` makes one of the files' contents."""
+    gallery: bool = False
+    """Whether small pictures of the test split are published with the card."""
+    license: str = "apache-2.0"
+    """Licence of the model, as the Hub calls it."""
+
+
 class TrainConfig(Section):
     """A run."""
 
@@ -263,6 +280,7 @@ class TrainConfig(Section):
     train: TrainSection
     eval: EvalConfig = EvalConfig()
     log: LogConfig = LogConfig()
+    push: PushConfig = PushConfig()
 
     @field_validator("domains", mode="before")
     @classmethod

@@ -11,11 +11,12 @@ import yaml
 from modeling_udon.data.domains import Domain, check_label_maps, label_maps
 from modeling_udon.retrieval.protocol import versions
 from modeling_udon.training.checkpoint import find_checkpoint, list_checkpoints, recover_folder
-from modeling_udon.training.config import ConfigError, TrainConfig
+from modeling_udon.training.config import ConfigError, PushConfig, TrainConfig
 from modeling_udon.training.config_file import dump_config
 
 # What may differ when a run goes on: where it is told of, and how fast data comes.
 _FREE_ON_RESUME = {"output_dir", "log.every", "log.trackers", "log.project", "data.num_workers", "eval.batch_size"}
+_FREE_ON_RESUME |= {f"push.{name}" for name in PushConfig.model_fields}
 
 
 class RunFolder:

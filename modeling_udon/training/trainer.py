@@ -20,9 +20,10 @@ from modeling_udon.data.domains import open_domain, with_images_as_classes
 from modeling_udon.data.transforms import EvalTransform, image_processor, normalize, use_one_thread
 from modeling_udon.hub.card import render_card
 from modeling_udon.hub.export import export_student
+from modeling_udon.hub.push import PushError, PushOptions, push
 from modeling_udon.retrieval.embed import ImageEmbedder
 from modeling_udon.retrieval.evaluate import domains_with, evaluate_baselines, evaluate_model, search_model
-from modeling_udon.retrieval.gallery import make_gallery
+from modeling_udon.retrieval.gallery import GALLERY_FOLDER, make_gallery, write_sheets
 from modeling_udon.retrieval.measure import analyse
 from modeling_udon.retrieval.protocol import (
     SplitScores,
@@ -293,7 +294,9 @@ class Trainer:
             results["analysis"] = {"test": analyse(found)}
             if self.accelerator.is_main_process:
                 write_results(self.folder.results, results)
-                write_report(self.config.run_dir, results, {"test": make_gallery(found.merged, tested, "test")})
+                gallery = make_gallery(found.merged, tested, "test")
+                write_report(self.folder.path, results, {"test": gallery})
+                write_sheets(self.folder.path / GALLERY_FOLDER, gallery)
                 self._export_best(results)
             self.reporter.say("\n" + format_table(results))
             self.reporter.say("\n" + format_changes(baseline["untrained"], scores.merged))
@@ -301,9 +304,18 @@ class Trainer:
                 self.reporter.say("\n" + weights)
         assert self.best is not None, "the last step is always validated"
         self.reporter.say(f"\nbest student, of step {self.best['step']}: {self.folder.best}")
+        if self.config.push.repo is not None and self.accelerator.is_main_process:
+            self._push(PushOptions(**self.config.push.model_dump()))
         self.accelerator.wait_for_everyone()
         self.reporter.close()
         return results
+
+    def _push(self, options: PushOptions) -> None:
+        """Publishes the student; what goes wrong there takes nothing from the run."""
+        try:
+            push(self.folder.path, options, say=self.reporter.say)
+        except (PushError, ValueError) as error:
+            self.reporter.say(f"WARNING: the run has ended well, but its student is not on the Hub: {error}")
 
     def _prepare_processes(self) -> None:
         self._optimizer = make_optimizer(self.model, self.config.optim)
@@ -409,7 +421,7 @@ class Trainer:
             export_student(
                 self.model.udon,
                 image_processor(self.config.data.image_size, self.mean, self.std),
-                render_card(self.config.name, str(best), config, self.num_steps, results),
+                render_card(self.config.name, str(best), config, results),
                 folder,
                 self.config.train.keep_teachers,
             )

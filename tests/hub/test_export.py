@@ -232,13 +232,14 @@ def test_the_results_have_the_schema_that_others_rely_on(runs: dict[str, Path]) 
 
 def test_the_card_shows_the_scores(runs: dict[str, Path]) -> None:
     card = (runs["student"] / "best" / "README.md").read_text()
-    results = json.loads((runs["student"] / "results.json").read_text())["splits"]["test"]
+    results = json.loads((runs["student"] / "results.json").read_text())
+    scores, intervals = results["splits"]["test"], results["analysis"]["test"]["intervals"]
     for name in DOMAINS:
-        cells = [
-            f"{100 * results[kind]['domains'][name][metric]:.1f}"
-            for kind in ("merged", "separate")
-            for metric in ("R@1", "mMP@5")
-        ]
+        cells = []
+        for kind in ("merged", "separate"):
+            for metric in ("R@1", "mMP@5"):
+                low, high = (100 * bound for bound in intervals[kind]["domains"][name][metric])
+                cells.append(f"{100 * scores[kind]['domains'][name][metric]:.1f} ({low:.1f} to {high:.1f})")
         assert f"| {name} | {' | '.join(cells)} |" in card
     assert "pipeline_tag: image-feature-extraction" in card
     assert "trust_remote_code=True" in card

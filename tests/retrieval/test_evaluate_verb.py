@@ -301,6 +301,11 @@ def test_report_writes_the_page_of_a_run(udon, own_run):
     assert code == 0 and f"wrote {own_run / 'report.html'}" in out
     page = (own_run / "report.html").read_text()
     assert page.count("<svg") == 4 and page.count("<details") == 4 and "data:image/jpeg" in page
+    assert sorted(path.name for path in (own_run / "gallery").glob("*.jpg")) == [
+        "blobs.jpg",
+        "noise.jpg",
+        "stripes.jpg",
+    ]
 
 
 @pytest.mark.parametrize(

@@ -1,15 +1,18 @@
 """The page: what it shows, that text from data cannot break out, that it needs nothing else."""
 
+import base64
 import html.parser
+import io
 import json
 import re
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from modeling_udon.retrieval.charts import axis_steps, make_chart, make_charts
 from modeling_udon.retrieval.evaluate import SplitNeighbours
-from modeling_udon.retrieval.gallery import GalleryRow, Picture, choose_queries
+from modeling_udon.retrieval.gallery import GalleryRow, Picture, choose_queries, write_sheets
 from modeling_udon.retrieval.measure import analyse, merge_results
 from modeling_udon.retrieval.protocol import EmbeddedDomain, Neighbours, build_results, search_merged, search_separate
 from modeling_udon.retrieval.report import read_rows, render_report, write_report
@@ -208,3 +211,27 @@ def test_results_of_another_split_are_kept(tmp_path):
         "baseline": {"untrained": 3},
         "config": {"a": 2},
     }
+
+
+def test_a_sheet_shows_the_first_failures_and_one_success_in_coloured_frames(tmp_path):
+    def picture(shade, right=None):
+        buffer = io.BytesIO()
+        Image.new("L", (80, 40), shade).save(buffer, "JPEG")
+        source = f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+        return Picture(source, "blobs", "label", None if right is None else 0.5, right)
+
+    failures = [GalleryRow(picture(10 * number), [picture(200, False)] * 5) for number in range(5)]
+    successes = [GalleryRow(picture(100 + number), [picture(220, True)] * 5) for number in range(2)]
+    write_sheets(tmp_path, {"blobs": failures + successes, "empty": []})
+    assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.jpg")) == [
+        "blobs.jpg",
+        "examples/blobs.jpg",
+    ]
+    sheet = np.asarray(Image.open(tmp_path / "blobs.jpg")).astype(int)
+    step = 96 + 3 * 4
+    assert sheet.shape == (4 * step, 6 * step, 3)
+    queries = [sheet[row * step + 52, 52].mean() for row in range(4)]
+    np.testing.assert_allclose(queries, [0, 10, 20, 100], atol=3)
+    red, green = sheet[1, step + 50] - sheet[1, 50], sheet[3 * step + 1, step + 50]
+    assert red[0] > 50 and green[1] > green[0] + 50
+    np.testing.assert_allclose(np.asarray(Image.open(tmp_path / "examples" / "blobs.jpg")).mean(), 100, atol=3)

@@ -50,6 +50,8 @@ def refuse(path: Path, *overrides: str) -> str:
         ({"domains": {"keys": "x"}}, "must not be named like a method of a module. Got 'keys'; rename the domain"),
         ({"domains": {"type": "x"}}, "must not be named like a method of a module. Got 'type'; rename the domain"),
         ({"name": "../up"}, "`name`: .*Got '../up'"),
+        ({"push__repo": "udon"}, "`push.repo`: string should match pattern .* Got 'udon'"),
+        ({"push__privat": True}, "`push.privat` is not a key of .*; did you mean `private`?"),
         ({"log__trackers": ["mlflow"]}, "`log.trackers.0`: input should be 'tensorboard'.* Got 'mlflow'"),
     ],
 )
