@@ -61,6 +61,9 @@ _STYLE = """
 @media (max-width: 40rem) {
   .udon-results.two { gap: .75rem; }
   .udon-results ol { grid-template-columns: repeat(auto-fill, minmax(6rem, 1fr)); gap: .75rem .6rem; }
+  /* One row to push along, so that the results are not far below the picture. */
+  #udon-examples .gallery { flex-wrap: nowrap; overflow-x: auto; }
+  #udon-examples .gallery-item { flex: none; }
 }
 """
 
@@ -151,7 +154,8 @@ def make_page(sides: Sequence[Side], examples: Sequence[Path] = ()) -> gr.Blocks
                         1, most, value=min(8, most), step=1, label="Neighbours", buttons=[], min_width=120
                     )
                 if examples:
-                    gr.Examples([[str(file)] for file in examples], picture, label="Examples", examples_per_page=12)
+                    rows = [[str(file)] for file in examples]
+                    gr.Examples(rows, picture, label="Examples", examples_per_page=12, elem_id="udon-examples")
             with gr.Column(scale=5, min_width=320):
                 results = gr.HTML(_HINT)
         gr.on(
