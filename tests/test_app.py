@@ -1,5 +1,6 @@
 """The page of `udon app`: what it answers, over HTTP and in a real browser, on a laptop and on a phone."""
 
+import functools
 import json
 import os
 import re
@@ -173,13 +174,16 @@ def serving(*arguments):
     """Runs `udon app` in a process of its own, since Gradio leaves sockets open; gives the page's address."""
     command = [sys.executable, "-m", "modeling_udon.cli", "app", *map(str, arguments), "--port", str(free_port())]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
-        told = re.fullmatch(r"the page is at (http://127.0.0.1:\d+/), until Ctrl\+C\n", process.stdout.readline())
+    # A shell's background job ignores Ctrl+C, and so would its children.
+    listen = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True, preexec_fn=listen) as process:
         try:
+            told = re.fullmatch(r"the page is at (http://127.0.0.1:\d+/), until Ctrl\+C\n", process.stdout.readline())
             yield told[1]
-        finally:
             process.send_signal(signal.SIGINT)
             assert process.wait(30) == 0
+        finally:
+            process.kill()
 
 
 @pytest.fixture(scope="module")
