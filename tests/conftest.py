@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 # Before the libraries are imported: no network, no cache of the user's, one thread.
 os.environ |= {
@@ -266,6 +266,29 @@ def run_two_processes() -> Callable[..., Path]:
             process.join(120)
             assert process.exitcode == (0 if stop_at is None else KILLED)
         return config.run_dir
+
+    return run
+
+
+class Answer(NamedTuple):
+    """What a command gave."""
+
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def udon(capsys: pytest.CaptureFixture[str]) -> Callable[..., Answer]:
+    """Runs `udon` with some arguments; gives its exit code and what it printed."""
+
+    def run(*arguments: object) -> Answer:
+        capsys.readouterr()
+        try:
+            code = main([str(argument) for argument in arguments])
+        except SystemExit as stop:
+            code = stop.code
+        return Answer(code, *capsys.readouterr())
 
     return run
 

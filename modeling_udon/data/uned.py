@@ -11,7 +11,7 @@ from typing import Any
 
 from modeling_udon.data.prepare import Picture
 
-# Training images and classes of each domain, table 1 of the paper.
+# Training images and classes of each domain, as published; together 2,831,222 images of 316,446 classes.
 PUBLISHED = {
     "food2k": (472_349, 900),
     "cars": (6_346, 78),

@@ -14,7 +14,6 @@ from typing import Any, TypeVar
 
 import yaml
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard
-from huggingface_hub import constants as hub_constants
 
 # The client's own base of what its HTTP library raises: another one in version 0.34 (requests) than later (httpx).
 from huggingface_hub.errors import HfHubHTTPError, HTTPError
@@ -24,6 +23,7 @@ from transformers import AutoConfig
 
 from modeling_udon.hub.card import DEFAULT_LICENSE, evaluation_files, is_hub_id, render_card
 from modeling_udon.hub.export import write_sentence_transformers_files
+from modeling_udon.hub.refusals import reason_of, status_of
 from modeling_udon.modeling_udon import UdonModel
 
 HANDLER = Path(__file__).with_name("handler.py")
@@ -283,9 +283,11 @@ def _publish(api: HfApi, files: Mapping[str, Path], options: PushOptions, tag: s
     try:
         done = _with_retries(commit, say)
     except (OSError, HTTPError) as error:
-        if _status(error) is not None:
+        if status_of(error) is not None:
             raise
-        raise PushError(f"the connection was lost, and {repo} may have the commit or not: {_reason(error)}") from error
+        raise PushError(
+            f"the connection was lost, and {repo} may have the commit or not: {reason_of(error)}"
+        ) from error
     if options.create_pr:
         say(f"opened {done.pr_url}")
         return str(done.pr_url)
@@ -294,7 +296,7 @@ def _publish(api: HfApi, files: Mapping[str, Path], options: PushOptions, tag: s
             _with_retries(lambda: api.create_tag(repo, tag=tag, revision=done.oid, exist_ok=True), say)
         except (OSError, HTTPError) as error:
             raise PushError(
-                f"{repo} has the commit {done.oid}, but not its tag {tag!r}, which the card names: {_reason(error)}"
+                f"{repo} has the commit {done.oid}, but not its tag {tag!r}, which the card names: {reason_of(error)}"
             ) from error
     say(f"pushed {done.commit_url}" + (f", tag {tag}" if tag else ""))
     return str(done.commit_url)
@@ -360,42 +362,13 @@ def _said_in_one_line(options: PushOptions, folder: Path) -> Iterator[None]:
         cause = error.__cause__ if isinstance(error, RuntimeError) else error
         if not isinstance(cause, OSError | HTTPError):
             raise
+        reason = reason_of(cause, options.repo, MAX_TRIES)
         raise PushError(
-            f"nothing was published to {options.repo}: {_reason(cause, options.repo)}; {folder} is as it was, "
+            f"nothing was published to {options.repo}: {reason}; {folder} is as it was, "
             f"to try again: {options.command(folder)}"
         ) from error
     finally:
         hub_logging.set_verbosity(verbosity)
-
-
-def _reason(error: BaseException, repo: str = "the repository") -> str:
-    """What went wrong, without the text of the Hub or the client: it may hold a signed address, or repeat the token."""
-    status = _status(error)
-    if status is not None:
-        return _REFUSALS.get(status, f"the Hub failed ({status})").format(repo=repo)
-    if hub_constants.HF_HUB_OFFLINE:
-        return "HF_HUB_OFFLINE is set; unset it"
-    return f"the Hub at {hub_constants.ENDPOINT} cannot be reached ({type(error).__name__}); look at the network"
-
-
-def _status(error: BaseException) -> int | None:
-    """Status of the answer that an error is about, if there was one."""
-    response = getattr(
-        error, "response", None
-    )  # Some errors of the HTTP libraries have one, some `None`, some neither.
-    return None if response is None else int(response.status_code)
-
-
-_REFUSALS = {
-    400: "the Hub does not take these files (400): the card's metadata or a name is not valid",
-    401: "the Hub does not know you (401); log in with `hf auth login`, or set HF_TOKEN to a token with write access",
-    403: "your token may not write to {repo} (403); use one with write access to it",
-    404: "the Hub has no {repo} for you (404); check the name, and your token's access",
-    409: "{repo} was changed at the same time (409)",
-    412: "{repo} was changed at the same time (412)",
-    413: "a file is too large for the Hub (413)",
-    429: f"the Hub has had too many requests, also after {MAX_TRIES} tries (429); wait some minutes",
-}
 
 
 def _without_local_paths(value: Any) -> Any:

@@ -20,13 +20,15 @@ import pyarrow as pa
 from huggingface_hub import HfApi, SpaceCardData
 
 # The client's own base of what its HTTP library raises: another one in version 0.34 (requests) than later (httpx).
-from huggingface_hub.errors import HfHubHTTPError, HTTPError
+from huggingface_hub.errors import HTTPError
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from tqdm import tqdm
 from transformers.utils import cached_file
 from transformers.utils.hub import extract_commit_hash
 
+from modeling_udon.hub.refusals import reason_of
 from modeling_udon.retrieval.ann import ABOUT_FILE, INDEX_FILE, METADATA_FILE, ImageIndex
+from modeling_udon.retrieval.folders import new_folder
 from modeling_udon.retrieval.models import load_embedding_model
 from modeling_udon.retrieval.search import check_model
 from modeling_udon.retrieval.thumbnails import find_thumbnail
@@ -109,10 +111,7 @@ def make_space(
     """
     target = Path(folder)
     _check_target(target)
-    draft = target.with_name(f".{target.name}.new")
-    shutil.rmtree(draft, ignore_errors=True)
-    draft.mkdir(parents=True)
-    try:
+    with new_folder(target) as draft:
         placed = [_place(side, number, draft, trust_remote_code, say) for number, side in enumerate(sides, 1)]
         modules = _imported_modules()
         for path in modules.values():
@@ -125,12 +124,6 @@ def make_space(
         (draft / "app.py").write_text(_app_file(placed, bool(examples), trust_remote_code), encoding="utf-8")
         (draft / "requirements.txt").write_text(_requirements(modules), encoding="utf-8")
         (draft / "README.md").write_text(_readme(title, placed, sides), encoding="utf-8")
-    except BaseException:
-        shutil.rmtree(draft)
-        raise
-    if target.exists():
-        shutil.rmtree(target)
-    draft.rename(target)
 
 
 def push_space(folder: str | os.PathLike[str], repo: str, private: bool = False, api: HfApi | None = None) -> str:
@@ -169,8 +162,8 @@ def push_space(folder: str | os.PathLike[str], repo: str, private: bool = False,
             )
     except (OSError, HTTPError) as error:
         raise OSError(
-            f"nothing was uploaded to the Space {repo}: {_reason(error)}; its folder {folder} is ready: run the same "
-            "command again"
+            f"nothing was uploaded to the Space {repo}: {reason_of(error, repo)}; its folder {folder} is ready: run "
+            "the same command again"
         ) from error
     return str(made)
 
@@ -307,6 +300,7 @@ def _app_file(placed: Sequence[_Placed], has_examples: bool, trust_remote_code: 
     return f'''"""The page of `udon app`, as a Space."""
 
 from modeling_udon.app import find_examples, make_page, open_side, start
+from modeling_udon.retrieval.folders import new_folder
 from modeling_udon.retrieval.models import load_embedding_model
 
 page = make_page(
@@ -352,23 +346,3 @@ python app.py
 
 The code in `{PACKAGE}/` is licensed under Apache-2.0.
 """
-
-
-def _reason(error: Exception) -> str:
-    """What went wrong, without what the Hub says itself: it may repeat the request."""
-    if isinstance(error, HfHubHTTPError):
-        status = error.response.status_code
-        return _REFUSALS.get(status, f"the Hub answered with {status}")
-    return f"the Hub cannot be reached ({' '.join(str(error).split()) or type(error).__name__})"
-
-
-_REFUSALS = {
-    401: "the Hub does not know you (401); log in with `hf auth login`, or set HF_TOKEN to a token with write access",
-    402: "the Hub asks for a paid plan for this (402)",
-    403: "your token may not write there (403); use one with write access",
-    404: "the Hub has no such owner or Space for you (404); check the name, and your token's access",
-    409: "the Space was changed at the same time (409)",
-    412: "the Space was changed at the same time (412)",
-    413: "a file is too large for the Hub (413)",
-    429: "the Hub has had too many requests (429); wait some minutes",
-}

@@ -7,7 +7,6 @@ import zlib
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -17,7 +16,6 @@ import yaml
 from datasets import Image, load_dataset
 from PIL import Image as PILImage
 
-from modeling_udon.cli import main
 from modeling_udon.data import uned
 from modeling_udon.data.domains import DomainSpec, open_domain
 from modeling_udon.data.own_data import split_by_class
@@ -25,22 +23,6 @@ from modeling_udon.data.prepare import Picture
 from modeling_udon.data.transforms import decode_image
 
 Udon = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def udon(capsys: pytest.CaptureFixture[str]) -> Udon:
-    """Runs the command; returns exit code, printed text and the error."""
-
-    def call(*words: Any) -> tuple[int, str, str]:
-        capsys.readouterr()
-        try:
-            code = main([str(word) for word in words])
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        done = capsys.readouterr()
-        return code, done.out, done.err
-
-    return call
 
 
 def write_image(path: Path, seed: int, shape: tuple[int, int] = (20, 30)) -> Path:

@@ -9,7 +9,7 @@ import sys
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,7 +20,6 @@ from torch.nn import functional as F
 from transformers import AutoImageProcessor, AutoModel
 
 from modeling_udon import UdonModel
-from modeling_udon.cli import main
 from modeling_udon.hub.checkpoints import read_arrays
 
 REDUCED = Path(__file__).parents[1] / "reference"
@@ -32,25 +31,6 @@ AUGREG_NAMES = {
     "MlpBlock_0": "MlpBlock_3",
 }
 STUDENT_HEAD = "universal_student_projection_domain_0"
-
-
-class Answer(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-@pytest.fixture
-def udon(capsys: pytest.CaptureFixture[str]) -> Callable[..., Answer]:
-    def run(*arguments: object) -> Answer:
-        capsys.readouterr()
-        try:
-            code = main([str(argument) for argument in arguments])
-        except SystemExit as stop:
-            code = stop.code
-        return Answer(code, *capsys.readouterr())
-
-    return run
 
 
 @pytest.fixture(scope="module")
@@ -216,7 +196,7 @@ def printed_difference(text: str) -> float:
 
 
 def test_an_augreg_file_becomes_a_backbone_that_computes_as_the_original(
-    udon: Callable[..., Answer], vectors: dict[str, np.ndarray], params: dict[str, np.ndarray], tmp_path: Path
+    udon: Callable[..., Any], vectors: dict[str, np.ndarray], params: dict[str, np.ndarray], tmp_path: Path
 ) -> None:
     file = write_augreg(tmp_path / "vit.npz", params)
     np.save(tmp_path / "in.npy", vectors["images"])
@@ -235,7 +215,7 @@ def test_an_augreg_file_becomes_a_backbone_that_computes_as_the_original(
 
 
 def test_a_flax_checkpoint_becomes_a_student_that_embeds_as_the_original(
-    udon: Callable[..., Answer], vectors: dict[str, np.ndarray], params: dict[str, np.ndarray], tmp_path: Path
+    udon: Callable[..., Any], vectors: dict[str, np.ndarray], params: dict[str, np.ndarray], tmp_path: Path
 ) -> None:
     file, out = write_flax(tmp_path / "checkpoint_8", params), tmp_path / "student"
     np.save(tmp_path / "in.npy", vectors["images"])
@@ -258,7 +238,7 @@ def test_a_flax_checkpoint_becomes_a_student_that_embeds_as_the_original(
 
 
 def test_the_teachers_of_a_checkpoint_come_along_under_their_domains_names(
-    udon: Callable[..., Answer], vectors: dict[str, np.ndarray], params: dict[str, np.ndarray], tmp_path: Path
+    udon: Callable[..., Any], vectors: dict[str, np.ndarray], params: dict[str, np.ndarray], tmp_path: Path
 ) -> None:
     file, out = write_flax(tmp_path / "checkpoint", params, whole_state=False), tmp_path / "student"
     words = ("convert", file, "--format", "flax", "--out", out, "--keep-teachers")
@@ -276,7 +256,7 @@ def test_the_teachers_of_a_checkpoint_come_along_under_their_domains_names(
 
 
 def test_a_checkpoint_without_teachers_gives_the_same_student(
-    udon: Callable[..., Answer], vectors: dict[str, np.ndarray], params: dict[str, np.ndarray], tmp_path: Path
+    udon: Callable[..., Any], vectors: dict[str, np.ndarray], params: dict[str, np.ndarray], tmp_path: Path
 ) -> None:
     alone = {name: value for name, value in params.items() if not name.startswith("teacher")}
     file, out = write_flax(tmp_path / "checkpoint", alone), tmp_path / "student"
@@ -291,7 +271,7 @@ def test_a_checkpoint_without_teachers_gives_the_same_student(
 
 
 def test_a_head_of_another_name_is_taken_by_its_name(
-    udon: Callable[..., Answer], params: dict[str, np.ndarray], tmp_path: Path
+    udon: Callable[..., Any], params: dict[str, np.ndarray], tmp_path: Path
 ) -> None:
     renamed = {name.replace(STUDENT_HEAD, "universal_projection"): value for name, value in params.items()}
     file, out = write_flax(tmp_path / "checkpoint", renamed), tmp_path / "student"
@@ -305,7 +285,7 @@ def test_a_head_of_another_name_is_taken_by_its_name(
 
 
 def test_hidden_layers_of_a_head_and_a_missing_bias_are_converted(
-    udon: Callable[..., Answer], vectors: dict[str, np.ndarray], params: dict[str, np.ndarray], tmp_path: Path
+    udon: Callable[..., Any], vectors: dict[str, np.ndarray], params: dict[str, np.ndarray], tmp_path: Path
 ) -> None:
     rng = np.random.default_rng(0)
 
@@ -354,7 +334,7 @@ def test_arrays_in_pieces_and_in_bfloat16_are_read_as_flax_wrote_them(
 @pytest.mark.parametrize("protocol", [3, 4])
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])
 def test_a_clip_file_becomes_a_backbone_that_computes_as_the_authors_code(
-    udon: Callable[..., Answer], tower: OpenAiTower, tmp_path: Path, protocol: int, dtype: type
+    udon: Callable[..., Any], tower: OpenAiTower, tmp_path: Path, protocol: int, dtype: type
 ) -> None:
     if dtype is np.float16:
         tower.half().float()
@@ -396,7 +376,7 @@ def test_a_file_that_numpy_saved_is_read(tower: OpenAiTower, tmp_path: Path) -> 
 
 
 def test_a_flax_checkpoint_of_clip_becomes_a_student(
-    udon: Callable[..., Answer], tower: OpenAiTower, tmp_path: Path
+    udon: Callable[..., Any], tower: OpenAiTower, tmp_path: Path
 ) -> None:
     rng = np.random.default_rng(0)
     kernel, bias = rng.standard_normal((128, 8)).astype(np.float32), rng.standard_normal(8).astype(np.float32)
@@ -416,7 +396,7 @@ def test_a_flax_checkpoint_of_clip_becomes_a_student(
 
 @pytest.mark.parametrize("side", [3, 6])
 def test_position_embeddings_of_another_resolution_are_interpolated_as_scipy_does_it(
-    udon: Callable[..., Answer], params: dict[str, np.ndarray], tmp_path: Path, side: int
+    udon: Callable[..., Any], params: dict[str, np.ndarray], tmp_path: Path, side: int
 ) -> None:
     ndimage = pytest.importorskip("scipy.ndimage")
     file = write_augreg(tmp_path / "vit.npz", params)
@@ -437,7 +417,7 @@ def test_position_embeddings_of_another_resolution_are_interpolated_as_scipy_doe
 
 @pytest.mark.parametrize("file_format", ["augreg", "flax", "clip-npy"])
 def test_missing_spare_and_misshapen_tensors_are_refused_by_name(
-    udon: Callable[..., Answer],
+    udon: Callable[..., Any],
     params: dict[str, np.ndarray],
     tower: OpenAiTower,
     tmp_path: Path,
@@ -450,7 +430,7 @@ def test_missing_spare_and_misshapen_tensors_are_refused_by_name(
     }[file_format]
     file = tmp_path / "file.npz"
 
-    def convert(change: Callable[[dict[str, Any]], object]) -> Answer:
+    def convert(change: Callable[[dict[str, Any]], object]) -> Any:
         if file_format == "augreg":
             arrays = dict(np.load(write_augreg(file, params)))
         else:
@@ -501,7 +481,7 @@ def write_pickle(path: Path, content: Any) -> Path:
 @pytest.mark.parametrize("place", ["alone", "in a dict", "in an array", "as a key"])
 @pytest.mark.parametrize("function", [os.mkdir, eval, np.load, np.fromfile, getattr])
 def test_a_pickle_that_calls_anything_is_refused_unrun(
-    udon: Callable[..., Answer], tower: OpenAiTower, tmp_path: Path, place: str, function: Callable[..., Any]
+    udon: Callable[..., Any], tower: OpenAiTower, tmp_path: Path, place: str, function: Callable[..., Any]
 ) -> None:
     ran = tmp_path / "ran"
     argument = f"__import__('os').mkdir({str(ran)!r})" if function is eval else str(ran)
@@ -538,7 +518,7 @@ def test_the_attack_works_where_pickles_are_trusted(tmp_path: Path) -> None:
     ],
 )
 def test_a_pickle_of_anything_else_than_arrays_of_numbers_is_refused(
-    udon: Callable[..., Answer], tmp_path: Path, content: Any, reason: str
+    udon: Callable[..., Any], tmp_path: Path, content: Any, reason: str
 ) -> None:
     file = write_pickle(tmp_path / "clip.npy", content)
     done = udon("convert", file, "--format", "clip-npy", "--out", tmp_path / "out")
@@ -548,7 +528,7 @@ def test_a_pickle_of_anything_else_than_arrays_of_numbers_is_refused(
 
 @pytest.mark.parametrize("file_format", ["augreg", "clip-npy", "flax"])
 def test_a_damaged_file_and_one_of_another_kind_are_refused_in_one_line(
-    udon: Callable[..., Answer], params: dict[str, np.ndarray], tower: OpenAiTower, tmp_path: Path, file_format: str
+    udon: Callable[..., Any], params: dict[str, np.ndarray], tower: OpenAiTower, tmp_path: Path, file_format: str
 ) -> None:
     file = tmp_path / "weights.npz"
     if file_format == "augreg":
@@ -583,7 +563,7 @@ def test_a_damaged_file_and_one_of_another_kind_are_refused_in_one_line(
     ],
 )
 def test_inputs_and_outputs_that_do_not_fit_are_refused(
-    udon: Callable[..., Answer],
+    udon: Callable[..., Any],
     params: dict[str, np.ndarray],
     tmp_path: Path,
     inputs: np.ndarray,
@@ -612,7 +592,7 @@ def test_inputs_and_outputs_that_do_not_fit_are_refused(
     ],
 )
 def test_options_of_flax_alone_are_refused_elsewhere(
-    udon: Callable[..., Answer], params: dict[str, np.ndarray], tmp_path: Path, words: list[str], reason: str
+    udon: Callable[..., Any], params: dict[str, np.ndarray], tmp_path: Path, words: list[str], reason: str
 ) -> None:
     file = write_augreg(tmp_path / "vit.npz", params)
     done = udon("convert", file, "--format", "augreg", "--out", tmp_path / "vit", *words)
@@ -621,7 +601,7 @@ def test_options_of_flax_alone_are_refused_elsewhere(
 
 
 def test_names_of_domains_without_teachers_are_refused(
-    udon: Callable[..., Answer], params: dict[str, np.ndarray], tmp_path: Path
+    udon: Callable[..., Any], params: dict[str, np.ndarray], tmp_path: Path
 ) -> None:
     file = write_flax(tmp_path / "checkpoint", params)
     done = udon("convert", file, "--format", "flax", "--out", tmp_path / "out", "--domains", *DOMAINS)
@@ -630,7 +610,7 @@ def test_names_of_domains_without_teachers_are_refused(
 
 
 def test_a_model_is_replaced_only_with_force(
-    udon: Callable[..., Answer], params: dict[str, np.ndarray], tmp_path: Path
+    udon: Callable[..., Any], params: dict[str, np.ndarray], tmp_path: Path
 ) -> None:
     file = write_augreg(tmp_path / "vit.npz", params)
     words = ("convert", file, "--format", "augreg", "--out", tmp_path / "vit")
@@ -642,7 +622,7 @@ def test_a_model_is_replaced_only_with_force(
 
 
 def test_msgpack_is_named_where_it_is_missing(
-    udon: Callable[..., Answer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    udon: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "checkpoint").write_bytes(b"\x80")
     monkeypatch.setitem(sys.modules, "msgpack", None)

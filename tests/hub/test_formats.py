@@ -4,7 +4,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +17,6 @@ from torch.nn import functional as F
 from transformers import AutoImageProcessor, CLIPVisionModelWithProjection, ViTConfig, ViTModel
 
 from modeling_udon import UdonConfig, UdonModel
-from modeling_udon.cli import main
 from modeling_udon.data.dataset import read_images
 from modeling_udon.data.domains import DomainSpec, open_domain
 from modeling_udon.data.transforms import image_processor
@@ -33,25 +32,6 @@ SIZES = {
     "intermediate_size": 32,
 }
 SENTENCES = "sentence-transformers"
-
-
-class Answer(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-@pytest.fixture
-def udon(capsys: pytest.CaptureFixture[str]) -> Callable[..., Answer]:
-    def run(*arguments: object) -> Answer:
-        capsys.readouterr()
-        try:
-            code = main([str(argument) for argument in arguments])
-        except SystemExit as stop:
-            code = stop.code
-        return Answer(code, *capsys.readouterr())
-
-    return run
 
 
 @pytest.fixture
@@ -97,7 +77,7 @@ def tensors_in(folder: Path) -> list[bytes]:
 @pytest.mark.parametrize("kind", ["vit", "clip_vision_model", "dinov2"])
 @pytest.mark.parametrize("head_bias", [True, False])
 def test_a_folder_for_sentence_transformers_embeds_as_the_student_without_remote_code(
-    udon: Callable[..., Answer],
+    udon: Callable[..., Any],
     make_student: Callable[..., Path],
     images: list[Image.Image],
     tmp_path: Path,
@@ -121,7 +101,7 @@ def test_a_folder_for_sentence_transformers_embeds_as_the_student_without_remote
     ("kind", "model_class"), [("vit", ViTModel), ("clip_vision_model", CLIPVisionModelWithProjection)]
 )
 def test_the_native_form_embeds_as_the_student_up_to_the_last_normalisation(
-    udon: Callable[..., Answer],
+    udon: Callable[..., Any],
     make_student: Callable[..., Path],
     images: list[Image.Image],
     tmp_path: Path,
@@ -151,7 +131,7 @@ def test_the_native_form_embeds_as_the_student_up_to_the_last_normalisation(
     ],
 )
 def test_the_native_form_is_refused_with_the_reason_where_it_is_not_exact(
-    udon: Callable[..., Answer],
+    udon: Callable[..., Any],
     make_student: Callable[..., Path],
     tmp_path: Path,
     kind: str,
@@ -166,7 +146,7 @@ def test_the_native_form_is_refused_with_the_reason_where_it_is_not_exact(
 
 
 def test_a_head_with_hidden_layers_is_refused_for_sentence_transformers_and_exact_in_onnx(
-    udon: Callable[..., Answer], make_student: Callable[..., Path], images: list[Image.Image], tmp_path: Path
+    udon: Callable[..., Any], make_student: Callable[..., Path], images: list[Image.Image], tmp_path: Path
 ) -> None:
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
@@ -182,7 +162,7 @@ def test_a_head_with_hidden_layers_is_refused_for_sentence_transformers_and_exac
 
 @pytest.mark.parametrize("kind", ["vit", "clip_vision_model"])
 def test_onnx_embeds_batches_of_any_size_as_the_student_and_names_no_file_of_this_machine(
-    udon: Callable[..., Answer],
+    udon: Callable[..., Any],
     make_student: Callable[..., Path],
     images: list[Image.Image],
     tmp_path: Path,
@@ -207,7 +187,7 @@ def test_onnx_embeds_batches_of_any_size_as_the_student_and_names_no_file_of_thi
 
 
 def test_a_model_that_outgrows_one_file_keeps_its_weights_beside_the_graph(
-    udon: Callable[..., Answer],
+    udon: Callable[..., Any],
     make_student: Callable[..., Path],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -230,7 +210,7 @@ def run(run_train: Callable[..., Path], make_values: Callable[..., dict[str, Any
     return run_train(make_values(tmp_path_factory.mktemp("runs"), train__num_steps=4, eval__every=4))
 
 
-def test_int8_prints_its_loss_on_the_domains_of_the_run(udon: Callable[..., Answer], run: Path, tmp_path: Path) -> None:
+def test_int8_prints_its_loss_on_the_domains_of_the_run(udon: Callable[..., Any], run: Path, tmp_path: Path) -> None:
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
     out = tmp_path / "out"
@@ -283,7 +263,7 @@ def merged_recalls(run: Path, embed: Callable[[torch.Tensor], np.ndarray]) -> di
     ],
 )
 def test_what_does_not_go_together_is_refused(
-    udon: Callable[..., Answer], make_student: Callable[..., Path], tmp_path: Path, words: list[str], reason: str
+    udon: Callable[..., Any], make_student: Callable[..., Path], tmp_path: Path, words: list[str], reason: str
 ) -> None:
     done = udon("export", make_student(), "--out", tmp_path / "out", *words)
     assert done.code == 2
@@ -291,7 +271,7 @@ def test_what_does_not_go_together_is_refused(
     assert {path.name for path in tmp_path.iterdir()} == {"student"}
 
 
-def test_a_model_of_another_kind_is_refused(udon: Callable[..., Answer], tmp_path: Path) -> None:
+def test_a_model_of_another_kind_is_refused(udon: Callable[..., Any], tmp_path: Path) -> None:
     ViTModel(ViTConfig(**SIZES)).save_pretrained(tmp_path / "vit")
     image_processor(16, (0.5,) * 3, (0.5,) * 3).save_pretrained(tmp_path / "vit")
     done = udon("export", tmp_path / "vit", "--format", "native", "--out", tmp_path / "out")
@@ -300,7 +280,7 @@ def test_a_model_of_another_kind_is_refused(udon: Callable[..., Answer], tmp_pat
 
 
 def test_a_folder_is_replaced_only_with_force_and_only_if_it_is_a_model(
-    udon: Callable[..., Answer], make_student: Callable[..., Path], tmp_path: Path
+    udon: Callable[..., Any], make_student: Callable[..., Path], tmp_path: Path
 ) -> None:
     student, out = make_student(head_bias=False), tmp_path / "out"
     words = ("export", student, "--format", "native", "--out", out)
@@ -321,7 +301,7 @@ def test_a_folder_is_replaced_only_with_force_and_only_if_it_is_a_model(
 
 @pytest.mark.parametrize("wrong", [1e-3, float("nan")])
 def test_a_form_that_embeds_otherwise_is_not_left_behind(
-    udon: Callable[..., Answer],
+    udon: Callable[..., Any],
     make_student: Callable[..., Path],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -336,7 +316,7 @@ def test_a_form_that_embeds_otherwise_is_not_left_behind(
 
 
 def test_a_missing_extra_is_named(
-    udon: Callable[..., Answer], make_student: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    udon: Callable[..., Any], make_student: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "sentence_transformers", None)
     done = udon("export", make_student(), "--format", SENTENCES, "--out", tmp_path / "out")

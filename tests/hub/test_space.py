@@ -240,14 +240,15 @@ def test_a_private_space_must_be_private(made):
     ("refusal", "reason"),
     [
         (refused(401), "the Hub does not know you (401)"),
-        (refused(403), "your token may not write there (403)"),
+        (refused(403), "your token may not write to me/nearest (403)"),
         (refused(429), "the Hub has had too many requests (429)"),
-        (refused(503), "the Hub answered with 503"),
-        (HTTPError("name\nnot known"), "the Hub cannot be reached (name not known)"),
-        (ConnectionError(), "the Hub cannot be reached (ConnectionError)"),
+        (refused(503), "the Hub failed (503)"),
+        (HTTPError("name\nnot known"), "the Hub at https://huggingface.co cannot be reached (HTTPError)"),
+        (ConnectionError(), "the Hub at https://huggingface.co cannot be reached (ConnectionError)"),
     ],
 )
-def test_a_refusal_is_one_line_and_the_folder_stays(made, refusal, reason):
+def test_a_refusal_is_one_line_and_the_folder_stays(made, refusal, reason, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     before = contents(made)
     with pytest.raises(OSError) as caught:
         push_space(made, "me/nearest", api=FakeHub(refusal=refusal))
@@ -288,7 +289,7 @@ def test_offline_the_command_says_so_and_keeps_the_folder(push, tmp_path):
     code, told = push("--repo", "me/nearest")
     last = told.err.splitlines()[-1]
     assert code == 1 and last.startswith(
-        "udon push-space: error: nothing was uploaded to the Space me/nearest: the Hub"
+        "udon push-space: error: nothing was uploaded to the Space me/nearest: HF_HUB_OFFLINE is set; unset it; "
     )
     assert (tmp_path / "nearest-space" / "app.py").is_file()
 

@@ -3,7 +3,7 @@
 import io
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +11,6 @@ import torch
 from PIL import Image
 
 from modeling_udon import UdonConfig, UdonModel
-from modeling_udon.cli import main
 from modeling_udon.data.transforms import image_processor
 
 BACKBONE = {
@@ -24,12 +23,6 @@ BACKBONE = {
     "intermediate_size": 32,
     "initializer_range": 0.3,
 }
-
-
-class Answer(NamedTuple):
-    code: int
-    out: str
-    err: str
 
 
 def save_student(folder: Path, seed: int = 0, embedding_dim: int = 8) -> Path:
@@ -69,22 +62,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def udon(capsys: pytest.CaptureFixture[str]) -> Callable[..., Answer]:
-    """Runs `udon` with some arguments; gives its exit code and what it printed."""
-
-    def run(*arguments: object) -> Answer:
-        capsys.readouterr()
-        try:
-            code = main([str(argument) for argument in arguments])
-        except SystemExit as stop:
-            code = stop.code
-        return Answer(code, *capsys.readouterr())
-
-    return run
-
-
-@pytest.fixture
-def embedded(udon: Callable[..., Answer], pictures: Path, student: Path, tmp_path: Path) -> Path:
+def embedded(udon: Callable[..., Any], pictures: Path, student: Path, tmp_path: Path) -> Path:
     """The pictures, embedded with their folders as domains."""
     out = tmp_path / "embedded"
     done = udon(

@@ -17,7 +17,6 @@ from PIL import Image
 from torch.nn import functional as F
 from transformers import ViTConfig, ViTModel
 
-from modeling_udon.cli import main
 from modeling_udon.data.dataset import read_images
 from modeling_udon.data.domains import Domain, DomainSpec, EvaluationSplit, ImageSplit, open_domain
 from modeling_udon.data.transforms import EvalTransform, image_processor, normalize
@@ -52,22 +51,6 @@ def vit(tmp_path_factory):
     ViTModel(ViTConfig(image_size=16, patch_size=8, initializer_range=0.3, **sizes)).save_pretrained(folder)
     image_processor(16, (0.5,) * 3, (0.5,) * 3).save_pretrained(folder)
     return folder
-
-
-@pytest.fixture
-def udon(capsys):
-    """Runs the command; returns exit code, printed text and the error."""
-
-    def call(*words):
-        capsys.readouterr()
-        try:
-            code = main([str(word) for word in words])
-        except SystemExit as stop:
-            code = stop.code
-        done = capsys.readouterr()
-        return code, done.out, done.err
-
-    return call
 
 
 def opened(config):
