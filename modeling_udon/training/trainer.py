@@ -47,6 +47,7 @@ from modeling_udon.training.optimization import (
     learning_rates,
     make_optimizer,
     set_learning_rates,
+    with_gradients,
 )
 from modeling_udon.training.reporting import LossWindow, Reporter, format_changes, format_validation, format_weights
 from modeling_udon.training.run_folder import RunFolder, leaves
@@ -219,7 +220,7 @@ class Trainer:
             losses += torch.stack([output.loss, *output.losses.values()]).detach().float() / parts
         self._average_head_gradients(batch.domain)
         if config.optim.max_grad_norm is not None:
-            self.accelerator.clip_grad_norm_(self.model.parameters(), config.optim.max_grad_norm)
+            self.accelerator.clip_grad_norm_(with_gradients(self._optimizer), config.optim.max_grad_norm)
         self._wrapped_optimizer.step()
         self._wrapped_optimizer.zero_grad(set_to_none=True)
         return losses
