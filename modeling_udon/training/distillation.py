@@ -181,6 +181,15 @@ class UdonForDistillation(nn.Module):
             own[f"student_prototypes.{domain}"] = self.student_prototypes[domain]
         return own
 
+    def shared_head_parameters(self) -> list[nn.Parameter]:
+        """Returns the parameters outside of the backbone that batches of every domain use."""
+        owned = {name for domain in self.num_classes for name in self.domain_parameters(domain)}
+        return [
+            parameter
+            for name, parameter in self.named_parameters()
+            if not name.startswith("udon.backbone.") and name not in owned
+        ]
+
     def _teach(
         self,
         embeds: Embeddings,
