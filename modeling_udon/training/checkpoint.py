@@ -14,6 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from modeling_udon.training.sharding import gather_shards, load_weights, shard_like
+
 MODEL_FILE = "model.safetensors"
 OPTIMIZER_FILE = "optimizer.safetensors"
 STATE_FILE = "state.json"
@@ -70,9 +72,14 @@ def recover_folder(folder: Path) -> None:
 
 
 def save_checkpoint(
-    checkpoints: Path, model: nn.Module, optimizer: torch.optim.Optimizer, state: TrainState, keep: int
+    checkpoints: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    state: TrainState,
+    keep: int,
+    write: bool = True,
 ) -> Path:
-    """Writes a checkpoint and, once it stands, removes the oldest beyond `keep`.
+    """Writes a checkpoint and, once it stands, removes the oldest beyond `keep`; all processes have to call it.
 
     Args:
         checkpoints: Folder of the run's checkpoints.
@@ -80,14 +87,19 @@ def save_checkpoint(
         optimizer: Its optimiser.
         state: What else there is to save.
         keep: How many checkpoints stay.
+        write: Whether this is the process that writes; the others give their shards.
 
     Returns:
         The checkpoint's folder.
     """
     folder = checkpoints / f"{_PREFIX}{state.step:08d}"
+    weights = gather_shards(model.state_dict(), write)
+    moments = gather_shards(_optimizer_tensors(model, optimizer), write)
+    if not write:
+        return folder
     with replaced_folder(folder) as aside:
-        save_file(model.state_dict(), aside / MODEL_FILE)
-        save_file(_flatten_optimizer(model, optimizer), aside / OPTIMIZER_FILE)
+        save_file(weights, aside / MODEL_FILE)
+        save_file(_flatten(moments), aside / OPTIMIZER_FILE)
         _write_json(aside / STATE_FILE, vars(state))
         files = sorted(aside.iterdir())
         _write_json(
@@ -104,13 +116,13 @@ def list_checkpoints(checkpoints: Path) -> list[Path]:
 
 
 def load_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> TrainState:
-    """Loads model and optimiser in place.
+    """Loads model and optimiser in place; all processes have to call it.
 
     Raises:
         CheckpointError: If a file is missing or is not what was written.
     """
     check_checkpoint(folder)
-    model.load_state_dict(load_file(folder / MODEL_FILE))
+    load_weights(model, load_file(folder / MODEL_FILE))
     _unflatten_optimizer(model, optimizer, load_file(folder / OPTIMIZER_FILE))
     return TrainState(**json.loads((folder / STATE_FILE).read_text(encoding="utf-8")))
 
@@ -153,12 +165,16 @@ def check_checkpoint(folder: Path) -> None:
         raise CheckpointError(f"{folder.name} is damaged: {MANIFEST_FILE} cannot be read") from None
 
 
-def _flatten_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    flat = {}
-    for name, parameter in model.named_parameters():
-        for key, value in optimizer.state.get(parameter, {}).items():
-            flat[f"{name}:{key}"] = value.detach().reshape(value.shape or (1,)).contiguous()
-    return flat
+def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    return {
+        f"{name}:{key}": value.detach()
+        for name, parameter in model.named_parameters()
+        for key, value in optimizer.state.get(parameter, {}).items()
+    }
+
+
+def _flatten(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: value.reshape(value.shape or (1,)).contiguous() for name, value in tensors.items()}
 
 
 def _unflatten_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, flat: Mapping[str, torch.Tensor]) -> None:
@@ -167,8 +183,8 @@ def _unflatten_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, fla
     for full_name, value in flat.items():
         name, _, key = full_name.rpartition(":")
         parameter = parameters[name]
-        shape = () if key == "step" else parameter.shape
-        optimizer.state[parameter][key] = value.to(parameter.device).reshape(shape)
+        value = value.to(parameter.device)
+        optimizer.state[parameter][key] = value.reshape(()) if key == "step" else shard_like(value, parameter)
 
 
 def _write_json(path: Path, values: Mapping[str, Any]) -> None:

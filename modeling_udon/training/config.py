@@ -200,6 +200,8 @@ class TrainSection(Section):
     """Precision of the backbone's arithmetic; losses and weights stay float32."""
     compile: bool = False
     """Whether the backbone is compiled by torch."""
+    shard_backbone: bool = False
+    """Whether each process keeps only its part of the backbone's weights, gradients and moments (FSDP2)."""
     checkpoint_every: int = Field(1000, gt=0)
     """Steps between two checkpoints; there is always one at the end."""
     keep_checkpoints: int = Field(2, gt=0)
@@ -217,6 +219,12 @@ class TrainSection(Section):
     def _one_length(self) -> "TrainSection":
         if (self.num_steps is None) == (self.num_epochs is None):
             raise ValueError("give either `num_steps` or `num_epochs`, not both")
+        return self
+
+    @model_validator(mode="after")
+    def _shards_fit(self) -> "TrainSection":
+        if self.shard_backbone and (self.mixed_precision == "fp16" or self.compile):
+            raise ValueError("`shard_backbone` must go with `mixed_precision` 'no' or 'bf16' and without `compile`")
         return self
 
 

@@ -171,11 +171,24 @@ class UdonForDistillation(nn.Module):
 
     def domain_parameters(self, domain: str) -> dict[str, nn.Parameter]:
         """Returns the parameters that only batches of `domain` use, by their names in this model."""
-        own = {f"teacher_prototypes.{domain}"}
+        # Looked up, not searched for: a walk over all parameters would take longer with each domain.
+        own: dict[str, nn.Parameter] = {}
+        if domain in self.config.domains:
+            head = self.udon.teacher_heads[domain]
+            own |= {f"udon.teacher_heads.{domain}.{name}": parameter for name, parameter in head.named_parameters()}
+            own[f"teacher_prototypes.{domain}"] = self.teacher_prototypes[domain]
         if self.objective.classifier == "separate":
-            own.add(f"student_prototypes.{domain}")
-        head = f"udon.teacher_heads.{domain}."
-        return {name: parameter for name, parameter in self.named_parameters() if name in own or name.startswith(head)}
+            own[f"student_prototypes.{domain}"] = self.student_prototypes[domain]
+        return own
+
+    def shared_head_parameters(self) -> list[nn.Parameter]:
+        """Returns the parameters outside of the backbone that batches of every domain use."""
+        owned = {name for domain in self.num_classes for name in self.domain_parameters(domain)}
+        return [
+            parameter
+            for name, parameter in self.named_parameters()
+            if not name.startswith("udon.backbone.") and name not in owned
+        ]
 
     def _teach(
         self,

@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -55,6 +56,12 @@ def set_learning_rates(optimizer: torch.optim.Optimizer, rates: Mapping[str, flo
         group["lr"] = rates[group["name"]]
 
 
+def with_gradients(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
+    """Returns the parameters that have a gradient, without a walk through the modules of every domain."""
+    groups = (group["params"] for group in optimizer.param_groups)
+    return [parameter for group in groups for parameter in group if parameter.grad is not None]
+
+
 class IdleHeads:
     """Heads and prototypes of domains that are not in the batch.
 
@@ -76,7 +83,8 @@ class IdleHeads:
         self._parameters = {name: list(model.domain_parameters(name).values()) for name in model.num_classes}
         self._optimizer = optimizer
         self._optim = optim
-        self._num_steps = num_steps
+        steps = range(num_steps if optim.idle_heads == "coast" else 0)
+        self._head_rates = np.fromiter((learning_rates(optim, step, num_steps)["heads"] for step in steps), np.float64)
         # AdamW keeps its step counts on the device; asking there would stop the device at every step.
         self._steps_done = {name: self._count_steps(parameters) for name, parameters in self._parameters.items()}
 
@@ -85,12 +93,13 @@ class IdleHeads:
         """Brings the head of the domain that is trained in `step` (counted from 0), with its moments, up to it."""
         if self._optim.idle_heads == "hold":
             return
-        for parameter in self._parameters[domain]:
-            state = self._optimizer.state[parameter]
+        parameters = self._parameters[domain]
+        states = [self._optimizer.state[parameter] for parameter in parameters]
+        for parameter, state in zip(parameters, states, strict=True):
             if not state:
                 # As if AdamW had seen gradients of zero from the start: its bias correction counts those steps.
                 state.update(_empty_state(parameter))
-            self._coast(parameter, state, self._steps_done[domain], step)
+        self._coast(parameters, states, self._steps_done[domain], step)
         self._steps_done[domain] = step + 1
 
     @contextmanager
@@ -101,12 +110,13 @@ class IdleHeads:
         """
         kept: list[tuple[torch.Tensor, torch.Tensor]] = []
         for domain, done in self._steps_done.items():
-            for parameter in self._parameters[domain]:
-                if self._optim.idle_heads == "coast" and done < step:
-                    state = self._optimizer.state.get(parameter) or _empty_state(parameter)
-                    kept.append((parameter.data, parameter.detach().clone()))
-                    with torch.no_grad():
-                        self._coast(parameter, {name: value.clone() for name, value in state.items()}, done, step)
+            if self._optim.idle_heads == "coast" and done < step:
+                parameters = self._parameters[domain]
+                kept += [(parameter.data, parameter.detach().clone()) for parameter in parameters]
+                states = [self._optimizer.state.get(parameter) or _empty_state(parameter) for parameter in parameters]
+                copies = [{name: value.clone() for name, value in state.items()} for state in states]
+                with torch.no_grad():
+                    self._coast(parameters, copies, done, step)
         try:
             yield
         finally:
@@ -117,30 +127,41 @@ class IdleHeads:
         state = self._optimizer.state.get(parameters[0]) if parameters else None
         return int(state["step"]) if state else 0
 
-    def _coast(self, parameter: torch.Tensor, state: dict[str, torch.Tensor], done: int, step: int) -> None:
-        """Applies to one parameter the AdamW steps without gradient from `done` to before `step`."""
+    def _idle_steps(self, done: int, step: int) -> tuple[float, float, float]:
+        """What the AdamW steps without gradient from `done` to before `step` add up to, for every parameter of a head.
+
+        Returns:
+            The factor of weight decay; the factor of the first moment, all learning rates in it; and the same with
+            each step's over the root of what is left of the second moment.
+        """
+        beta1, beta2 = self._optim.betas
+        rates = self._head_rates[done:step]
+        idle = np.arange(1, step - done + 1)
+        count = done + idle
+        shrinks = 1 - rates * self._optim.weight_decay
+        # Weight decay comes first in each step, so it shrinks what earlier steps moved.
+        later = np.append(np.cumprod(shrinks[:0:-1])[::-1], 1.0)
+        moments = later * rates * beta1**idle / (1 - beta1**count)
+        roots = np.sqrt(beta2**idle / (1 - beta2**count))
+        by_root = np.divide(moments, roots, out=np.zeros_like(moments), where=roots > 0)
+        return float(shrinks.prod()), float(moments.sum()), float(by_root.sum())
+
+    def _coast(
+        self, parameters: list[nn.Parameter], states: list[dict[str, torch.Tensor]], done: int, step: int
+    ) -> None:
+        """Applies to the parameters of a head the AdamW steps without gradient from `done` to before `step`."""
         if done >= step:
             return
         beta1, beta2 = self._optim.betas
-        decay, scale, scale_by_root = 1.0, 0.0, 0.0
-        for missed in range(done, step):
-            rate = learning_rates(self._optim, missed, self._num_steps)["heads"]
-            count, idle = missed + 1, missed + 1 - done
-            moment = rate * beta1**idle / (1 - beta1**count)
-            root = math.sqrt(beta2**idle / (1 - beta2**count))
-            # Weight decay comes first in each step, so it shrinks what earlier steps moved.
-            shrink = 1 - rate * self._optim.weight_decay
-            decay *= shrink
-            scale = scale * shrink + moment
-            scale_by_root = scale_by_root * shrink + (moment / root if root > 0 else 0.0)
-        if scale > 0 and done > 0:
-            denominator = state["exp_avg_sq"].sqrt().mul_(scale / scale_by_root).add_(self._optim.eps)
-            parameter.mul_(decay).addcdiv_(state["exp_avg"], denominator, value=-scale)
-        else:
+        decay, scale, scale_by_root = self._idle_steps(done, step)
+        for parameter, state in zip(parameters, states, strict=True):
             parameter.mul_(decay)
-        state["exp_avg"].mul_(beta1 ** (step - done))
-        state["exp_avg_sq"].mul_(beta2 ** (step - done))
-        state["step"].fill_(float(step))
+            if scale > 0 and done > 0:
+                denominator = state["exp_avg_sq"].sqrt().mul_(scale / scale_by_root).add_(self._optim.eps)
+                parameter.addcdiv_(state["exp_avg"], denominator, value=-scale)
+            state["exp_avg"].mul_(beta1 ** (step - done))
+            state["exp_avg_sq"].mul_(beta2 ** (step - done))
+            state["step"].fill_(float(step))
 
 
 def _empty_state(parameter: torch.Tensor) -> dict[str, torch.Tensor]:

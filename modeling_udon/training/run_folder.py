@@ -15,7 +15,15 @@ from modeling_udon.training.config import ConfigError, PushConfig, TrainConfig
 from modeling_udon.training.config_file import dump_config
 
 # What may differ when a run goes on: where it is told of, and how fast data comes.
-_FREE_ON_RESUME = {"output_dir", "log.every", "log.trackers", "log.project", "data.num_workers", "eval.batch_size"}
+_FREE_ON_RESUME = {
+    "output_dir",
+    "train.shard_backbone",
+    "log.every",
+    "log.trackers",
+    "log.project",
+    "data.num_workers",
+    "eval.batch_size",
+}
 _FREE_ON_RESUME |= {f"push.{name}" for name in PushConfig.model_fields}
 
 

@@ -47,6 +47,7 @@ from modeling_udon.training.optimization import (
     learning_rates,
     make_optimizer,
     set_learning_rates,
+    with_gradients,
 )
 from modeling_udon.training.reporting import LossWindow, Reporter, format_changes, format_validation, format_weights
 from modeling_udon.training.run_folder import RunFolder, leaves
@@ -57,6 +58,7 @@ from modeling_udon.training.setup import (
     make_sampler,
     training_transform,
 )
+from modeling_udon.training.sharding import clip_gradients, gather_shards, load_weights, shard_backbone, unsharded
 
 
 class TrainingError(RuntimeError):
@@ -219,7 +221,7 @@ class Trainer:
             losses += torch.stack([output.loss, *output.losses.values()]).detach().float() / parts
         self._average_head_gradients(batch.domain)
         if config.optim.max_grad_norm is not None:
-            self.accelerator.clip_grad_norm_(self.model.parameters(), config.optim.max_grad_norm)
+            self._clip_gradients(config.optim.max_grad_norm)
         self._wrapped_optimizer.step()
         self._wrapped_optimizer.zero_grad(set_to_none=True)
         return losses
@@ -272,18 +274,17 @@ class Trainer:
         """Writes a checkpoint."""
         started = time.perf_counter()
         self._flush_losses()
-        if self.accelerator.is_main_process:
-            state = TrainState(self.step, self.sampler.state_dict(), self.best, {"window": vars(self._window)})
-            if self.accelerator.scaler is not None:
-                state.extra["scaler"] = self.accelerator.scaler.state_dict()
-            keep = self.config.train.keep_checkpoints
-            save_checkpoint(self.folder.checkpoints, self.model, self._optimizer, state, keep)
+        state = TrainState(self.step, self.sampler.state_dict(), self.best, {"window": vars(self._window)})
+        if self.accelerator.scaler is not None:
+            state.extra["scaler"] = self.accelerator.scaler.state_dict()
+        keep, main = self.config.train.keep_checkpoints, self.accelerator.is_main_process
+        save_checkpoint(self.folder.checkpoints, self.model, self._optimizer, state, keep, write=main)
         self.accelerator.wait_for_everyone()
         self._clock += time.perf_counter() - started
 
     def finish(self) -> dict[str, Any] | None:
         """Tests the best student and its teachers and writes `results.json` and `report.html`."""
-        self.model.load_state_dict(load_file(self.folder.best_weights))
+        load_weights(self.model, load_file(self.folder.best_weights))
         results = None
         tested = domains_with(self.domains, "test")
         if tested:
@@ -297,7 +298,7 @@ class Trainer:
                 gallery = make_gallery(found.merged, tested, "test")
                 write_report(self.folder.path, results, {"test": gallery})
                 write_sheets(self.folder.path / GALLERY_FOLDER, gallery)
-                self._export_best(results)
+            self._export_best(results)
             self.reporter.say("\n" + format_table(results))
             self.reporter.say("\n" + format_changes(baseline["untrained"], scores.merged))
             if self.accelerator.is_main_process and (weights := format_weights(self.folder.metrics)):
@@ -318,20 +319,29 @@ class Trainer:
             self.reporter.say(f"WARNING: the run has ended well, but its student is not on the Hub: {error}")
 
     def _prepare_processes(self) -> None:
-        self._optimizer = make_optimizer(self.model, self.config.optim)
+        sharded = self.config.train.shard_backbone and self.accelerator.num_processes > 1
         # Heads and prototypes of one domain get gradients in a step; DDP would wait for all the others.
         ours = [name for domain in self.domains for name in self.model.domain_parameters(domain)]
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self.model, ours)
         if self.config.train.compile:
             self.model.udon.backbone.compile()
-        self._wrapped, self._wrapped_optimizer = self.accelerator.prepare(self.model, self._optimizer)
+        # In shards, the backbone reduces its own gradients; around it there is nothing for DDP.
+        self._wrapped = self.accelerator.prepare_model(self.model, evaluation_mode=sharded)
+        self._shared_heads: list[torch.nn.Parameter] = []
+        if sharded:
+            shard_backbone(self.model.udon, self.accelerator.device.type, self.accelerator.num_processes)
+            self._shared_heads = self.model.shared_head_parameters()
+        self._optimizer = make_optimizer(self.model, self.config.optim)
+        self._wrapped_optimizer = self.accelerator.prepare_optimizer(self._optimizer)
         if self.model.frozen_teachers is not None:
             self.model.frozen_teachers = self.model.frozen_teachers.to(self.accelerator.device)
         if self.accelerator.num_processes > 1:
             self.model.gather, self.model.rank = self.accelerator.gather, self.accelerator.process_index
-            for domain in self.domains:
-                for parameter in self.model.domain_parameters(domain).values():
-                    torch.distributed.broadcast(parameter.data, src=0)
+            owned = [
+                parameter for domain in self.domains for parameter in self.model.domain_parameters(domain).values()
+            ]
+            for parameter in (*self._shared_heads, *owned):
+                torch.distributed.broadcast(parameter.data, src=0)
 
     def _restore(self, checkpoint: Path) -> None:
         self.folder.check_unchanged(self.domains)
@@ -364,12 +374,11 @@ class Trainer:
         return [RelationalBank(student, teacher, start + number * size) for number in range(len(pixel_parts))]
 
     def _average_head_gradients(self, domain: str) -> None:
-        """Averages over processes what DDP leaves to us: the active domain's gradients, in one message."""
+        """Averages over processes what is left to us: above all the active domain's gradients, in one message."""
         if self.accelerator.num_processes == 1:
             return
-        gradients = [
-            parameter.grad for parameter in self.model.domain_parameters(domain).values() if parameter.grad is not None
-        ]
+        parameters = (*self._shared_heads, *self.model.domain_parameters(domain).values())
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
         if not gradients:
             return
         flat = torch.cat([gradient.flatten() for gradient in gradients])
@@ -377,6 +386,13 @@ class Trainer:
         flat /= self.accelerator.num_processes
         for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
             gradient.copy_(mean.view_as(gradient))
+
+    def _clip_gradients(self, max_norm: float) -> None:
+        parameters = with_gradients(self._optimizer)
+        if self._shared_heads:
+            clip_gradients(parameters, max_norm)
+        else:
+            self.accelerator.clip_grad_norm_(parameters, max_norm)
 
     def _flush_losses(self) -> None:
         """Brings the losses of the steps since the last time from the device, averaged over processes."""
@@ -408,18 +424,22 @@ class Trainer:
 
     def _keep_best(self) -> None:
         """Writes the best weights with the teachers, for the test, and the student, for the Hub."""
+        weights = gather_shards(self.model.state_dict(), self.accelerator.is_main_process)
         if self.accelerator.is_main_process:
             with replaced_folder(self.folder.checkpoints / "best") as folder:
-                save_file(self.model.state_dict(), folder / self.folder.best_weights.name)
-            self._export_best(None)
+                save_file(weights, folder / self.folder.best_weights.name)
+        self._export_best(None)
         self.accelerator.wait_for_everyone()
 
     def _export_best(self, results: dict[str, Any] | None) -> None:
+        udon = unsharded(self.model.udon, self.accelerator.is_main_process)
+        if not self.accelerator.is_main_process:
+            return
         best = self.folder.best
         config = dump_config(self.config)
         with replaced_folder(best) as folder:
             export_student(
-                self.model.udon,
+                udon,
                 image_processor(self.config.data.image_size, self.mean, self.std),
                 render_card(self.config.name, str(best), config, results),
                 folder,
