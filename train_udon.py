@@ -1,16 +1,15 @@
 """Trains UDON: `accelerate launch train_udon.py --config configs/demo.yaml [--resume] [--section.key value ...]`."""
 
 import argparse
+import os
 import sys
 
-from modeling_udon.data.dataset import BrokenImageError
-from modeling_udon.training.checkpoint import CheckpointError
 from modeling_udon.training.config import ConfigError
 from modeling_udon.training.config_file import load_config
-from modeling_udon.training.trainer import TrainingError, train
-
-# What a worker's traceback ends with, before the message.
-PREFIX = f"{BrokenImageError.__module__}.{BrokenImageError.__name__}"
+from modeling_udon.training.failures import explain
+from modeling_udon.training.run_lock import FolderInUseError
+from modeling_udon.training.stopping import Stopped, resume_command
+from modeling_udon.training.trainer import train
 
 
 def main() -> int:
@@ -31,15 +30,29 @@ def main() -> int:
     existing = parser.add_mutually_exclusive_group()
     existing.add_argument("--resume", action="store_true", help="go on from the run's last checkpoint")
     existing.add_argument("--overwrite", action="store_true", help="remove the run's folder and start anew")
+    parser.add_argument(
+        "--resume-allow",
+        default="",
+        metavar="NAME,...",
+        help="what may have changed on --resume: keys of the config such as lr, or processes, versions, data",
+    )
     arguments, overrides = parser.parse_known_args()
+    allow = [name for name in arguments.resume_allow.split(",") if name]
     try:
-        train(load_config(arguments.config, overrides, arguments.domain), arguments.resume, arguments.overwrite)
-    except ConfigError as error:
+        config = load_config(arguments.config, overrides, arguments.domain)
+        train(config, arguments.resume, arguments.overwrite, allow)
+    except (ConfigError, FolderInUseError) as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
-    except (BrokenImageError, CheckpointError, TrainingError) as error:
-        # A worker's error carries its traceback before what it says.
-        sys.stderr.write(f"error: {str(error).strip().splitlines()[-1].removeprefix(f'{PREFIX}: ')}\n")
+    except Stopped as stop:
+        if os.environ.get("RANK", "0") == "0":
+            sys.stderr.write(f"stopped by {stop}; go on with:\n  {resume_command()}\n")
+        return stop.code
+    except Exception as error:
+        line = explain(error)
+        if line is None:
+            raise
+        sys.stderr.write(f"error: {line}\n")
         return 1
     return 0
 

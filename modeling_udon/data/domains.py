@@ -196,12 +196,17 @@ def label_maps(domains: Mapping[str, Domain]) -> dict[str, Any]:
     }
 
 
-def check_label_maps(domains: Mapping[str, Domain], path: Path) -> None:
+def check_label_maps(
+    domains: Mapping[str, Domain],
+    path: Path,
+    compared: Sequence[str] = ("num_classes", "num_images", "classes", "fingerprint"),
+) -> None:
     """Compares opened domains with those a run was started with.
 
     Args:
         domains: The domains as they are now.
         path: The run's `domains.json`.
+        compared: What of each domain must be the same.
 
     Raises:
         ValueError: If a domain came, went, or has other classes or images.
@@ -213,7 +218,7 @@ def check_label_maps(domains: Mapping[str, Domain], path: Path) -> None:
             "start a new run for other domains."
         )
     for name, now in current.items():
-        for what in ("num_classes", "num_images", "classes", "fingerprint"):
+        for what in compared:
             if saved[name][what] != now[what]:
                 detail = "" if what == "classes" else f": {saved[name][what]} then, {now[what]} now"
                 raise ValueError(

@@ -13,7 +13,8 @@ from torch.utils.data import DataLoader, SequentialSampler
 from torch.utils.data import Subset as TorchSubset
 
 from modeling_udon.data.dataset import EvaluationDataset
-from modeling_udon.data.transforms import ImageTransform, normalize, use_one_thread
+from modeling_udon.data.transforms import ImageTransform, normalize
+from modeling_udon.data.workers import start_worker
 from modeling_udon.modeling_udon import UdonModel
 
 # Side of the thumbnails that are the raw-pixel baseline.
@@ -61,7 +62,7 @@ class ImageEmbedder:
             batch_size=self.batch_size,
             sampler=SequentialSampler(rows),
             num_workers=min(self.num_workers, -(-len(rows) // self.batch_size)),
-            worker_init_fn=use_one_thread,
+            worker_init_fn=start_worker,
             pin_memory=self.accelerator.device.type == "cuda",
             # Its own: the default one draws from the global generator, which training must not notice.
             generator=torch.Generator(),

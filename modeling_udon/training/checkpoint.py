@@ -2,25 +2,28 @@
 
 import hashlib
 import json
-import os
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from modeling_udon.training.files import recover_folder, replaced_folder
 from modeling_udon.training.sharding import gather_shards, load_weights, shard_like
 
 MODEL_FILE = "model.safetensors"
 OPTIMIZER_FILE = "optimizer.safetensors"
 STATE_FILE = "state.json"
+# The best weights so far, so that a checkpoint by itself gives the same end.
+BEST_FILE = "best.safetensors"
 MANIFEST_FILE = "manifest.json"
 
+_FILES = (MODEL_FILE, OPTIMIZER_FILE, STATE_FILE, BEST_FILE)
 _PREFIX = "step-"
 
 
@@ -45,41 +48,18 @@ class TrainState:
     extra: dict[str, Any]
 
 
-@contextmanager
-def replaced_folder(folder: Path) -> Iterator[Path]:
-    """Gives a folder to fill that takes the place of `folder` as a whole, or not at all."""
-    aside, old = folder.with_name(f".{folder.name}.new"), folder.with_name(f".{folder.name}.old")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    recover_folder(folder)
-    aside.mkdir()
-    yield aside
-    for path in (*aside.rglob("*"), aside):
-        _sync(path)
-    if folder.exists():
-        folder.rename(old)
-    aside.rename(folder)
-    _sync(folder.parent)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def recover_folder(folder: Path) -> None:
-    """Finishes what a `replaced_folder` that was killed had begun."""
-    aside, old = folder.with_name(f".{folder.name}.new"), folder.with_name(f".{folder.name}.old")
-    if old.exists() and not folder.exists():
-        old.rename(folder)
-    for leftover in (aside, old):
-        shutil.rmtree(leftover, ignore_errors=True)
-
-
 def save_checkpoint(
     checkpoints: Path,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
     state: TrainState,
     keep: int,
+    best_weights: Path | None = None,
     write: bool = True,
 ) -> Path:
     """Writes a checkpoint and, once it stands, removes the oldest beyond `keep`; all processes have to call it.
+
+    Checkpoints of later steps go as well: they are damaged, or the run would have gone on from them.
 
     Args:
         checkpoints: Folder of the run's checkpoints.
@@ -87,6 +67,7 @@ def save_checkpoint(
         optimizer: Its optimiser.
         state: What else there is to save.
         keep: How many checkpoints stay.
+        best_weights: File of the best weights so far, if there are any; the checkpoint gets a copy.
         write: Whether this is the process that writes; the others give their shards.
 
     Returns:
@@ -101,13 +82,23 @@ def save_checkpoint(
         save_file(weights, aside / MODEL_FILE)
         save_file(_flatten(moments), aside / OPTIMIZER_FILE)
         _write_json(aside / STATE_FILE, vars(state))
+        if best_weights is not None:
+            shutil.copyfile(best_weights, aside / BEST_FILE)
         files = sorted(aside.iterdir())
         _write_json(
             aside / MANIFEST_FILE, {path.name: {"bytes": path.stat().st_size, "sha256": _hash(path)} for path in files}
         )
-    for old in list_checkpoints(checkpoints)[:-keep]:
+    found = list_checkpoints(checkpoints)
+    position = found.index(folder) + 1
+    for old in (*found[: max(0, position - keep)], *found[position:]):
         shutil.rmtree(old)
     return folder
+
+
+def recover_checkpoints(checkpoints: Path) -> None:
+    """Finishes what was begun when a run was killed while it wrote a checkpoint."""
+    for leftover in sorted(checkpoints.glob(f".{_PREFIX}[0-9]*")):
+        recover_folder(checkpoints / leftover.stem.removeprefix("."))
 
 
 def list_checkpoints(checkpoints: Path) -> list[Path]:
@@ -124,7 +115,7 @@ def load_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optim
     check_checkpoint(folder)
     load_weights(model, load_file(folder / MODEL_FILE))
     _unflatten_optimizer(model, optimizer, load_file(folder / OPTIMIZER_FILE))
-    return TrainState(**json.loads((folder / STATE_FILE).read_text(encoding="utf-8")))
+    return read_state(folder)
 
 
 def find_checkpoint(checkpoints: Path) -> tuple[Path, list[str]]:
@@ -154,15 +145,53 @@ def check_checkpoint(folder: Path) -> None:
     Raises:
         CheckpointError: If a file is missing or is not what was written.
     """
+    manifest = _read_manifest(folder)
+    for name, (size, digest) in manifest.items():
+        try:
+            same = (folder / name).stat().st_size == size and _hash(folder / name) == digest
+        except FileNotFoundError:
+            raise CheckpointError(f"{folder.name} is not whole: {name} is missing") from None
+        except OSError as error:
+            raise CheckpointError(f"{folder.name} is damaged: {name} cannot be read: {error.strerror}") from None
+        if not same:
+            raise CheckpointError(f"{folder.name} is damaged: {name} is not what was written")
+
+
+def read_state(folder: Path) -> TrainState:
+    """Reads what a whole checkpoint says besides its tensors."""
+    return TrainState(**json.loads((folder / STATE_FILE).read_text(encoding="utf-8")))
+
+
+def check_weights(folder: Path, model: nn.Module) -> None:
+    """Compares names and shapes of a whole checkpoint's weights with the model's.
+
+    Raises:
+        CheckpointError: If they differ.
+    """
+    now = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+    with safe_open(folder / MODEL_FILE, "pt") as file:
+        before = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+    for name in sorted(before.keys() | now.keys()):
+        if before.get(name) != now.get(name):
+            raise CheckpointError(
+                f"{folder.name} must have the weights of the config's model. Got {name} of shape {before.get(name)}, "
+                f"where the model has {now.get(name)}; go on with the run's own config or start a new run."
+            )
+
+
+def _read_manifest(folder: Path) -> dict[str, tuple[int, str]]:
+    """The size and hash of each file, or a `CheckpointError`."""
     try:
         manifest = json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8"))
-        for name, expected in manifest.items():
-            if (folder / name).stat().st_size != expected["bytes"] or _hash(folder / name) != expected["sha256"]:
-                raise CheckpointError(f"{folder.name} is damaged: {name} is not what was written")
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{folder.name} is not whole: {Path(error.filename).name} is missing") from None
-    except (json.JSONDecodeError, UnicodeDecodeError):
+        found = {name: (int(entry["bytes"]), str(entry["sha256"])) for name, entry in manifest.items()}
+    except FileNotFoundError:
+        raise CheckpointError(f"{folder.name} is not whole: {MANIFEST_FILE} is missing") from None
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
         raise CheckpointError(f"{folder.name} is damaged: {MANIFEST_FILE} cannot be read") from None
+    # A name that is no file's of ours was one before it was damaged.
+    if not {MODEL_FILE, OPTIMIZER_FILE, STATE_FILE} <= found.keys() <= {*_FILES}:
+        raise CheckpointError(f"{folder.name} is damaged: {MANIFEST_FILE} does not name its files")
+    return found
 
 
 def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
@@ -194,11 +223,3 @@ def _write_json(path: Path, values: Mapping[str, Any]) -> None:
 def _hash(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

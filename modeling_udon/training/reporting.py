@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from tqdm import tqdm
 
 from modeling_udon.retrieval.protocol import Scores, SplitScores
+from modeling_udon.training.files import sync, write_text
 
 
 @dataclass
@@ -42,15 +43,18 @@ class Reporter:
         accelerator: Knows the main process and the trackers.
         num_steps: Steps of the whole run.
         step: Step that the run goes on from; later rows of an interrupted run are taken out of `metrics.jsonl`.
+        validates: Whether the validation of that step is still to come.
     """
 
-    def __init__(self, run_dir: Path, accelerator: Accelerator, num_steps: int, step: int) -> None:
+    def __init__(
+        self, run_dir: Path, accelerator: Accelerator, num_steps: int, step: int, validates: bool = False
+    ) -> None:
         self._accelerator = accelerator
         self._path = run_dir / "metrics.jsonl"
         self._is_main = accelerator.is_main_process
         if self._is_main:
             # A run that starts anew measures its start again.
-            _keep_rows(self._path, step if step else -1)
+            _keep_rows(self._path, step if step else -1, validates)
         self._bar = tqdm(
             total=num_steps,
             initial=step,
@@ -68,6 +72,11 @@ class Reporter:
         numbers = dict(_flatten(values))
         if numbers and self._accelerator.trackers:
             self._accelerator.log(numbers, step=step)
+
+    def sync(self) -> None:
+        """Has the rows written to the disk, so that a checkpoint never knows more than they."""
+        if self._path.exists():
+            sync(self._path)
 
     def say(self, text: str) -> None:
         """Prints lines above the progress bar."""
@@ -143,17 +152,20 @@ def _on_terminal() -> bool:
     return sys.stderr.isatty()
 
 
-def _keep_rows(path: Path, step: int) -> None:
-    """Drops rows after `step`, which will be written again, and a last row that was cut short."""
+def _keep_rows(path: Path, step: int, validates: bool) -> None:
+    """Drops rows that will be written again, and all from a row on that was cut short or damaged."""
     if not path.exists():
         return
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-        if line.endswith("\n") and json.loads(line)["step"] <= step:
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            break
+        again = row["step"] > step or (validates and row["step"] == step and "validation" in row)
+        if line.endswith("\n") and not again:
             kept.append(line)
-    draft = path.with_name(f"{path.name}.tmp")
-    draft.write_text("".join(kept), encoding="utf-8")
-    draft.replace(path)
+    write_text(path, "".join(kept))
 
 
 def _flatten(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, float]]:

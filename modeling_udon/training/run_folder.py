@@ -2,33 +2,24 @@
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import yaml
 
 from modeling_udon.data.domains import Domain, check_label_maps, label_maps
 from modeling_udon.retrieval.protocol import versions
-from modeling_udon.training.checkpoint import find_checkpoint, list_checkpoints, recover_folder
-from modeling_udon.training.config import ConfigError, PushConfig, TrainConfig
+from modeling_udon.training.checkpoint import find_checkpoint, list_checkpoints, read_state, recover_checkpoints
+from modeling_udon.training.config import ConfigError, TrainConfig
 from modeling_udon.training.config_file import dump_config
-
-# What may differ when a run goes on: where it is told of, and how fast data comes.
-_FREE_ON_RESUME = {
-    "output_dir",
-    "train.shard_backbone",
-    "log.every",
-    "log.trackers",
-    "log.project",
-    "data.num_workers",
-    "eval.batch_size",
-}
-_FREE_ON_RESUME |= {f"push.{name}" for name in PushConfig.model_fields}
+from modeling_udon.training.files import recover_folder, write_text
+from modeling_udon.training.resuming import Changes, check_allowances, check_changes, differences
+from modeling_udon.training.run_lock import LOCK_FILE, RunLock
 
 
 class RunFolder:
-    """The folder of one run.
+    """The folder of one run, which it has for itself until it leaves it as a context.
 
     Args:
         config: The run.
@@ -52,62 +43,106 @@ class RunFolder:
         self.baseline = self.path / "baseline.json"
         self.metrics = self.path / "metrics.jsonl"
         self.results = self.path / "results.json"
+        self._lock = RunLock(self.path)
+        self._changes: Changes = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._lock.release()
 
     def find_checkpoint(self, resume: bool, overwrite: bool) -> tuple[Path | None, list[str]]:
-        """Finds what to go on from.
+        """Takes the folder for this run alone, if it is there, and finds what to go on from.
 
         Returns:
             The newest whole checkpoint, if any, and a line for each damaged one after it.
 
         Raises:
             ConfigError: If the folder holds a run and is to be neither resumed nor overwritten.
+            FolderInUseError: If another run is using it.
+            CheckpointError: If all checkpoints are damaged.
         """
         if not (resume or overwrite) and self.metrics.exists():
             raise ConfigError(
                 f"`output_dir`/`name` must be a new folder. Got {self.path}, which holds a run; go on with --resume, "
                 "start anew with --overwrite, or choose another --name."
             )
-        return find_checkpoint(self.checkpoints) if resume and list_checkpoints(self.checkpoints) else (None, [])
+        if self.path.is_dir():
+            self._lock.acquire()
+        if not resume:
+            return None, []
+        recover_checkpoints(self.checkpoints)
+        return find_checkpoint(self.checkpoints) if list_checkpoints(self.checkpoints) else (None, [])
 
-    def check_unchanged(self, domains: Mapping[str, Domain]) -> None:
-        """Compares data and config with those the run was started with.
+    def check_unchanged(
+        self, domains: Mapping[str, Domain], checkpoint: Path, processes: int, allow: Collection[str]
+    ) -> None:
+        """Compares data, config, processes and versions with those the run was started with.
+
+        Args:
+            domains: The opened domains.
+            checkpoint: What the run goes on from.
+            processes: Number of processes.
+            allow: What may have changed.
 
         Raises:
-            ConfigError: If they differ in what decides the result.
+            ConfigError: If something else has changed that decides the result.
         """
+        check_allowances(allow, dump_config(self._config))
+        maps = self.path / "domains.json"
+        saved_maps = json.loads(maps.read_text(encoding="utf-8"))
         try:
-            check_label_maps(domains, self.path / "domains.json")
+            if "data" in allow:
+                check_label_maps(domains, maps, ("num_classes", "classes"))
+            else:
+                check_label_maps(domains, maps)
         except ValueError as error:
             raise ConfigError(str(error)) from None
-        saved = yaml.safe_load((self.path / "config.yaml").read_text(encoding="utf-8"))
-        saved.pop("versions")
-        before, now = leaves(saved), leaves(dump_config(self._config))
-        changed = [key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key)]
-        changed = [key for key in changed if key not in _FREE_ON_RESUME]
-        if changed:
-            details = ", ".join(f"{key} from {before.get(key)!r} to {now.get(key)!r}" for key in changed)
-            raise ConfigError(
-                f"`--resume` must go on with the run's own config. Got {details}; start a new run for it."
-            )
+        before = yaml.safe_load((self.path / "config.yaml").read_text(encoding="utf-8"))
+        before["processes"] = read_state(checkpoint).extra["processes"]
+        changes = differences(before, self._described() | {"processes": processes})
+        check_changes(changes, allow)
+        for name, now in label_maps(domains).items():
+            for what in ("num_images", "fingerprint"):
+                if saved_maps[name][what] != now[what]:
+                    changes[f"data.{name}.{what}"] = saved_maps[name][what], now[what]
+        self._changes = changes
 
-    def prepare(self, domains: Mapping[str, Domain], overwrite: bool) -> None:
-        """Makes the folder with config and label maps; an old run goes only now that the new one is found right."""
-        if overwrite and self.path.exists():
-            shutil.rmtree(self.path)
+    def prepare(self, domains: Mapping[str, Domain], overwrite: bool, step: int) -> None:
+        """Makes the folder with config and label maps; an old run goes only now that the new one is found right.
+
+        Args:
+            domains: The opened domains.
+            overwrite: Whether an old run goes.
+            step: Step that the run goes on from, 0 at its start.
+        """
         self.path.mkdir(parents=True, exist_ok=True)
+        self._lock.acquire()
+        self._lock.sign()
+        if overwrite:
+            self._clear()
         recover_folder(self.best)
         recover_folder(self.checkpoints / "best")
-        config = dump_config(self._config) | {"versions": versions()}
-        (self.path / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
-        (self.path / "domains.json").write_text(json.dumps(label_maps(domains), indent=1), encoding="utf-8")
+        self._record_changes(step)
+        write_text(self.path / "config.yaml", yaml.safe_dump(self._described(), sort_keys=False))
+        write_text(self.path / "domains.json", json.dumps(label_maps(domains), indent=1))
 
+    def _described(self) -> dict[str, Any]:
+        return dump_config(self._config) | {"versions": versions()}
 
-def leaves(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Values of nested sections under names such as `optim.lr`."""
-    found: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, dict) and value:
-            found |= leaves(value, f"{prefix}{key}.")
-        else:
-            found[f"{prefix}{key}"] = value
-    return found
+    def _clear(self) -> None:
+        """Empties the folder; the lock stays, or another run could take a new one of the same name."""
+        for path in self.path.iterdir():
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            elif path.name != LOCK_FILE:
+                path.unlink()
+
+    def _record_changes(self, step: int) -> None:
+        if not self._changes:
+            return
+        path = self.path / "changes.json"
+        recorded = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+        changed = {key: {"before": before, "now": now} for key, (before, now) in self._changes.items()}
+        write_text(path, json.dumps([*recorded, {"step": step, "changes": changed}], indent=1))

@@ -2,9 +2,10 @@
 
 import math
 from collections.abc import Mapping
+from datetime import timedelta
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, InitProcessGroupKwargs
 from transformers import AutoConfig, AutoModel, PretrainedConfig
 
 from modeling_udon.configuration_udon import UdonConfig
@@ -24,6 +25,10 @@ from modeling_udon.training.config import ConfigError, DataConfig, ModelConfig, 
 from modeling_udon.training.distillation import UdonForDistillation
 from modeling_udon.training.frozen import FrozenTeachers, load_frozen_teachers
 
+# How long one process may keep the others waiting: a process that has died is noticed at once, one that hangs after
+# this. The main process alone writes checkpoints and reports, which takes minutes at the most.
+SILENCE = timedelta(minutes=10)
+
 Channels = tuple[float, float, float]
 
 
@@ -31,6 +36,7 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
     """Starts Accelerate with the run's precision and trackers."""
     return Accelerator(
         mixed_precision=config.train.mixed_precision,
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=SILENCE)],
         log_with=list(config.log.trackers) or None,
         project_dir=str(config.run_dir) if config.log.trackers else None,
     )

@@ -3,13 +3,14 @@
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from safetensors.torch import load_file, save_file
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
@@ -17,7 +18,8 @@ from transformers.utils import logging as transformers_logging
 
 from modeling_udon.data.dataset import DomainBatch, MultiDomainDataset
 from modeling_udon.data.domains import open_domain, with_images_as_classes
-from modeling_udon.data.transforms import EvalTransform, image_processor, normalize, use_one_thread
+from modeling_udon.data.transforms import EvalTransform, image_processor, normalize
+from modeling_udon.data.workers import start_worker
 from modeling_udon.hub.card import render_card
 from modeling_udon.hub.export import export_student
 from modeling_udon.hub.push import PushError, PushOptions, push
@@ -33,14 +35,18 @@ from modeling_udon.retrieval.protocol import (
 from modeling_udon.retrieval.report import write_report
 from modeling_udon.retrieval.tables import format_table
 from modeling_udon.training.checkpoint import (
+    BEST_FILE,
+    CheckpointError,
     TrainState,
+    check_weights,
     load_checkpoint,
-    replaced_folder,
     save_checkpoint,
 )
 from modeling_udon.training.config import ConfigError, TrainConfig
 from modeling_udon.training.config_file import dump_config
 from modeling_udon.training.distillation import RelationalBank
+from modeling_udon.training.failures import TrainingError
+from modeling_udon.training.files import replaced_folder, write_text
 from modeling_udon.training.optimization import (
     IdleHeads,
     frozen_steps,
@@ -50,8 +56,11 @@ from modeling_udon.training.optimization import (
     with_gradients,
 )
 from modeling_udon.training.reporting import LossWindow, Reporter, format_changes, format_validation, format_weights
-from modeling_udon.training.run_folder import RunFolder, leaves
+from modeling_udon.training.resuming import check_allowances, leaves
+from modeling_udon.training.run_folder import RunFolder
+from modeling_udon.training.run_lock import FolderInUseError
 from modeling_udon.training.setup import (
+    SILENCE,
     build_model,
     channel_statistics,
     make_accelerator,
@@ -59,51 +68,75 @@ from modeling_udon.training.setup import (
     training_transform,
 )
 from modeling_udon.training.sharding import clip_gradients, gather_shards, load_weights, shard_backbone, unsharded
+from modeling_udon.training.stopping import Agreement, Stopped, StopSignals
 
 
-class TrainingError(RuntimeError):
-    """A run that cannot go on; its message is one line for the user."""
-
-
-def train(config: TrainConfig, resume: bool = False, overwrite: bool = False) -> dict[str, Any] | None:
+def train(
+    config: TrainConfig, resume: bool = False, overwrite: bool = False, allow: Collection[str] = ()
+) -> dict[str, Any] | None:
     """Trains, validates, keeps the best student, and tests it.
 
     Args:
         config: The run.
         resume: Goes on from the last checkpoint of `config.run_dir`, or starts if there is none.
         overwrite: Removes what is in `config.run_dir` first.
+        allow: What may have changed since the run was started: keys of the config, whole or their last part, or
+            `"processes"`, `"versions"` or `"data"`.
 
     Returns:
         What `results.json` holds, or `None` if no domain has a test split.
 
     Raises:
         ConfigError: If the config does not go with the data, the backbone or the folder.
+        CheckpointError: If there is no whole checkpoint to go on from.
+        FolderInUseError: If another run is using the folder.
         TrainingError: If the loss is not finite.
+        Stopped: If a signal asked for it; the state is saved.
     """
-    trainer = Trainer(config, resume, overwrite)
-    trainer.describe()
-    if trainer.step == 0:
-        trainer.measure_start()
-    for batch in trainer.batches():
-        losses = trainer.train_step(batch)
-        trainer.count_step(batch.domain, losses)
-        if trainer.is_due(config.log.every):
-            trainer.log()
-        if trainer.is_due(config.eval.every):
-            trainer.validate()
-        if trainer.is_due(config.train.checkpoint_every):
-            trainer.save()
-    return trainer.finish()
+    check_allowances(allow, dump_config(config))
+    with StopSignals() as signals, RunFolder(config) as folder:
+        with signals.interruptible():
+            trainer = Trainer(config, folder, signals, resume, overwrite, allow)
+        try:
+            trainer.describe()
+            trainer.catch_up()
+            for batch in trainer.batches():
+                losses = trainer.train_step(batch)
+                trainer.count_step(batch.domain, losses)
+                if trainer.is_due(config.log.every):
+                    trainer.log()
+                trainer.stop_if_asked()
+                if trainer.is_due(config.eval.every):
+                    trainer.validate()
+                if trainer.is_due(config.train.checkpoint_every):
+                    trainer.save()
+            return trainer.finish()
+        except Stopped:
+            trainer.stop()
+            raise
+
+
+Answer = TypeVar("Answer")
 
 
 class Trainer:
     """The state of a run and the verbs of its loop; see `train`."""
 
-    def __init__(self, config: TrainConfig, resume: bool, overwrite: bool) -> None:
+    def __init__(
+        self,
+        config: TrainConfig,
+        folder: RunFolder,
+        signals: StopSignals,
+        resume: bool = False,
+        overwrite: bool = False,
+        allow: Collection[str] = (),
+    ) -> None:
         self.config = config
+        self.folder = folder
+        self.signals = signals
         self.accelerator: Accelerator = make_accelerator(config)
-        self.folder = RunFolder(config)
-        checkpoint, faults = self.folder.find_checkpoint(resume, overwrite)
+        self._agreement = Agreement(self.accelerator.num_processes, SILENCE)
+        checkpoint, faults = self._on_main(lambda: self.folder.find_checkpoint(resume, overwrite))
         for fault in faults:
             self.accelerator.print(f"WARNING: {fault}; going on from {checkpoint.name if checkpoint else 'nothing'}")
         transformers_logging.disable_progress_bar()
@@ -118,16 +151,18 @@ class Trainer:
         self.mean, self.std = channel_statistics(config.data, self.model.config.backbone_config)
         self.num_steps = self.sampler.num_steps
         self.best: dict[str, float] | None = None
+        self._saved = 0
+        self._validated: int | None = None
         self._window = LossWindow()
         self._pending: list[tuple[str, torch.Tensor]] = []
         self._prepare_processes()
         if checkpoint:
-            self._restore(checkpoint)
+            self._restore(checkpoint, allow)
         self.idle_heads = IdleHeads(self.model, self._optimizer, config.optim, self.num_steps)
-        if self.accelerator.is_main_process:
-            self.folder.prepare(self.domains, overwrite)
-        self.accelerator.wait_for_everyone()
-        self.reporter = Reporter(config.run_dir, self.accelerator, self.num_steps, self.step)
+        self._on_main(lambda: self.folder.prepare(self.domains, overwrite, self.step))
+        if checkpoint and self.best:
+            self._restore_best(checkpoint)
+        self.reporter = Reporter(config.run_dir, self.accelerator, self.num_steps, self.step, self._owes_validation)
         self._start_trackers()
         self._embedder = ImageEmbedder(
             EvalTransform(config.data.image_size, config.data.eval_antialias),
@@ -162,14 +197,26 @@ class Trainer:
         if self.step:
             say(f"going on from step {self.step} of {self.num_steps}")
 
-    def measure_start(self) -> None:
-        """Scores the baselines on the test split, and the student before training."""
-        tested = domains_with(self.domains, "test")
-        if tested:
-            scores = evaluate_baselines(self.model.udon, tested, "test", self._embedder, self.mean, self.std)
-            if self.accelerator.is_main_process:
-                self.folder.baseline.write_text(json.dumps(scores, indent=1), encoding="utf-8")
-        self.validate()
+    def catch_up(self) -> None:
+        """Measures the start, or does what was left out where the run was stopped."""
+        if self.step == 0:
+            self._measure_baselines()
+            self.validate()
+        elif self._owes_validation:
+            self.validate()
+            if self.is_due(self.config.train.checkpoint_every):
+                self.save()
+
+    def stop_if_asked(self) -> None:
+        """Raises `Stopped` if any process was asked to end, in all of them after the same step."""
+        if self._agreement.reached(self.signals.requested):
+            self.signals.raise_now()
+
+    def stop(self) -> None:
+        """Saves what the run goes on from; what can be done again was broken off and will be."""
+        if self.step > 0 and self._saved != self.step:
+            self.save()
+        self.reporter.close()
 
     def batches(self) -> Iterator[DomainBatch]:
         """Gives this process's share of every step's batch, to the end of the run."""
@@ -184,7 +231,7 @@ class Trainer:
             sampler=self.sampler,
             num_workers=self.config.data.num_workers,
             persistent_workers=self.config.data.num_workers > 0,
-            worker_init_fn=use_one_thread,
+            worker_init_fn=start_worker,
             collate_fn=_as_it_is,
             pin_memory=self.accelerator.device.type == "cuda",
             generator=torch.Generator(),
@@ -256,9 +303,14 @@ class Trainer:
         """Scores the validation split and keeps the student if it is the best so far."""
         validated = domains_with(self.domains, "validation")
         started = time.perf_counter()
+        # If the validation is broken off, no process may be needed for what is saved then.
+        self._flush_losses()
         with self.idle_heads.caught_up_for_reading(self.step):
             if validated:
-                scores = evaluate_model(self.model.udon, validated, "validation", self._embedder, self.mean, self.std)
+                with self.signals.interruptible():
+                    scores = evaluate_model(
+                        self.model.udon, validated, "validation", self._embedder, self.mean, self.std
+                    )
                 recall = self._quality(scores)
                 better = self.best is None or recall > self.best["R@1"]
                 self.reporter.say(format_validation(self.step, scores, better))
@@ -268,17 +320,21 @@ class Trainer:
             if better:
                 self.best = {"step": self.step, "R@1": recall}
                 self._keep_best()
+        self._validated = self.step
         self._clock += time.perf_counter() - started
 
     def save(self) -> None:
         """Writes a checkpoint."""
         started = time.perf_counter()
         self._flush_losses()
-        state = TrainState(self.step, self.sampler.state_dict(), self.best, {"window": vars(self._window)})
-        if self.accelerator.scaler is not None:
-            state.extra["scaler"] = self.accelerator.scaler.state_dict()
+        if self.accelerator.is_main_process:
+            self.reporter.sync()
+        best_weights = self.folder.best_weights if self.best else None
         keep, main = self.config.train.keep_checkpoints, self.accelerator.is_main_process
-        save_checkpoint(self.folder.checkpoints, self.model, self._optimizer, state, keep, write=main)
+        save_checkpoint(
+            self.folder.checkpoints, self.model, self._optimizer, self._state(), keep, best_weights, write=main
+        )
+        self._saved = self.step
         self.accelerator.wait_for_everyone()
         self._clock += time.perf_counter() - started
 
@@ -288,7 +344,8 @@ class Trainer:
         results = None
         tested = domains_with(self.domains, "test")
         if tested:
-            found = search_model(self.model.udon, tested, "test", self._embedder, self.mean, self.std)
+            with self.signals.interruptible():
+                found = search_model(self.model.udon, tested, "test", self._embedder, self.mean, self.std)
             scores = found.scores()
             baseline = json.loads(self.folder.baseline.read_text(encoding="utf-8"))
             results = build_results({"test": scores}, baseline=baseline, config=dump_config(self.config))
@@ -305,9 +362,10 @@ class Trainer:
                 self.reporter.say("\n" + weights)
         assert self.best is not None, "the last step is always validated"
         self.reporter.say(f"\nbest student, of step {self.best['step']}: {self.folder.best}")
-        if self.config.push.repo is not None and self.accelerator.is_main_process:
-            self._push(PushOptions(**self.config.push.model_dump()))
         self.accelerator.wait_for_everyone()
+        if self.config.push.repo is not None and self.accelerator.is_main_process:
+            with self.signals.interruptible():
+                self._push(PushOptions(**self.config.push.model_dump()))
         self.reporter.close()
         return results
 
@@ -343,14 +401,65 @@ class Trainer:
             for parameter in (*self._shared_heads, *owned):
                 torch.distributed.broadcast(parameter.data, src=0)
 
-    def _restore(self, checkpoint: Path) -> None:
-        self.folder.check_unchanged(self.domains)
+    @property
+    def _owes_validation(self) -> bool:
+        """Whether the run was stopped before the validation that its step asks for."""
+        return self.step > 0 and self.is_due(self.config.eval.every) and self._validated != self.step
+
+    def _on_main(self, work: Callable[[], Answer]) -> Answer:
+        """Has the main process do something to the run's folder, and all of them know how it went."""
+        answer: list[Any] = [None, None]
+        if self.accelerator.is_main_process:
+            try:
+                answer[0] = work()
+            except (ConfigError, CheckpointError, FolderInUseError, OSError) as error:
+                answer[1] = error
+        found, error = broadcast_object_list(answer)
+        if error is not None:
+            raise error
+        return found
+
+    def _measure_baselines(self) -> None:
+        tested = domains_with(self.domains, "test")
+        if tested:
+            with self.signals.interruptible():
+                scores = evaluate_baselines(self.model.udon, tested, "test", self._embedder, self.mean, self.std)
+            if self.accelerator.is_main_process:
+                write_text(self.folder.baseline, json.dumps(scores, indent=1))
+
+    def _state(self) -> TrainState:
+        extra: dict[str, Any] = {
+            "window": vars(self._window),
+            "validated": self._validated,
+            "processes": self.accelerator.num_processes,
+        }
+        if self.accelerator.scaler is not None:
+            extra["scaler"] = self.accelerator.scaler.state_dict()
+        return TrainState(self.step, self.sampler.state_dict(), self.best, extra)
+
+    def _restore(self, checkpoint: Path, allow: Collection[str]) -> None:
+        processes = self.accelerator.num_processes
+        self._on_main(lambda: self.folder.check_unchanged(self.domains, checkpoint, processes, allow))
+        check_weights(checkpoint, self.model)
         state = load_checkpoint(checkpoint, self.model, self._optimizer)
+        if state.step > self.num_steps:
+            raise ConfigError(
+                f"`train.num_steps` must be at least the steps taken, {state.step}. Got {self.num_steps}; raise it."
+            )
         self.sampler.load_state_dict(state.sampler)
         self.best = state.best
+        self._saved = state.step
+        self._validated = state.extra["validated"]
         self._window = LossWindow(**state.extra["window"])
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state.extra["scaler"])
+
+    def _restore_best(self, checkpoint: Path) -> None:
+        """Takes back a best student that is of a later step than the checkpoint."""
+        trained = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
+        self.model.load_state_dict(load_file(checkpoint / BEST_FILE))
+        self._keep_best()
+        self.model.load_state_dict(trained)
 
     def _start_trackers(self) -> None:
         if self.config.log.trackers:

@@ -14,10 +14,9 @@ from modeling_udon.training.checkpoint import (
     find_checkpoint,
     list_checkpoints,
     load_checkpoint,
-    recover_folder,
-    replaced_folder,
     save_checkpoint,
 )
+from modeling_udon.training.files import recover_folder, replaced_folder
 
 FILES = ("manifest.json", "model.safetensors", "optimizer.safetensors", "state.json")
 

@@ -14,7 +14,10 @@ from safetensors.torch import load_file
 
 from modeling_udon.training.config import ConfigError
 from modeling_udon.training.config_file import load_config
-from modeling_udon.training.trainer import Trainer, TrainingError
+from modeling_udon.training.failures import TrainingError
+from modeling_udon.training.run_folder import RunFolder
+from modeling_udon.training.stopping import StopSignals
+from modeling_udon.training.trainer import Trainer
 
 Values = Callable[..., dict[str, Any]]
 Run = Callable[..., Path]
@@ -220,7 +223,8 @@ def test_tensorboard_gets_the_numbers_of_the_run(make_values: Values, run_train:
 
 
 def test_dropout_draws_from_seed_step_and_process_alone(tiny_config: Callable[..., Path]) -> None:
-    trainer = Trainer(load_config(tiny_config()), resume=False, overwrite=False)
+    config = load_config(tiny_config())
+    trainer = Trainer(config, RunFolder(config), StopSignals())
     trainer.model.train()
     batch = next(iter(trainer.batches()))
     torch.manual_seed(99)
