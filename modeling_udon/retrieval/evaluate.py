@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from modeling_udon.data.domains import Domain, EvaluationSplit, ImageSplit
+from modeling_udon.data.domains import Domain, EvaluationSplit
+from modeling_udon.data.labels import Labels
 from modeling_udon.modeling_udon import UdonModel
 from modeling_udon.retrieval.embed import (
     Embed,
@@ -179,25 +180,27 @@ def choose_kind(embedded: EmbeddedSplit, kind: str) -> dict[str, EmbeddedDomain]
     return {name: kinds[kind] for name, kinds in embedded.items() if kind in kinds}
 
 
-def integer_labels(images: EvaluationSplit) -> tuple[list[list[int]] | np.ndarray, np.ndarray | None]:
+def integer_labels(images: EvaluationSplit) -> tuple[list[np.ndarray] | np.ndarray, np.ndarray | None]:
     """Numbers the classes of query and index set, whatever they are called."""
-    query, index = _label_lists(images.query), [] if images.index is None else _label_lists(images.index)
     numbers: dict[int | str, int] = {}
-    for label in (label for labels in (*query, *index) for label in labels):
-        numbers.setdefault(label, len(numbers))
-    query_numbers: list[list[int]] | np.ndarray = [[numbers[label] for label in labels] for labels in query]
-    if all(len(labels) == 1 for labels in query):
-        query_numbers = np.asarray(query_numbers).reshape(-1)
+    query = _numbered(images.query.labels, numbers)
     if images.index is None:
-        return query_numbers, None
-    return query_numbers, np.asarray([numbers[label] for labels in index for label in labels])
+        return query, None
+    index = _numbered(images.index.labels, numbers)
+    assert isinstance(index, np.ndarray), "what is searched has one label an image"
+    return query, index
+
+
+def _numbered(labels: Labels, numbers: dict[int | str, int]) -> list[np.ndarray] | np.ndarray:
+    """Numbers of each image's labels, after those in `numbers`, which takes up the new ones."""
+    of_codes = np.asarray([numbers.setdefault(name, len(numbers)) for name in labels.names], dtype=np.int64)
+    codes = of_codes[labels.codes]
+    if labels.starts is None or np.all(np.diff(labels.starts) == 1):
+        return codes
+    return np.split(codes, labels.starts[1:-1])
 
 
 def search_options(embedder: ImageEmbedder) -> dict[str, Any]:
     """Returns where `exact_search` runs: on the device that embeds, if that is a GPU."""
     device = embedder.accelerator.device
     return {"backend": "torch", "device": device} if device.type == "cuda" else {"backend": "faiss"}
-
-
-def _label_lists(split: ImageSplit) -> list[list[int | str]]:
-    return [label if isinstance(label, list) else [label] for label in split.labels]

@@ -82,6 +82,15 @@ def test_a_killed_run_that_goes_on_equals_an_uninterrupted_one(
     assert len(read_rows(whole)) == 6 + 4 + 2  # logs, validations with the start's, new weights
 
 
+def test_a_killed_run_on_streamed_domains_equals_an_uninterrupted_one(
+    make_values: Values, run_train: Run, run_with_kills: Run, tmp_path: Path
+) -> None:
+    streamed = {"streaming": True, "shuffle_window": 16}
+    changes = {f"domains__{name}__{key}": value for name in ("stripes", "blobs") for key, value in streamed.items()}
+    whole = run_train(make_values(tmp_path / "whole", data__num_workers=2, **changes))
+    assert_same_runs(whole, run_with_kills(make_values(tmp_path / "resumed", **changes)))
+
+
 def test_a_run_killed_before_its_first_checkpoint_starts_again(
     make_values: Values, run_train: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
