@@ -186,6 +186,21 @@ def open_image_splits(name: str, spec: DomainSpec) -> dict[str, ImageSplit]:
     return {split: _image_split(name, spec, dataset, split) for split, dataset in splits.items()}
 
 
+def encoded_bytes(image: Mapping[str, Any] | None) -> bytes:
+    """Gives the bytes of an undecoded image, from its file where the data has but a path.
+
+    Raises:
+        ValueError: If there is neither.
+        OSError: If the file cannot be read.
+    """
+    if image is not None and image["bytes"] is not None:
+        data: bytes = image["bytes"]
+        return data
+    if image is None or image["path"] is None:
+        raise ValueError("there is neither an image nor a path: leave the row out")
+    return Path(image["path"]).read_bytes()
+
+
 def with_images_as_classes(domain: Domain) -> Domain:
     """Makes each training image a class of its own, for training without labels (arXiv 1805.01978)."""
     num_images = len(domain.images)
@@ -349,6 +364,6 @@ def _fingerprint(split: ImageSplit) -> str:
         digest.update(split.images.digest().encode())
         return digest.hexdigest()[:16]
     for row in np.linspace(0, len(split) - 1, num=min(len(split), 32), dtype=int):
-        image = split.images[int(row)]["image"]
-        digest.update(image["bytes"] if image["bytes"] is not None else str(Path(image["path"]).name).encode())
+        image = split.images[int(row)]["image"] or {"bytes": b"", "path": None}
+        digest.update(image["bytes"] if image["bytes"] is not None else Path(image["path"] or "").name.encode())
     return digest.hexdigest()[:16]

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from modeling_udon.data.domains import Domain, EvaluationSplit
+from modeling_udon.data.domains import Domain, EvaluationSplit, ImageSplit
 from modeling_udon.data.labels import Labels
 from modeling_udon.modeling_udon import UdonModel
 from modeling_udon.retrieval.embed import (
@@ -53,6 +53,7 @@ class SplitNeighbours:
             merged=score(self.merged, metrics),
             separate=score(self.separate, metrics),
             teachers=score(self.teachers, metrics) if self.teachers else None,
+            left_out={name: found.num_left_out for name, found in self.merged.items() if found.num_left_out},
         )
 
 
@@ -143,17 +144,40 @@ def embed_split(
         embedder: Runs the images through the embedding function.
         embed_for: Gives the embedding function of a domain.
     """
-    embedded = {}
+    embedded: EmbeddedSplit = {}
     for name, domain in domains_with(domains, split).items():
         images, embed = domain.evaluation[split], embed_for(name)
-        query = embedder(images.query.images, embed, name)
-        index = None if images.index is None else embedder(images.index.images, embed, name)
         query_labels, index_labels = integer_labels(images)
-        embedded[name] = {
-            kind: EmbeddedDomain(values, query_labels, None if index is None else index[kind], index_labels)
-            for kind, values in query.items()
-        }
+        query, query_rows = _embed_whole(images.query, embedder, embed, name, f"{split} query")
+        index, index_rows = None, None
+        if images.index is not None:
+            index, index_rows = _embed_whole(images.index, embedder, embed, name, f"{split} index")
+        num_images = len(images.query) + (0 if images.index is None else len(images.index))
+        for kind, values in query.items():
+            of_index = None if index is None else index[kind]
+            embedded.setdefault(name, {})[kind] = EmbeddedDomain(
+                values,
+                query_labels if query_rows is None else [query_labels[row] for row in query_rows],
+                of_index,
+                index_labels if index_labels is None or index_rows is None else index_labels[index_rows],
+                query_rows,
+                index_rows,
+                num_images - len(values) - (0 if of_index is None else len(of_index)),
+            )
     return embedded
+
+
+def _embed_whole(
+    images: ImageSplit, embedder: ImageEmbedder, embed: Embed, name: str, split: str
+) -> tuple[dict[str, np.ndarray], np.ndarray | None]:
+    """Embeds what can be read; gives its rows as well, `None` for all."""
+    num_broken = len(embedder.broken)
+    embeds = embedder(images.images, embed, name, split)
+    broken = [image.row for image in embedder.broken[num_broken:]]
+    if not broken:
+        return embeds, None
+    rows = np.setdiff1d(np.arange(len(images)), broken)
+    return {kind: values[rows] for kind, values in embeds.items()}, rows
 
 
 def search_split(

@@ -22,6 +22,7 @@ _FREE_ON_RESUME = {
     "log.trackers",
     "log.project",
     "data.num_workers",
+    "data.max_broken_share",
     "eval.batch_size",
 }
 _FREE_ON_RESUME |= {f"push.{name}" for name in PushConfig.model_fields}
@@ -40,6 +41,7 @@ class RunFolder:
         best_weights: The best weights with teachers and prototypes.
         baseline: Scores before training.
         metrics: Progress, a row of JSON each.
+        broken: Images that could not be read, a row of JSON each.
         results: Scores of the test.
     """
 
@@ -51,6 +53,7 @@ class RunFolder:
         self.best_weights = self.checkpoints / "best" / "model.safetensors"
         self.baseline = self.path / "baseline.json"
         self.metrics = self.path / "metrics.jsonl"
+        self.broken = self.path / "broken.jsonl"
         self.results = self.path / "results.json"
 
     def find_checkpoint(self, resume: bool, overwrite: bool) -> tuple[Path | None, list[str]]:
