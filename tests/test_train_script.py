@@ -153,7 +153,9 @@ def test_a_broken_training_image_ends_the_run_in_one_line_that_names_it(
         table = pq.read_table(file)
         garbage = pa.array([{"bytes": b"<html>", "path": "page.jpg"}] * len(table), table.schema.field("image").type)
         pq.write_table(table.set_column(table.schema.get_field_index("image"), "image", garbage), file)
-    values = make_values(tmp_path, domains__blobs__path=str(broken), data__num_workers=num_workers)
+    values = make_values(
+        tmp_path, domains__blobs__path=str(broken), data__num_workers=num_workers, data__max_broken_share=0.0
+    )
     done = run_script(values, check=False)
     assert done.returncode == 1
     assert "Traceback" not in done.stderr

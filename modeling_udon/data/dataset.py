@@ -1,21 +1,49 @@
 """Batches of one domain from undecoded bytes: decoded and cropped in workers, handed over as uint8."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from datasets import Dataset
 from torch.utils.data import Dataset as TorchDataset
 
-from modeling_udon.data.domains import Domain
+from modeling_udon.data.domains import Domain, Images, encoded_bytes
 from modeling_udon.data.sampling import BatchDraw
 from modeling_udon.data.transforms import ImageTransform, RandomTransform, decode_image
+
+# Substitutes that may be broken in their turn before there is no point in going on.
+_MAX_SUBSTITUTES = 100
+# Keeps the generator of substitutes apart from that of the augmentation.
+_SUBSTITUTE = 1
 
 
 class BrokenImageError(ValueError):
     """An image that cannot be decoded; the last line of its message names it, whichever process has read it."""
+
+
+@dataclass(frozen=True)
+class BrokenImage:
+    """An image that could not be read, and where it was met.
+
+    Attributes:
+        domain: Name of the domain.
+        split: What was read: `"train"`, or a split with the set, such as `"test query"`.
+        row: Row in the data.
+        path: Path that the data gives, if any.
+        reason: Why it could not be read.
+        position: How many images had been drawn from the domain before it; -1 in an evaluation.
+    """
+
+    domain: str
+    split: str
+    row: int
+    path: str
+    reason: str
+    position: int = -1
+
+    def __str__(self) -> str:
+        where = f" ({self.path})" if self.path else ""
+        return f"`domains.{self.domain}` has a broken image in row {self.row}{where}: {self.reason}"
 
 
 @dataclass(frozen=True)
@@ -26,15 +54,17 @@ class DomainBatch:
         domain: Name of the one domain that all images are of.
         pixels: Images of shape `(batch_size, height, width, 3)`, uint8, RGB.
         labels: Classes of shape `(batch_size,)`, int64.
+        broken: Images that were drawn and could not be read; others of the domain stand in their places.
     """
 
     domain: str
     pixels: torch.Tensor
     labels: torch.Tensor
+    broken: tuple[BrokenImage, ...] = ()
 
     def pin_memory(self) -> "DomainBatch":
         """Returns the batch in page-locked memory; the DataLoader calls it where a GPU is used."""
-        return DomainBatch(self.domain, self.pixels.pin_memory(), self.labels.pin_memory())
+        return replace(self, pixels=self.pixels.pin_memory(), labels=self.labels.pin_memory())
 
 
 class MultiDomainDataset(TorchDataset[DomainBatch]):
@@ -44,45 +74,85 @@ class MultiDomainDataset(TorchDataset[DomainBatch]):
         domains: The opened domains by name.
         transform: Turns a decoded image and a generator into an image of the training size.
         seed: Seed of the augmentation; an image's generator depends on it, the domain and the draw's position alone.
+        replace_broken: Whether another image stands in for one that cannot be read. Which one depends on what the
+            augmentation depends on. Without, such an image is an error.
     """
 
-    def __init__(self, domains: Mapping[str, Domain], transform: RandomTransform, seed: int) -> None:
+    def __init__(
+        self,
+        domains: Mapping[str, Domain],
+        transform: RandomTransform,
+        seed: int,
+        replace_broken: bool = False,
+    ) -> None:
         self._domains = {name: (number, domain) for number, (name, domain) in enumerate(domains.items())}
         self._transform = transform
         self._seed = seed
+        self._replace_broken = replace_broken
 
     def __getitem__(self, draw: BatchDraw) -> DomainBatch:
         number, domain = self._domains[draw.domain]
-        images = [
-            self._transform(image, np.random.default_rng((self._seed, number, int(position))))
-            for image, position in zip(read_images(domain.images, draw.rows, domain.name), draw.positions, strict=True)
-        ]
-        return DomainBatch(draw.domain, torch.from_numpy(np.stack(images)), torch.from_numpy(domain.labels[draw.rows]))
+        pixels: torch.Tensor | None = None
+        rows, broken = draw.rows.copy(), []
+        for place, found in enumerate(_try_images(domain.images, draw.rows, domain.name, "train")):
+            position = int(draw.positions[place])
+            if isinstance(found, BrokenImage):
+                if not self._replace_broken:
+                    raise BrokenImageError(str(found))
+                broken.append(replace(found, position=position))
+                rows[place], found = self._substitute(number, domain, position, found)
+            image = self._transform(found, np.random.default_rng((self._seed, number, position)))
+            if pixels is None:
+                pixels = torch.empty((len(rows), *image.shape), dtype=torch.uint8)
+            pixels[place] = torch.from_numpy(image)
+        assert pixels is not None, "a draw has images"
+        return DomainBatch(draw.domain, pixels, torch.from_numpy(domain.labels[rows]), tuple(broken))
+
+    def _substitute(self, number: int, domain: Domain, position: int, broken: BrokenImage) -> tuple[int, np.ndarray]:
+        rng = np.random.default_rng((self._seed, number, position, _SUBSTITUTE))
+        for row in rng.integers(len(domain.images), size=_MAX_SUBSTITUTES):
+            (found,) = _try_images(domain.images, np.array([row]), domain.name, "train")
+            if not isinstance(found, BrokenImage):
+                return int(row), found
+        raise BrokenImageError(f"{broken}; {_MAX_SUBSTITUTES} others in its place are broken too")
 
 
-class EvaluationDataset(TorchDataset[torch.Tensor]):
-    """Images for embedding, in row order; an item is uint8 of shape `(height, width, 3)`.
+class EvaluationDataset(TorchDataset[tuple[torch.Tensor, BrokenImage | None]]):
+    """Images for embedding, in row order: uint8 of shape `(height, width, 3)`, black where one cannot be read.
 
     Args:
         images: Undecoded images.
         transform: Turns a decoded image into one of a size that all have.
-        name: What to call the data in an error.
+        name: Name of the domain.
+        split: What of it is read.
     """
 
-    def __init__(self, images: Dataset, transform: ImageTransform, name: str) -> None:
+    def __init__(self, images: Images, transform: ImageTransform, name: str, split: str = "") -> None:
         self._images = images
         self._transform = transform
         self._name = name
+        self._split = split
 
     def __len__(self) -> int:
         return len(self._images)
 
-    def __getitems__(self, rows: list[int]) -> list[torch.Tensor]:
-        decoded = read_images(self._images, np.asarray(rows), self._name)
-        return [torch.from_numpy(self._transform(image)) for image in decoded]
+    def __getitems__(self, rows: list[int]) -> list[tuple[torch.Tensor, BrokenImage | None]]:
+        items: list[tuple[torch.Tensor, BrokenImage | None]] = []
+        for found in _try_images(self._images, np.asarray(rows), self._name, self._split):
+            broken = found if isinstance(found, BrokenImage) else None
+            image = np.zeros((1, 1, 3), np.uint8) if isinstance(found, BrokenImage) else found
+            items.append((torch.from_numpy(self._transform(image)), broken))
+        return items
 
 
-def read_images(images: Dataset, rows: np.ndarray, name: str) -> list[np.ndarray]:
+def collate_images(
+    items: Sequence[tuple[torch.Tensor, BrokenImage | None]],
+) -> tuple[torch.Tensor, list[BrokenImage]]:
+    """Makes a batch of items of `EvaluationDataset`: images `(batch_size, height, width, 3)`, and the broken ones."""
+    return torch.stack([image for image, _ in items]), [broken for _, broken in items if broken is not None]
+
+
+def read_images(images: Images, rows: np.ndarray, name: str) -> list[np.ndarray]:
     """Reads and decodes the images in the given rows.
 
     Returns:
@@ -92,11 +162,18 @@ def read_images(images: Dataset, rows: np.ndarray, name: str) -> list[np.ndarray
         BrokenImageError: If an image cannot be decoded; the message names the data, the row and the path.
     """
     decoded = []
-    for row, image in zip(rows, images[rows.tolist()]["image"], strict=True):
-        try:
-            data = image["bytes"] if image["bytes"] is not None else Path(image["path"]).read_bytes()
-            decoded.append(decode_image(data))
-        except (ValueError, OSError) as error:
-            where = f" ({image['path']})" if image["path"] else ""
-            raise BrokenImageError(f"`domains.{name}` has a broken image in row {row}{where}: {error}") from error
+    for found in _try_images(images, rows, name, ""):
+        if isinstance(found, BrokenImage):
+            raise BrokenImageError(str(found))
+        decoded.append(found)
     return decoded
+
+
+def _try_images(images: Images, rows: np.ndarray, name: str, split: str) -> Iterator[np.ndarray | BrokenImage]:
+    """Reads undecoded images together and decodes them one by one."""
+    for row, image in zip(rows, images[rows.tolist()]["image"], strict=True):
+        path = (image and image["path"]) or ""
+        try:
+            yield decode_image(encoded_bytes(image))
+        except (ValueError, OSError) as error:
+            yield BrokenImage(name, split, int(row), path, " ".join(str(error).split()))

@@ -1,12 +1,11 @@
 """A domain: images of one kind with their classes, named by anything that `datasets` can open."""
 
-import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import pyarrow as pa
@@ -16,6 +15,9 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
 
 from modeling_udon.data.demo import build_demo_domain
+from modeling_udon.data.labels import Label, Labels
+from modeling_udon.data.sampling import RowGroups
+from modeling_udon.data.streaming import ParquetImages, ParquetSplit, RowGroupError, open_parquet_splits
 
 DEMO_PREFIX = "demo:"
 
@@ -23,7 +25,8 @@ _NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 # Domains name the entries of module and parameter dicts, where a method's name cannot be a key.
 _RESERVED_NAMES = frozenset(dir(nn.ModuleDict())) | frozenset(dir(nn.ParameterDict()))
 
-Label = int | str
+Images: TypeAlias = Dataset | ParquetImages
+Splits: TypeAlias = DatasetDict | Mapping[str, ParquetSplit]
 
 
 class DomainSpec(BaseModel):
@@ -57,6 +60,10 @@ class DomainSpec(BaseModel):
     """Queries of the test; also the index, unless that has a split of its own. `null`: no test."""
     test_index_split: str | None = None
     """Index of the test, if it is not the query set."""
+    streaming: bool = False
+    """Whether images are read from Parquet files as they are drawn, instead of all being brought to this disk first."""
+    shuffle_window: int = Field(4096, gt=0)
+    """Images among which a streamed domain is shuffled; row groups are shuffled as a whole before."""
     license: str | None = None
     """Licence of the images, for the model card."""
 
@@ -70,16 +77,15 @@ class ImageSplit:
         labels: For each image a class, or a list of classes.
     """
 
-    images: Dataset
-    labels: Sequence[Label] | Sequence[list[Label]]
+    images: Images
+    labels: Labels
 
     def __len__(self) -> int:
         return len(self.images)
 
     def with_single_labels(self) -> "ImageSplit":
         """Takes labels out of their lists where every image has one: a split whose neighbours have several."""
-        singles = [label[0] for label in self.labels if isinstance(label, list) and len(label) == 1]
-        return replace(self, labels=singles) if singles and len(singles) == len(self.labels) else self
+        return replace(self, labels=self.labels.with_single_labels())
 
 
 @dataclass(frozen=True)
@@ -101,14 +107,16 @@ class Domain:
         classes: The training classes as the data has them, sorted; a ClassLabel gives its names.
         fingerprint: Digest of the training labels and of a sample of the images.
         evaluation: Query and index images of the splits `"validation"` and `"test"`, where the domain has them.
+        row_groups: How the training rows lie, where they are streamed.
     """
 
     name: str
-    images: Dataset
+    images: Images
     labels: np.ndarray
-    classes: tuple[Label, ...]
+    classes: Sequence[Label]
     fingerprint: str
     evaluation: Mapping[str, EvaluationSplit]
+    row_groups: RowGroups | None = None
 
 
 def check_domain_name(name: str) -> str:
@@ -140,25 +148,26 @@ def open_domain(name: str, spec: DomainSpec, seed: int = 0) -> Domain:
     """
     splits = _open_splits(name, spec, seed)
     train = _image_split(name, spec, splits[spec.train_split], spec.train_split).with_single_labels()
-    if isinstance(train.labels[0], list):
+    if train.labels.has_lists:
         raise ValueError(
             f"`domains.{name}.label_column` must hold one class for each training image. Got lists in "
             f"{spec.label_column!r}; only query and index splits may have several."
         )
-    classes, labels = np.unique(np.asarray(train.labels), return_inverse=True)
+    classes, labels = train.labels.positions_in_sorted()
     if len(classes) < 2:
         # Its loss would always be 0, and so would its weight once it is sampled by its loss.
         raise ValueError(
-            f"`domains.{name}.label_column` must hold at least two training classes. Got {classes.tolist()} in "
+            f"`domains.{name}.label_column` must hold at least two training classes. Got {list(classes)} in "
             f"{spec.label_column!r}; leave the domain out."
         )
     return Domain(
         name=name,
         images=train.images,
-        labels=labels.astype(np.int64),
-        classes=tuple(classes.tolist()),
+        labels=labels,
+        classes=classes,
         fingerprint=_fingerprint(train),
         evaluation=_evaluation_splits(name, spec, splits),
+        row_groups=_row_groups(train.images, spec),
     )
 
 
@@ -177,10 +186,25 @@ def open_image_splits(name: str, spec: DomainSpec) -> dict[str, ImageSplit]:
     return {split: _image_split(name, spec, dataset, split) for split, dataset in splits.items()}
 
 
+def encoded_bytes(image: Mapping[str, Any] | None) -> bytes:
+    """Gives the bytes of an undecoded image, from its file where the data has but a path.
+
+    Raises:
+        ValueError: If there is neither.
+        OSError: If the file cannot be read.
+    """
+    if image is not None and image["bytes"] is not None:
+        data: bytes = image["bytes"]
+        return data
+    if image is None or image["path"] is None:
+        raise ValueError("there is neither an image nor a path: leave the row out")
+    return Path(image["path"]).read_bytes()
+
+
 def with_images_as_classes(domain: Domain) -> Domain:
     """Makes each training image a class of its own, for training without labels (arXiv 1805.01978)."""
     num_images = len(domain.images)
-    return replace(domain, labels=np.arange(num_images, dtype=np.int64), classes=tuple(range(num_images)))
+    return replace(domain, labels=np.arange(num_images, dtype=np.int64), classes=range(num_images))
 
 
 def label_maps(domains: Mapping[str, Domain]) -> dict[str, Any]:
@@ -227,8 +251,9 @@ def check_label_maps(
                 )
 
 
-def _open_splits(name: str, spec: DomainSpec, seed: int) -> DatasetDict:
-    if spec.path.startswith(DEMO_PREFIX):
+def _open_splits(name: str, spec: DomainSpec, seed: int) -> Splits:
+    splits: Splits
+    if spec.path.startswith(DEMO_PREFIX) and not spec.streaming:
         splits = build_demo_domain(spec.path.removeprefix(DEMO_PREFIX), seed)
     else:
         try:
@@ -250,7 +275,9 @@ def _open_splits(name: str, spec: DomainSpec, seed: int) -> DatasetDict:
     return splits
 
 
-def _load_splits(spec: DomainSpec) -> DatasetDict:
+def _load_splits(spec: DomainSpec) -> Splits:
+    if spec.streaming:
+        return open_parquet_splits(spec.path, spec.name, spec.revision, spec.data_dir, spec.data_files)
     if (Path(spec.path) / "dataset_dict.json").is_file():
         return load_from_disk(spec.path)
     return load_dataset(
@@ -258,29 +285,44 @@ def _load_splits(spec: DomainSpec) -> DatasetDict:
     )
 
 
-def _image_split(name: str, spec: DomainSpec, dataset: Dataset, split: str) -> ImageSplit:
+def _image_split(name: str, spec: DomainSpec, rows: Dataset | ParquetSplit, split: str) -> ImageSplit:
     for field in ("image_column", "label_column"):
         column = getattr(spec, field)
-        if column not in dataset.column_names:
+        if column not in rows.column_names:
             raise ValueError(
-                f"`domains.{name}.{field}` must be a column of split {split!r}: {', '.join(dataset.column_names)}. "
+                f"`domains.{name}.{field}` must be a column of split {split!r}: {', '.join(rows.column_names)}. "
                 f"Got {column!r}."
             )
-    feature = dataset.features[spec.image_column]
+    feature = rows.features[spec.image_column]
     try:
-        images = dataset.select_columns([spec.image_column]).cast_column(spec.image_column, Image(decode=False))
+        images = _images(spec, rows)
+    except RowGroupError as error:
+        raise ValueError(f"`domains.{name}.streaming` must have {error}") from None
     except (pa.ArrowNotImplementedError, ValueError, TypeError):
         raise ValueError(
             f"`domains.{name}.image_column` must hold images. Got {getattr(feature, 'dtype', feature)} "
             f"in {spec.image_column!r}."
         ) from None
-    if spec.image_column != "image":
-        images = images.rename_column(spec.image_column, "image")
-    return ImageSplit(images, _labels(name, spec, dataset))
+    return ImageSplit(images, _labels(name, spec, rows))
 
 
-def _labels(name: str, spec: DomainSpec, dataset: Dataset) -> list[Any]:
-    column: pa.ChunkedArray = dataset.select_columns([spec.label_column]).with_format("arrow")[:][spec.label_column]
+def _images(spec: DomainSpec, rows: Dataset | ParquetSplit) -> Images:
+    if isinstance(rows, ParquetSplit):
+        return ParquetImages(rows, spec.image_column, spec.shuffle_window)
+    images = rows.select_columns([spec.image_column]).cast_column(spec.image_column, Image(decode=False))
+    return images if spec.image_column == "image" else images.rename_column(spec.image_column, "image")
+
+
+def _row_groups(images: Images, spec: DomainSpec) -> RowGroups | None:
+    return RowGroups(images.group_sizes, spec.shuffle_window) if isinstance(images, ParquetImages) else None
+
+
+def _labels(name: str, spec: DomainSpec, rows: Dataset | ParquetSplit) -> Labels:
+    column: pa.ChunkedArray
+    if isinstance(rows, ParquetSplit):
+        column = rows.read_column(spec.label_column)
+    else:
+        column = rows.select_columns([spec.label_column]).with_format("arrow")[:][spec.label_column]
     value_type = column.type.value_type if pa.types.is_list(column.type) else column.type
     if not (pa.types.is_integer(value_type) or pa.types.is_string(value_type) or pa.types.is_large_string(value_type)):
         raise ValueError(
@@ -292,14 +334,13 @@ def _labels(name: str, spec: DomainSpec, dataset: Dataset) -> list[Any]:
             f"`domains.{name}.label_column` must hold a label for every image. "
             f"Got {column.null_count} empty ones in {spec.label_column!r}."
         )
-    feature = dataset.features[spec.label_column]
+    feature = rows.features[spec.label_column]
     if pa.types.is_list(column.type):
         feature = feature.feature
-    labels = column.to_pylist()
-    return [feature.int2str(label) for label in labels] if isinstance(feature, ClassLabel) else labels
+    return Labels.from_arrow(column, feature.int2str if isinstance(feature, ClassLabel) else None)
 
 
-def _evaluation_splits(name: str, spec: DomainSpec, splits: DatasetDict) -> dict[str, EvaluationSplit]:
+def _evaluation_splits(name: str, spec: DomainSpec, splits: Splits) -> dict[str, EvaluationSplit]:
     evaluation = {}
     for kind, query, index in (
         ("validation", spec.validation_split, spec.validation_index_split),
@@ -313,19 +354,21 @@ def _evaluation_splits(name: str, spec: DomainSpec, splits: DatasetDict) -> dict
         )
         if split.index is None:
             split = replace(split, query=split.query.with_single_labels())
-        for searched in (split.index or split.query).labels:
-            if isinstance(searched, list):
-                raise ValueError(
-                    f"`domains.{name}.label_column` must hold one class for each image that is searched. Got lists in "
-                    f"split {index or query!r}; only queries may have several, and need `{kind}_index_split`."
-                )
+        if (split.index or split.query).labels.has_lists:
+            raise ValueError(
+                f"`domains.{name}.label_column` must hold one class for each image that is searched. Got lists in "
+                f"split {index or query!r}; only queries may have several, and need `{kind}_index_split`."
+            )
         evaluation[kind] = split
     return evaluation
 
 
 def _fingerprint(split: ImageSplit) -> str:
-    digest = hashlib.sha256(json.dumps(list(split.labels)).encode())
+    digest = split.labels.digest()
+    if isinstance(split.images, ParquetImages):
+        digest.update(split.images.digest().encode())
+        return digest.hexdigest()[:16]
     for row in np.linspace(0, len(split) - 1, num=min(len(split), 32), dtype=int):
-        image = split.images[int(row)]["image"]
-        digest.update(image["bytes"] if image["bytes"] is not None else str(Path(image["path"]).name).encode())
+        image = split.images[int(row)]["image"] or {"bytes": b"", "path": None}
+        digest.update(image["bytes"] if image["bytes"] is not None else Path(image["path"] or "").name.encode())
     return digest.hexdigest()[:16]

@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow.parquet as pq
 from datasets import Dataset
 
-from modeling_udon.data.domains import DomainSpec, open_image_splits
+from modeling_udon.data.domains import DomainSpec, encoded_bytes, open_image_splits
 from modeling_udon.data.prepare import Picture, Read
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"})
@@ -83,8 +83,7 @@ class DatasetReader:
     def __call__(self, path: str) -> bytes:
         """Gives an image's bytes."""
         split, _, row = path.rpartition("/")
-        image = self.images[split][int(row)]["image"]
-        return image["bytes"] if image["bytes"] is not None else Path(image["path"]).read_bytes()
+        return encoded_bytes(self.images[split][int(row)]["image"])
 
 
 def read_dataset(

@@ -5,7 +5,7 @@ logged. The state is the little that the past decides: steps taken, steps owed t
 since the last update.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,8 +14,8 @@ from torch.utils.data import Sampler
 
 STRATEGIES = ("dynamic", "round_robin", "balanced", "dataset_size", "fixed")
 
-# Keeps the generators of the order of domains and of the order of images apart.
-_ORDER_OF_DOMAINS, _ORDER_OF_IMAGES = 0, 1
+# Keeps the generators of what is drawn apart: domains, images, row groups, images inside a window.
+_ORDER_OF_DOMAINS, _ORDER_OF_IMAGES, _ORDER_OF_GROUPS, _ORDER_IN_WINDOW = 0, 1, 2, 3
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,63 @@ class BatchDraw:
     domain: str
     rows: np.ndarray
     positions: np.ndarray
+
+
+@dataclass(frozen=True)
+class RowGroups:
+    """How the rows of a streamed domain lie, and among how many of them its images are shuffled.
+
+    Attributes:
+        sizes: Rows of each row group, of shape `(num_groups,)`, in the order of the rows.
+        window: Least number of rows that are shuffled together.
+    """
+
+    sizes: np.ndarray
+    window: int
+
+
+class WindowShuffle:
+    """The order of one epoch of a streamed domain: row groups shuffled, then rows inside windows of row groups.
+
+    A row follows from its place in the epoch alone, as in a permutation of all rows, but the rows of neighbouring
+    places lie in few row groups.
+
+    Args:
+        groups: How the rows lie.
+        key: Seed, domain and epoch.
+    """
+
+    def __init__(self, groups: RowGroups, key: tuple[int, int, int]) -> None:
+        self._key = key
+        self._order = _generator(_ORDER_OF_GROUPS, *key).permutation(len(groups.sizes))
+        self._sizes = groups.sizes[self._order]
+        self._first_rows = (np.cumsum(groups.sizes) - groups.sizes)[self._order]
+        starts = np.cumsum(self._sizes) - self._sizes
+        # A group belongs to the window that its first row falls into.
+        first_groups = np.flatnonzero(np.diff(starts // groups.window, prepend=-1))
+        self._group_bounds = np.append(first_groups, len(starts))
+        self._starts = starts[first_groups]
+        self._window: tuple[int, np.ndarray] = (-1, starts[:0])
+
+    def rows(self, places: np.ndarray) -> np.ndarray:
+        """Rows at the given places of the epoch, of the same shape."""
+        windows = np.searchsorted(self._starts, places, side="right") - 1
+        rows = np.empty_like(places)
+        for window in np.unique(windows):
+            chosen = windows == window
+            rows[chosen] = self._rows_of(int(window))[places[chosen] - self._starts[window]]
+        return rows
+
+    def _rows_of(self, window: int) -> np.ndarray:
+        if self._window[0] != window:
+            groups = range(self._group_bounds[window], self._group_bounds[window + 1])
+            rows = np.concatenate([self._first_rows[group] + np.arange(self._sizes[group]) for group in groups])
+            self._window = (window, _generator(_ORDER_IN_WINDOW, *self._key, window).permutation(rows))
+        return self._window[1]
+
+
+def _generator(purpose: int, seed: int, *position: int) -> np.random.Generator:
+    return np.random.default_rng((seed, purpose, *position))
 
 
 def allocate_steps(weights: np.ndarray, num_steps: int, owed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -126,6 +183,7 @@ class DomainBatchSampler(Sampler[BatchDraw]):
         weights: Weight of each domain for strategy `"fixed"`.
         rank: This process's number.
         world_size: Number of processes, which share each batch equally.
+        row_groups: Of the domains that are streamed, how their rows lie; the others are shuffled as a whole.
 
     Raises:
         ValueError: If a domain has fewer images than a batch, the batch cannot be shared equally, or weights are
@@ -143,6 +201,7 @@ class DomainBatchSampler(Sampler[BatchDraw]):
         weights: Mapping[str, float] | None = None,
         rank: int = 0,
         world_size: int = 1,
+        row_groups: Mapping[str, RowGroups] | None = None,
     ) -> None:
         for name, size in sizes.items():
             if size < batch_size:
@@ -167,7 +226,8 @@ class DomainBatchSampler(Sampler[BatchDraw]):
         self._dynamic.weights = self._start_weights(weights)
         self._owed = np.zeros(len(self.names))
         self._batches_drawn = np.zeros(len(self.names), dtype=np.int64)
-        self._permutations: dict[int, tuple[int, np.ndarray]] = {}
+        self._row_groups = row_groups or {}
+        self._orders: dict[int, tuple[int, Callable[[np.ndarray], np.ndarray]]] = {}
         self._plan_interval()
 
     @property
@@ -267,7 +327,7 @@ class DomainBatchSampler(Sampler[BatchDraw]):
             self._owed_next = self._owed
             return
         counts, self._owed_next = allocate_steps(self._dynamic.weights, num_steps, self._owed)
-        generator = np.random.default_rng((self._seed, _ORDER_OF_DOMAINS, interval))
+        generator = _generator(_ORDER_OF_DOMAINS, self._seed, interval)
         self._order = generator.permutation(np.repeat(np.arange(len(self.names)), counts))
 
     def _draw(self, domain: int, batches_before: int) -> BatchDraw:
@@ -277,11 +337,16 @@ class DomainBatchSampler(Sampler[BatchDraw]):
         rows = np.empty_like(positions)
         for epoch in np.unique(epochs):
             chosen = epochs == epoch
-            rows[chosen] = self._permutation(domain, int(epoch))[offsets[chosen]]
+            rows[chosen] = self._order_of_epoch(domain, int(epoch))(offsets[chosen])
         return BatchDraw(self.names[domain], rows, positions)
 
-    def _permutation(self, domain: int, epoch: int) -> np.ndarray:
-        if self._permutations.get(domain, (-1,))[0] != epoch:
-            generator = np.random.default_rng((self._seed, _ORDER_OF_IMAGES, domain, epoch))
-            self._permutations[domain] = (epoch, generator.permutation(self._sizes[domain]))
-        return self._permutations[domain][1]
+    def _order_of_epoch(self, domain: int, epoch: int) -> Callable[[np.ndarray], np.ndarray]:
+        """Gives rows by their places in an epoch; one epoch of each domain is kept."""
+        if self._orders.get(domain, (-1,))[0] != epoch:
+            groups = self._row_groups.get(self.names[domain])
+            if groups is not None:
+                self._orders[domain] = (epoch, WindowShuffle(groups, (self._seed, domain, epoch)).rows)
+            else:
+                generator = _generator(_ORDER_OF_IMAGES, self._seed, domain, epoch)
+                self._orders[domain] = (epoch, generator.permutation(self._sizes[domain]).__getitem__)
+        return self._orders[domain][1]

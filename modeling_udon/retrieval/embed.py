@@ -1,18 +1,20 @@
 """Images become embeddings: by a model's student, teacher and backbone, or as raw pixels."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from datasets import Dataset
+from accelerate.utils import gather_object
 from PIL import Image
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, SequentialSampler
 from torch.utils.data import Subset as TorchSubset
 
-from modeling_udon.data.dataset import EvaluationDataset
+from modeling_udon.data.dataset import BrokenImage, EvaluationDataset, collate_images
+from modeling_udon.data.domains import Images
 from modeling_udon.data.transforms import ImageTransform, normalize
 from modeling_udon.data.workers import start_worker
 from modeling_udon.modeling_udon import UdonModel
@@ -32,47 +34,55 @@ class ImageEmbedder:
         batch_size: Images of one forward pass on each process.
         num_workers: Processes that decode images, for each process.
         accelerator: Says which device, and which share of the images, is this process's.
+        broken: Images that could not be read so far, the same on every process.
     """
 
     transform: ImageTransform
     batch_size: int
     num_workers: int
     accelerator: Accelerator
+    broken: list[BrokenImage] = field(default_factory=list)
 
     @torch.no_grad()
-    def __call__(self, images: Dataset, embed: Embed, name: str) -> dict[str, np.ndarray]:
+    def __call__(self, images: Images, embed: Embed, name: str, split: str = "") -> dict[str, np.ndarray]:
         """Embeds all images.
 
         Args:
             images: Undecoded images.
             embed: Takes pixels of shape `(batch_size, height, width, 3)`, uint8, on the device, and gives embeddings of
                 shape `(batch_size, dim)` by their kind.
-            name: What to call the data in an error.
+            name: Name of the domain.
+            split: What of it is embedded.
 
         Returns:
             For each kind, embeddings of shape `(num_images, dim)`, float32, in the order of the images, the same on
-            every process.
+            every process. Those of images that are added to `broken` mean nothing.
         """
         world, rank = self.accelerator.num_processes, self.accelerator.process_index
-        dataset = EvaluationDataset(images, self.transform, name)
+        dataset = EvaluationDataset(images, self.transform, name, split)
         # Every process takes as many, so that they can gather; what is taken twice is cut off at the end.
         rows = np.arange(rank, rank + world * -(-len(dataset) // world), world) % len(dataset)
-        loader: DataLoader[torch.Tensor] = DataLoader(
+        loader: DataLoader[Any] = DataLoader(
             TorchSubset(dataset, rows.tolist()),
             batch_size=self.batch_size,
             sampler=SequentialSampler(rows),
             num_workers=min(self.num_workers, -(-len(rows) // self.batch_size)),
             worker_init_fn=start_worker,
+            collate_fn=collate_images,
             pin_memory=self.accelerator.device.type == "cuda",
             # Its own: the default one draws from the global generator, which training must not notice.
             generator=torch.Generator(),
         )
         parts: dict[str, list[torch.Tensor]] = {}
-        for pixels in loader:
+        broken: list[BrokenImage] = []
+        for pixels, found in loader:
+            broken += found
             with self.accelerator.autocast():
                 embeds = embed(pixels.to(self.accelerator.device, non_blocking=True))
             for kind, values in embeds.items():
                 parts.setdefault(kind, []).append(values.float())
+        # What was taken twice is broken twice.
+        self.broken.extend(sorted(set(gather_object(broken)), key=lambda one: one.row))
         return {kind: self._gather(torch.cat(values), len(dataset)) for kind, values in parts.items()}
 
     def _gather(self, local: torch.Tensor, num_images: int) -> np.ndarray:

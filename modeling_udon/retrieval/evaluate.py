@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from modeling_udon.data.domains import Domain, EvaluationSplit, ImageSplit
+from modeling_udon.data.labels import Labels
 from modeling_udon.modeling_udon import UdonModel
 from modeling_udon.retrieval.embed import (
     Embed,
@@ -52,6 +53,7 @@ class SplitNeighbours:
             merged=score(self.merged, metrics),
             separate=score(self.separate, metrics),
             teachers=score(self.teachers, metrics) if self.teachers else None,
+            left_out={name: found.num_left_out for name, found in self.merged.items() if found.num_left_out},
         )
 
 
@@ -142,17 +144,40 @@ def embed_split(
         embedder: Runs the images through the embedding function.
         embed_for: Gives the embedding function of a domain.
     """
-    embedded = {}
+    embedded: EmbeddedSplit = {}
     for name, domain in domains_with(domains, split).items():
         images, embed = domain.evaluation[split], embed_for(name)
-        query = embedder(images.query.images, embed, name)
-        index = None if images.index is None else embedder(images.index.images, embed, name)
         query_labels, index_labels = integer_labels(images)
-        embedded[name] = {
-            kind: EmbeddedDomain(values, query_labels, None if index is None else index[kind], index_labels)
-            for kind, values in query.items()
-        }
+        query, query_rows = _embed_whole(images.query, embedder, embed, name, f"{split} query")
+        index, index_rows = None, None
+        if images.index is not None:
+            index, index_rows = _embed_whole(images.index, embedder, embed, name, f"{split} index")
+        num_images = len(images.query) + (0 if images.index is None else len(images.index))
+        for kind, values in query.items():
+            of_index = None if index is None else index[kind]
+            embedded.setdefault(name, {})[kind] = EmbeddedDomain(
+                values,
+                query_labels if query_rows is None else [query_labels[row] for row in query_rows],
+                of_index,
+                index_labels if index_labels is None or index_rows is None else index_labels[index_rows],
+                query_rows,
+                index_rows,
+                num_images - len(values) - (0 if of_index is None else len(of_index)),
+            )
     return embedded
+
+
+def _embed_whole(
+    images: ImageSplit, embedder: ImageEmbedder, embed: Embed, name: str, split: str
+) -> tuple[dict[str, np.ndarray], np.ndarray | None]:
+    """Embeds what can be read; gives its rows as well, `None` for all."""
+    num_broken = len(embedder.broken)
+    embeds = embedder(images.images, embed, name, split)
+    broken = [image.row for image in embedder.broken[num_broken:]]
+    if not broken:
+        return embeds, None
+    rows = np.setdiff1d(np.arange(len(images)), broken)
+    return {kind: values[rows] for kind, values in embeds.items()}, rows
 
 
 def search_split(
@@ -179,25 +204,27 @@ def choose_kind(embedded: EmbeddedSplit, kind: str) -> dict[str, EmbeddedDomain]
     return {name: kinds[kind] for name, kinds in embedded.items() if kind in kinds}
 
 
-def integer_labels(images: EvaluationSplit) -> tuple[list[list[int]] | np.ndarray, np.ndarray | None]:
+def integer_labels(images: EvaluationSplit) -> tuple[list[np.ndarray] | np.ndarray, np.ndarray | None]:
     """Numbers the classes of query and index set, whatever they are called."""
-    query, index = _label_lists(images.query), [] if images.index is None else _label_lists(images.index)
     numbers: dict[int | str, int] = {}
-    for label in (label for labels in (*query, *index) for label in labels):
-        numbers.setdefault(label, len(numbers))
-    query_numbers: list[list[int]] | np.ndarray = [[numbers[label] for label in labels] for labels in query]
-    if all(len(labels) == 1 for labels in query):
-        query_numbers = np.asarray(query_numbers).reshape(-1)
+    query = _numbered(images.query.labels, numbers)
     if images.index is None:
-        return query_numbers, None
-    return query_numbers, np.asarray([numbers[label] for labels in index for label in labels])
+        return query, None
+    index = _numbered(images.index.labels, numbers)
+    assert isinstance(index, np.ndarray), "what is searched has one label an image"
+    return query, index
+
+
+def _numbered(labels: Labels, numbers: dict[int | str, int]) -> list[np.ndarray] | np.ndarray:
+    """Numbers of each image's labels, after those in `numbers`, which takes up the new ones."""
+    of_codes = np.asarray([numbers.setdefault(name, len(numbers)) for name in labels.names], dtype=np.int64)
+    codes = of_codes[labels.codes]
+    if labels.starts is None or np.all(np.diff(labels.starts) == 1):
+        return codes
+    return np.split(codes, labels.starts[1:-1])
 
 
 def search_options(embedder: ImageEmbedder) -> dict[str, Any]:
     """Returns where `exact_search` runs: on the device that embeds, if that is a GPU."""
     device = embedder.accelerator.device
     return {"backend": "torch", "device": device} if device.type == "cuda" else {"backend": "faiss"}
-
-
-def _label_lists(split: ImageSplit) -> list[list[int | str]]:
-    return [label if isinstance(label, list) else [label] for label in split.labels]

@@ -62,16 +62,14 @@ def make_gallery(neighbours: Mapping[str, Neighbours], domains: Mapping[str, Dom
         domains: The opened domains.
         split: `"validation"` or `"test"`.
     """
-    gallery = {}
+    gallery: Gallery = {}
     for name, found in neighbours.items():
         images = domains[name].evaluation[split]
-        gallery[name] = [
-            GalleryRow(
-                Picture(make_thumbnail(images, "query", row, name), name, _label(images.query.labels[row])),
-                _pictures(found, row, domains, split),
-            )
-            for row in choose_queries(found)
-        ]
+        gallery[name] = []
+        for query in choose_queries(found):
+            row = found.query_row(query)
+            shown = Picture(make_thumbnail(images, "query", row, name), name, _label(images.query.labels[row]))
+            gallery[name].append(GalleryRow(shown, _pictures(found, query, domains, split)))
     return gallery
 
 

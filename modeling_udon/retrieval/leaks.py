@@ -4,13 +4,12 @@ import hashlib
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from datasets import Dataset
 
-from modeling_udon.data.domains import Domain, ImageSplit
+from modeling_udon.data.domains import Domain, ImageSplit, encoded_bytes
 from modeling_udon.data.transforms import decode_image
 from modeling_udon.retrieval.evaluate import domains_with
 
@@ -71,13 +70,13 @@ def _digests(images: Dataset, content: Content, pool: ThreadPoolExecutor, name: 
         yield from pool.map(partial(_digest, content=content, name=name), chunk, rows)
 
 
-def _digest(image: Mapping[str, Any], row: int, content: Content, name: str) -> bytes:
-    data = image["bytes"] if image["bytes"] is not None else Path(image["path"]).read_bytes()
-    if content == "bytes":
-        return hashlib.blake2b(data, digest_size=16).digest()
+def _digest(image: Mapping[str, Any] | None, row: int, content: Content, name: str) -> bytes:
     try:
+        data = encoded_bytes(image)
+        if content == "bytes":
+            return hashlib.blake2b(data, digest_size=16).digest()
         pixels = decode_image(data)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         raise ValueError(f"`domains.{name}` has a broken image in row {row}: {error}") from error
     shape = np.asarray(pixels.shape).tobytes()
     return hashlib.blake2b(shape + pixels.tobytes(), digest_size=16).digest()

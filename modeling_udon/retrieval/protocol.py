@@ -10,7 +10,7 @@ import platform
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TypedDict
@@ -43,12 +43,18 @@ class EmbeddedDomain:
         index_embeds: Of shape `(num_index, dim)`. `None`: the query set is the index, and each query is taken out of
             it by identity.
         index_labels: Of shape `(num_index,)`, `None` together with `index_embeds`.
+        query_rows: Rows of the queries in the data, ascending, where some could not be read; `None` for all rows.
+        index_rows: The same of the index.
+        num_left_out: Images of both that could not be read.
     """
 
     query_embeds: np.ndarray
     query_labels: QueryLabels
     index_embeds: np.ndarray | None = None
     index_labels: Integers | None = None
+    query_rows: np.ndarray | None = None
+    index_rows: np.ndarray | None = None
+    num_left_out: int = 0
 
 
 @dataclass(frozen=True)
@@ -63,6 +69,9 @@ class Neighbours:
         num_positives: Of shape `(num_queries,)`, the query itself left out.
         index_domains: The domains in the index, in the order of its rows.
         index_starts: Of shape `(num_domains,)`: the row at which each of them begins.
+        query_rows: As in `EmbeddedDomain`.
+        index_rows: The same of each domain in the index.
+        num_left_out: As in `EmbeddedDomain`.
     """
 
     ids: np.ndarray
@@ -72,14 +81,26 @@ class Neighbours:
     num_positives: np.ndarray
     index_domains: tuple[str, ...]
     index_starts: np.ndarray
+    query_rows: np.ndarray | None = None
+    index_rows: Mapping[str, np.ndarray] = field(default_factory=dict)
+    num_left_out: int = 0
+
+    def query_row(self, query: int) -> int:
+        """The row in the data of a query."""
+        return query if self.query_rows is None else int(self.query_rows[query])
 
     def locate(self) -> tuple[np.ndarray, np.ndarray]:
-        """Where each neighbour lies: its position in `index_domains` and its row in that domain's own index.
+        """Where each neighbour lies: its position in `index_domains` and the row in the data of that domain's index.
 
         Both have the shape of `ids`, and -1 where there is no neighbour.
         """
         domains = np.searchsorted(self.index_starts, self.ids, side="right") - 1
-        return domains, np.where(self.ids < 0, -1, self.ids - self.index_starts[domains])
+        rows = np.where(self.ids < 0, -1, self.ids - self.index_starts[domains])
+        for position, name in enumerate(self.index_domains):
+            if name in self.index_rows:
+                chosen = (domains == position) & (self.ids >= 0)
+                rows[chosen] = self.index_rows[name][rows[chosen]]
+        return domains, rows
 
 
 class Scores(TypedDict):
@@ -91,11 +112,15 @@ class Scores(TypedDict):
 
 @dataclass(frozen=True)
 class SplitScores:
-    """All scores of one split; the teachers are scored on the index of their own domain."""
+    """All scores of one split; the teachers are scored on the index of their own domain.
+
+    `left_out` counts the images of a domain that could not be read and are in no score.
+    """
 
     merged: Scores
     separate: Scores
     teachers: Scores | None = None
+    left_out: Mapping[str, int] = field(default_factory=dict)
 
 
 def search_merged(
@@ -115,6 +140,8 @@ def search_merged(
         ValueError: If a domain's arrays do not fit together or with those of the others, or a metric is unknown.
     """
     index_embeds, index_labels, index_starts, query_labels = _merge(domains)
+    searched = {name: d.query_rows if d.index_embeds is None else d.index_rows for name, d in domains.items()}
+    index_rows = {name: rows for name, rows in searched.items() if rows is not None}
     neighbours = {}
     for (name, domain), start in zip(domains.items(), index_starts, strict=True):
         own_rows = start + np.arange(len(domain.query_embeds)) if domain.index_embeds is None else None
@@ -122,7 +149,16 @@ def search_merged(
         depth = max(_depth(metric, num_positives) for metric in metrics)
         scores, ids = exact_search(domain.query_embeds, index_embeds, depth, exclude=own_rows, **search)
         neighbours[name] = Neighbours(
-            ids, scores, query_labels[name], index_labels, num_positives, tuple(domains), index_starts
+            ids,
+            scores,
+            query_labels[name],
+            index_labels,
+            num_positives,
+            tuple(domains),
+            index_starts,
+            domain.query_rows,
+            index_rows,
+            domain.num_left_out,
         )
     return neighbours
 
@@ -202,6 +238,7 @@ def build_results(
                 "merged": split.merged,
                 "separate": split.separate,
                 "teachers": split.teachers["domains"] if split.teachers else {},
+                **({"left_out": dict(split.left_out)} if split.left_out else {}),
             }
             for name, split in splits.items()
         },

@@ -32,7 +32,15 @@ def format_table(results: Mapping[str, Any], split: str = "test", model: str = "
     ]
     rule = "-" * len(lines[0])
     caption = f"{split} split, in percent" + ("; untrained and raw pixels on the merged index" if baseline else "")
-    return "\n".join([caption, "", *lines[:2], rule, *lines[2:-1], rule, lines[-1]])
+    note = format_left_out(results["splits"][split].get("left_out", {}))
+    return "\n".join([caption, "", *lines[:2], rule, *lines[2:-1], rule, lines[-1], *([note] if note else [])])
+
+
+def format_left_out(left_out: Mapping[str, int]) -> str:
+    """Says how many images of each domain are in no score, empty if all are."""
+    if not left_out:
+        return ""
+    return "broken images left out: " + ", ".join(f"{name} {count}" for name, count in left_out.items())
 
 
 def format_measurement(results: Mapping[str, Any], split: str, model: str = "student") -> str:

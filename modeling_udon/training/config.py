@@ -72,6 +72,8 @@ class DataConfig(Section):
     """Mean of each channel of images in 0..1; `null`: CLIP's for CLIP backbones, 0.5 elsewhere."""
     image_std: tuple[float, float, float] | None = None
     """Standard deviation of each channel; `null` as for `image_mean`."""
+    max_broken_share: float = Field(0.01, ge=0, lt=1)
+    """Share of the images drawn from a domain (of 1,000 at least) that may be broken and replaced; 0: not one."""
     num_workers: int = Field(2, ge=0)
     """Processes that decode images, for each training process."""
 

@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from tqdm import tqdm
 
 from modeling_udon.retrieval.protocol import Scores, SplitScores
+from modeling_udon.retrieval.tables import format_left_out
 from modeling_udon.training.files import sync, write_text
 
 
@@ -54,7 +55,7 @@ class Reporter:
         self._is_main = accelerator.is_main_process
         if self._is_main:
             # A run that starts anew measures its start again.
-            _keep_rows(self._path, step if step else -1, validates)
+            keep_rows(self._path, step if step else -1, validates)
         self._bar = tqdm(
             total=num_steps,
             initial=step,
@@ -92,7 +93,8 @@ class Reporter:
         """Shows where training is: beside the bar on a terminal, as a line in a log."""
         losses = " ".join(f"{_SHORT[name]} {value:.3f}" for name, value in values["losses"].items())
         weights = " ".join(f"{name} {weight:.2f}" for name, weight in values["weights"].items())
-        text = f"loss {values['loss']:.3f} ({losses}) | {values['images_per_second']:.0f} images/s | {weights}"
+        speed = f"{values['images_per_second']:.0f} images/s, {values['data_wait_share']:.0%} waiting for data"
+        text = f"loss {values['loss']:.3f} ({losses}) | {speed} | {weights}"
         if self._bar.disable:
             self.say(f"step {step}/{self._bar.total} | {text}")
         else:
@@ -116,7 +118,8 @@ def format_validation(step: int, scores: SplitScores, best: bool) -> str:
     """One line on a validation: mean and each domain's R@1 on the merged index, in percent."""
     by_domain = " ".join(f"{name} {100 * values['R@1']:.1f}" for name, values in scores.merged["domains"].items())
     mark = " (best)" if best else ""
-    return f"validation at step {step}: mean R@1 {100 * scores.merged['mean']['R@1']:.1f}{mark} | {by_domain}"
+    left_out = f" | {format_left_out(scores.left_out)}" if scores.left_out else ""
+    return f"validation at step {step}: mean R@1 {100 * scores.merged['mean']['R@1']:.1f}{mark} | {by_domain}{left_out}"
 
 
 def format_changes(before: Scores, after: Scores) -> str:
@@ -152,8 +155,14 @@ def _on_terminal() -> bool:
     return sys.stderr.isatty()
 
 
-def _keep_rows(path: Path, step: int, validates: bool) -> None:
-    """Drops rows that will be written again, and all from a row on that was cut short or damaged."""
+def keep_rows(path: Path, step: int, validates: bool = False) -> None:
+    """Drops rows that will be written again, and all from a row on that was cut short or damaged.
+
+    Args:
+        path: A file of rows of JSON, each with its `step`.
+        step: Step that the run goes on from.
+        validates: Whether the validation of that step will be written again.
+    """
     if not path.exists():
         return
     kept = []

@@ -7,7 +7,7 @@ from typing import Any
 from modeling_udon.training.config import ConfigError, PushConfig
 
 # What may differ when a run goes on: where it is told of, and how fast data comes.
-_FREE = {"output_dir", "train.shard_backbone", "data.num_workers", "eval.batch_size"}
+_FREE = {"output_dir", "train.shard_backbone", "data.num_workers", "data.max_broken_share", "eval.batch_size"}
 _FREE |= {"log.every", "log.trackers", "log.project"} | {f"push.{name}" for name in PushConfig.model_fields}
 # The sampler stands in the middle of a plan that it made of these.
 _FIXED = "sampling."

@@ -31,6 +31,7 @@ class RunFolder:
         best_weights: The best weights with teachers and prototypes.
         baseline: Scores before training.
         metrics: Progress, a row of JSON each.
+        broken: Images that could not be read, a row of JSON each.
         results: Scores of the test.
     """
 
@@ -42,6 +43,7 @@ class RunFolder:
         self.best_weights = self.checkpoints / "best" / "model.safetensors"
         self.baseline = self.path / "baseline.json"
         self.metrics = self.path / "metrics.jsonl"
+        self.broken = self.path / "broken.jsonl"
         self.results = self.path / "results.json"
         self._lock = RunLock(self.path)
         self._changes: Changes = {}

@@ -117,6 +117,7 @@ def make_sampler(config: TrainConfig, domains: Mapping[str, Domain], accelerator
             weights=config.sampling.weights,
             rank=accelerator.process_index,
             world_size=accelerator.num_processes,
+            row_groups={name: domain.row_groups for name, domain in domains.items() if domain.row_groups is not None},
         )
     except ValueError as error:
         raise ConfigError(str(error)) from None

@@ -34,6 +34,7 @@ from modeling_udon.retrieval.protocol import (
 )
 from modeling_udon.retrieval.report import write_report
 from modeling_udon.retrieval.tables import format_table
+from modeling_udon.training.broken import BrokenImages
 from modeling_udon.training.checkpoint import (
     BEST_FILE,
     CheckpointError,
@@ -44,6 +45,7 @@ from modeling_udon.training.checkpoint import (
 )
 from modeling_udon.training.config import ConfigError, TrainConfig
 from modeling_udon.training.config_file import dump_config
+from modeling_udon.training.data_wait import DataWait
 from modeling_udon.training.distillation import RelationalBank
 from modeling_udon.training.failures import TrainingError
 from modeling_udon.training.files import replaced_folder, write_text
@@ -102,7 +104,7 @@ def train(
             trainer.catch_up()
             for batch in trainer.batches():
                 losses = trainer.train_step(batch)
-                trainer.count_step(batch.domain, losses)
+                trainer.count_step(batch, losses)
                 if trainer.is_due(config.log.every):
                     trainer.log()
                 trainer.stop_if_asked()
@@ -153,16 +155,20 @@ class Trainer:
         self.best: dict[str, float] | None = None
         self._saved = 0
         self._validated: int | None = None
+        self._data_wait = DataWait(self.accelerator.device)
+        broken_before: dict[str, int] = {}
         self._window = LossWindow()
         self._pending: list[tuple[str, torch.Tensor]] = []
         self._prepare_processes()
         if checkpoint:
-            self._restore(checkpoint, allow)
+            broken_before = self._restore(checkpoint, allow).extra["broken"]
         self.idle_heads = IdleHeads(self.model, self._optimizer, config.optim, self.num_steps)
         self._on_main(lambda: self.folder.prepare(self.domains, overwrite, self.step))
         if checkpoint and self.best:
             self._restore_best(checkpoint)
         self.reporter = Reporter(config.run_dir, self.accelerator, self.num_steps, self.step, self._owes_validation)
+        share = config.data.max_broken_share
+        self.broken = BrokenImages(self.folder.broken, share, self.accelerator, broken_before, self.step)
         self._start_trackers()
         self._embedder = ImageEmbedder(
             EvalTransform(config.data.image_size, config.data.eval_antialias),
@@ -224,6 +230,7 @@ class Trainer:
             self.domains,
             training_transform(self.config.data),
             self.config.seed,
+            replace_broken=self.config.data.max_broken_share > 0,
         )
         loader: DataLoader[DomainBatch] = DataLoader(
             dataset,
@@ -239,7 +246,7 @@ class Trainer:
         self._clock = time.perf_counter()
         # One pass over the loader is one interval of the sampler: the weights change between two passes.
         while self.step < self.num_steps:
-            yield from loader
+            yield from self._data_wait.over(loader)
 
     def train_step(self, batch: DomainBatch) -> torch.Tensor:
         """Takes one optimiser step on one domain.
@@ -273,9 +280,10 @@ class Trainer:
         self._wrapped_optimizer.zero_grad(set_to_none=True)
         return losses
 
-    def count_step(self, domain: str, losses: torch.Tensor) -> None:
+    def count_step(self, batch: DomainBatch, losses: torch.Tensor) -> None:
         """Moves sampler and progress on by one step."""
-        self._pending.append((domain, losses))
+        self._pending.append((batch.domain, losses))
+        self.broken.collect(batch, self.step + 1)
         if self.sampler.ends_interval:
             self._flush_losses()
         new_interval = self.sampler.advance()
@@ -288,13 +296,17 @@ class Trainer:
     def log(self) -> None:
         """Tells the mean losses since the last time."""
         self._flush_losses()
+        self._count_broken()
         now = time.perf_counter()
         num_images = sum(self._window.counts.values()) * self.config.train.batch_size
         values = self._window.means(self.model.terms) | {
             "learning_rates": learning_rates(self.config.optim, self.step - 1, self.num_steps),
             "weights": self.sampler.weights,
             "images_per_second": num_images / (now - self._clock),
+            "data_wait_share": min(1.0, self._data_wait.take() / (now - self._clock)),
         }
+        if self.broken.counts:
+            values["broken_images"] = dict(self.broken.counts)
         self._window, self._clock = LossWindow(), now
         self.reporter.record(self.step, **values)
         self.reporter.show_progress(self.step, values)
@@ -315,6 +327,7 @@ class Trainer:
                 better = self.best is None or recall > self.best["R@1"]
                 self.reporter.say(format_validation(self.step, scores, better))
                 self.reporter.record(self.step, validation=_as_dict(scores))
+                self.broken.leave_out(self._embedder.broken, self.step)
             else:
                 recall, better = math.nan, self.step == self.num_steps
             if better:
@@ -327,6 +340,7 @@ class Trainer:
         """Writes a checkpoint."""
         started = time.perf_counter()
         self._flush_losses()
+        self._count_broken()
         if self.accelerator.is_main_process:
             self.reporter.sync()
         best_weights = self.folder.best_weights if self.best else None
@@ -347,6 +361,7 @@ class Trainer:
             with self.signals.interruptible():
                 found = search_model(self.model.udon, tested, "test", self._embedder, self.mean, self.std)
             scores = found.scores()
+            self.broken.leave_out(self._embedder.broken, self.step)
             baseline = json.loads(self.folder.baseline.read_text(encoding="utf-8"))
             results = build_results({"test": scores}, baseline=baseline, config=dump_config(self.config))
             results["analysis"] = {"test": analyse(found)}
@@ -414,9 +429,9 @@ class Trainer:
                 answer[0] = work()
             except (ConfigError, CheckpointError, FolderInUseError, OSError) as error:
                 answer[1] = error
-        found, error = broadcast_object_list(answer)
-        if error is not None:
-            raise error
+        found, fault = broadcast_object_list(answer)
+        if fault is not None:
+            raise fault
         return found
 
     def _measure_baselines(self) -> None:
@@ -432,12 +447,13 @@ class Trainer:
             "window": vars(self._window),
             "validated": self._validated,
             "processes": self.accelerator.num_processes,
+            "broken": self.broken.counts,
         }
         if self.accelerator.scaler is not None:
             extra["scaler"] = self.accelerator.scaler.state_dict()
         return TrainState(self.step, self.sampler.state_dict(), self.best, extra)
 
-    def _restore(self, checkpoint: Path, allow: Collection[str]) -> None:
+    def _restore(self, checkpoint: Path, allow: Collection[str]) -> TrainState:
         processes = self.accelerator.num_processes
         self._on_main(lambda: self.folder.check_unchanged(self.domains, checkpoint, processes, allow))
         check_weights(checkpoint, self.model)
@@ -453,11 +469,12 @@ class Trainer:
         self._window = LossWindow(**state.extra["window"])
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state.extra["scaler"])
+        return state
 
     def _restore_best(self, checkpoint: Path) -> None:
         """Takes back a best student that is of a later step than the checkpoint."""
         trained = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
-        self.model.load_state_dict(load_file(checkpoint / BEST_FILE))
+        load_weights(self.model, load_file(checkpoint / BEST_FILE))
         self._keep_best()
         self.model.load_state_dict(trained)
 
@@ -502,6 +519,11 @@ class Trainer:
             clip_gradients(parameters, max_norm)
         else:
             self.accelerator.clip_grad_norm_(parameters, max_norm)
+
+    def _count_broken(self) -> None:
+        size = self.config.train.batch_size
+        for line in self.broken.count({name: steps * size for name, steps in self.sampler.steps_by_domain.items()}):
+            self.reporter.say(line)
 
     def _flush_losses(self) -> None:
         """Brings the losses of the steps since the last time from the device, averaged over processes."""

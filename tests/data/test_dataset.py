@@ -8,7 +8,7 @@ import torch
 from datasets import Dataset, Features, Image
 from torch.utils.data import DataLoader
 
-from modeling_udon.data.dataset import EvaluationDataset, MultiDomainDataset, read_images
+from modeling_udon.data.dataset import EvaluationDataset, MultiDomainDataset, collate_images, read_images
 from modeling_udon.data.domains import Domain, DomainSpec, open_domain
 from modeling_udon.data.sampling import BatchDraw, DomainBatchSampler
 from modeling_udon.data.transforms import EvalTransform, TrainTransform, decode_image
@@ -66,8 +66,20 @@ def test_evaluation_items_are_the_rows_asked_for(domains: dict[str, Domain]) -> 
     dataset = EvaluationDataset(images, transform, "stripes")
     assert len(dataset) == 40
     items = dataset.__getitems__([7, 0])
-    for item, row in zip(items, (7, 0), strict=True):
+    for (item, broken), row in zip(items, (7, 0), strict=True):
+        assert broken is None
         assert np.array_equal(item.numpy(), transform(decode_image(read_bytes(domains["stripes"], row))))
+
+
+def test_a_broken_evaluation_image_is_black_and_said_to_be_broken(domains: dict[str, Domain]) -> None:
+    images = make_images(
+        [{"bytes": b"junk", "path": "a.png"}, {"bytes": read_bytes(domains["blobs"], 0), "path": None}]
+    )
+    pixels, broken = collate_images(
+        EvaluationDataset(images, EvalTransform(16), "cars", "test query").__getitems__([1, 0])
+    )
+    assert pixels.shape == (2, 16, 16, 3) and pixels[0].any() and not pixels[1].any()
+    assert [(one.domain, one.split, one.row, one.path) for one in broken] == [("cars", "test query", 0, "a.png")]
 
 
 def test_an_image_by_path_is_the_image_by_bytes(domains: dict[str, Domain], tmp_path: Path) -> None:

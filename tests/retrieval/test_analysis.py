@@ -10,6 +10,7 @@ from datasets import Dataset, Features, Image
 from PIL import Image as PILImage
 
 from modeling_udon.data.domains import Domain, EvaluationSplit, ImageSplit
+from modeling_udon.data.labels import Labels
 from modeling_udon.retrieval.analysis import (
     NO_NEIGHBOUR,
     bootstrap_intervals,
@@ -263,7 +264,7 @@ def encoded(pixels, image_format="PNG", **options):
 def image_split(images, labels):
     rows = [{"bytes": image, "path": None} for image in images]
     dataset = Dataset.from_dict({"image": rows}, features=Features({"image": Image(decode=False)}))
-    return ImageSplit(dataset, labels)
+    return ImageSplit(dataset, Labels.of(labels))
 
 
 def leaky_domains():

@@ -19,6 +19,7 @@ from transformers import ViTConfig, ViTModel
 
 from modeling_udon.data.dataset import read_images
 from modeling_udon.data.domains import Domain, DomainSpec, EvaluationSplit, ImageSplit, open_domain
+from modeling_udon.data.labels import Labels
 from modeling_udon.data.transforms import EvalTransform, image_processor, normalize
 from modeling_udon.modeling_udon import UdonModel
 from modeling_udon.retrieval.encoders import open_model, open_run, read_run
@@ -257,7 +258,8 @@ def test_embeddings_that_do_not_fit_are_refused(udon, config, tmp_path, change, 
 def test_embeddings_of_other_images_are_refused(tmp_path):
     rows = [{"bytes": b"", "path": f"/data/{name}.png"} for name in "abc"]
     images = Dataset.from_dict({"image": rows}, features=Features({"image": ImageFeature(decode=False)}))
-    domain = Domain("a", images, np.zeros(3), (0,), "", {"test": EvaluationSplit(ImageSplit(images, [0, 1, 1]), None)})
+    split = EvaluationSplit(ImageSplit(images, Labels.of([0, 1, 1])), None)
+    domain = Domain("a", images, np.zeros(3), (0,), "", {"test": split})
     (tmp_path / "a").mkdir()
 
     def read(*paths):

@@ -71,12 +71,14 @@ def test_progress_in_a_log_is_a_plain_line(tmp_path: Path, capsys: pytest.Captur
         "losses": {"student_classification": 2.0, "relational_distillation": 0.5},
         "weights": {"cars": 0.25, "sop": 0.75},
         "images_per_second": 123.4,
+        "data_wait_share": 0.256,
     }
     reporter = make_reporter(tmp_path, 0)
     reporter.show_progress(3, values)
     reporter.count_step()
     captured = capsys.readouterr()
     assert captured.out == (
-        "step 3/10 | loss 1.250 (student 2.000 relational 0.500) | 123 images/s | cars 0.25 sop 0.75\n"
+        "step 3/10 | loss 1.250 (student 2.000 relational 0.500) | 123 images/s, 26% waiting for data | "
+        "cars 0.25 sop 0.75\n"
     )
     assert captured.err == ""

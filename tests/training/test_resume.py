@@ -17,7 +17,7 @@ Run = Callable[..., Any]
 # Checkpoints come after steps 3, 6 and 9, logs every 2 and intervals of 4 steps: the checkpoint that both runs go on
 # from (3, then 9) lies within an interval of the sampler and within a window of the log.
 STOPS = (5, 10)
-TIMES = ("images_per_second",)
+TIMES = ("images_per_second", "data_wait_share")
 
 
 class Killed(Exception):
@@ -80,6 +80,26 @@ def test_a_killed_run_that_goes_on_equals_an_uninterrupted_one(
     whole = run_train(make_values(tmp_path / "whole", **changes))
     assert_same_runs(whole, run_with_kills(make_values(tmp_path / "resumed", **changes)))
     assert len(read_rows(whole)) == 6 + 4 + 2  # logs, validations with the start's, new weights
+
+
+def test_a_killed_run_on_streamed_domains_equals_an_uninterrupted_one(
+    make_values: Values, run_train: Run, run_with_kills: Run, tmp_path: Path
+) -> None:
+    streamed = {"streaming": True, "shuffle_window": 16}
+    changes = {f"domains__{name}__{key}": value for name in ("stripes", "blobs") for key, value in streamed.items()}
+    whole = run_train(make_values(tmp_path / "whole", data__num_workers=2, **changes))
+    assert_same_runs(whole, run_with_kills(make_values(tmp_path / "resumed", **changes)))
+
+
+def test_a_killed_run_over_broken_images_names_and_counts_what_an_uninterrupted_one_does(
+    make_values: Values, run_train: Run, run_with_kills: Run, tmp_path: Path, spoiled: Any
+) -> None:
+    changes = {"domains__blobs__path": str(spoiled.folder), "data__max_broken_share": 0.1}
+    whole = run_train(make_values(tmp_path / "whole", **changes))
+    resumed = run_with_kills(make_values(tmp_path / "resumed", data__num_workers=2, **changes))
+    assert_same_runs(whole, resumed)
+    named = (whole / "broken.jsonl").read_text()
+    assert (resumed / "broken.jsonl").read_text() == named and len(named.splitlines()) == 4 + 4 + 4
 
 
 def test_a_run_killed_before_its_first_checkpoint_starts_again(
