@@ -9,12 +9,13 @@ from typing import Any
 import gradio as gr
 import numpy as np
 
+from modeling_udon.data.files import read_file
+from modeling_udon.data.text import printable
 from modeling_udon.data.transforms import decode_image
 from modeling_udon.retrieval.ann import ImageIndex
 from modeling_udon.retrieval.models import EmbeddingModel
 from modeling_udon.retrieval.search import QueryResult, check_model, search_decoded
 from modeling_udon.retrieval.search_page import html_text, neighbour_list
-from modeling_udon.retrieval.shards import printable
 from modeling_udon.retrieval.sources import walk_images
 
 MAX_FILE_MEGABYTES = 20
@@ -235,7 +236,7 @@ def _read_picture(file: Path) -> np.ndarray:
     try:
         if file.stat().st_size > MAX_FILE_MEGABYTES * 2**20:
             raise ValueError(f"must be a file of at most {MAX_FILE_MEGABYTES} MB")
-        return decode_image(file.read_bytes())
+        return decode_image(read_file(file))
     except OSError as error:
         raise ValueError("must be uploaded again, since it is no longer there") from error
     except ValueError as error:

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -10,7 +9,9 @@ from datasets import Dataset
 from torch.utils.data import Dataset as TorchDataset
 
 from modeling_udon.data.domains import Domain
+from modeling_udon.data.files import read_file
 from modeling_udon.data.sampling import BatchDraw
+from modeling_udon.data.text import printable
 from modeling_udon.data.transforms import ImageTransform, RandomTransform, decode_image
 
 
@@ -94,9 +95,9 @@ def read_images(images: Dataset, rows: np.ndarray, name: str) -> list[np.ndarray
     decoded = []
     for row, image in zip(rows, images[rows.tolist()]["image"], strict=True):
         try:
-            data = image["bytes"] if image["bytes"] is not None else Path(image["path"]).read_bytes()
+            data = image["bytes"] if image["bytes"] is not None else read_file(image["path"])
             decoded.append(decode_image(data))
         except (ValueError, OSError) as error:
-            where = f" ({image['path']})" if image["path"] else ""
+            where = f" ({printable(image['path'])})" if image["path"] else ""
             raise BrokenImageError(f"`domains.{name}` has a broken image in row {row}{where}: {error}") from error
     return decoded

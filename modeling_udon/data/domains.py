@@ -3,14 +3,17 @@
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from datasets import ClassLabel, Dataset, DatasetDict, Image, load_dataset, load_from_disk
+from datasets import logging as datasets_logging
 from datasets.exceptions import DatasetsError
 from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
@@ -170,17 +173,43 @@ def open_image_splits(name: str, spec: DomainSpec) -> dict[str, ImageSplit]:
     """
     try:
         splits = _load_splits(spec)
-    except (ValueError, OSError, IndexError, DatasetsError) as error:
-        raise ValueError(
-            f"{name} must be a data set that opens. Got {spec.path!r}: {' '.join(str(error).split())}"
-        ) from error
+    except Exception as error:  # See `why_not_opened`.
+        raise ValueError(f"{name} must be a data set that opens. Got {spec.path!r}: {why_not_opened(error)}") from error
     return {split: _image_split(name, spec, dataset, split) for split, dataset in splits.items()}
+
+
+def why_not_opened(error: Exception) -> str:
+    """What `datasets` says of data that it cannot open, in one line; on damaged files it raises nearly every type."""
+    cause = error.__cause__ if isinstance(error, DatasetsError) and error.__cause__ else error
+    reason = " ".join(str(cause).split())
+    if "BatchSize must be greater than 0" in reason:
+        return "a Parquet file of it has no rows"
+    if isinstance(error, IndexError):
+        return "a split of it has no rows"
+    return reason[:300] or type(cause).__name__
 
 
 def with_images_as_classes(domain: Domain) -> Domain:
     """Makes each training image a class of its own, for training without labels (arXiv 1805.01978)."""
     num_images = len(domain.images)
     return replace(domain, labels=np.arange(num_images, dtype=np.int64), classes=tuple(range(num_images)))
+
+
+def find_known_classes(domain: Domain) -> list[str]:
+    """A line for each split that asks for classes which are trained on: its scores are not those of new classes."""
+    trained = set(domain.classes)
+    lines = []
+    for split, images in domain.evaluation.items():
+        queries = [set(label if isinstance(label, list) else [label]) for label in images.query.labels]
+        classes = set().union(*queries)
+        known = classes & trained
+        if known:
+            num_queries = sum(not query.isdisjoint(known) for query in queries)
+            lines.append(
+                f"`domains.{domain.name}`: {len(known):,} of {len(classes):,} classes of {split} are trained on as "
+                f"well ({num_queries:,} of {len(queries):,} queries)"
+            )
+    return lines
 
 
 def label_maps(domains: Mapping[str, Domain]) -> dict[str, Any]:
@@ -228,10 +257,9 @@ def _open_splits(name: str, spec: DomainSpec, seed: int) -> DatasetDict:
     else:
         try:
             splits = _load_splits(spec)
-        except (ValueError, OSError, IndexError, DatasetsError) as error:  # IndexError: a saved set without rows.
-            reason = " ".join(str(error).split())
+        except Exception as error:  # See `why_not_opened`.
             raise ValueError(
-                f"`domains.{name}.path` must be a data set that opens. Got {spec.path!r}: {reason}"
+                f"`domains.{name}.path` must be a data set that opens. Got {spec.path!r}: {why_not_opened(error)}"
             ) from error
     wanted = {
         field: getattr(spec, field)
@@ -248,9 +276,21 @@ def _open_splits(name: str, spec: DomainSpec, seed: int) -> DatasetDict:
 def _load_splits(spec: DomainSpec) -> DatasetDict:
     if (Path(spec.path) / "dataset_dict.json").is_file():
         return load_from_disk(spec.path)
-    return load_dataset(
-        spec.path, name=spec.name, revision=spec.revision, data_dir=spec.data_dir, data_files=spec.data_files
-    )
+    with _without_log():
+        return load_dataset(
+            spec.path, name=spec.name, revision=spec.revision, data_dir=spec.data_dir, data_files=spec.data_files
+        )
+
+
+@contextmanager
+def _without_log() -> Iterator[None]:
+    # What `datasets` logs of a damaged file, it raises as well.
+    verbosity = datasets_logging.get_verbosity()
+    datasets_logging.set_verbosity(datasets_logging.CRITICAL)
+    try:
+        yield
+    finally:
+        datasets_logging.set_verbosity(verbosity)
 
 
 def _image_split(name: str, spec: DomainSpec, dataset: Dataset, split: str) -> ImageSplit:
@@ -261,6 +301,8 @@ def _image_split(name: str, spec: DomainSpec, dataset: Dataset, split: str) -> I
                 f"`domains.{name}.{field}` must be a column of split {split!r}: {', '.join(dataset.column_names)}. "
                 f"Got {column!r}."
             )
+    if len(dataset) == 0:
+        raise ValueError(f"`domains.{name}` must hold images in every split that is used. Got {split!r} with none.")
     feature = dataset.features[spec.image_column]
     try:
         images = dataset.select_columns([spec.image_column]).cast_column(spec.image_column, Image(decode=False))
@@ -269,6 +311,13 @@ def _image_split(name: str, spec: DomainSpec, dataset: Dataset, split: str) -> I
             f"`domains.{name}.image_column` must hold images. Got {getattr(feature, 'dtype', feature)} "
             f"in {spec.image_column!r}."
         ) from None
+    column: pa.ChunkedArray = images.data[spec.image_column]
+    missing = pc.and_(*(pc.is_null(pc.struct_field(column, part)) for part in ("bytes", "path")))
+    if empty := pc.sum(missing).as_py():
+        raise ValueError(
+            f"`domains.{name}.image_column` must hold an image in every row. Got {empty:,} empty ones in "
+            f"{spec.image_column!r} of split {split!r}."
+        )
     if spec.image_column != "image":
         images = images.rename_column(spec.image_column, "image")
     return ImageSplit(images, _labels(name, spec, dataset))
@@ -291,7 +340,15 @@ def _labels(name: str, spec: DomainSpec, dataset: Dataset) -> list[Any]:
     if pa.types.is_list(column.type):
         feature = feature.feature
     labels = column.to_pylist()
-    return [feature.int2str(label) for label in labels] if isinstance(feature, ClassLabel) else labels
+    if not isinstance(feature, ClassLabel):
+        return labels
+    for label in {label for of_image in labels for label in (of_image if isinstance(of_image, list) else [of_image])}:
+        if not 0 <= label < feature.num_classes:
+            raise ValueError(
+                f"`domains.{name}.label_column` must hold classes of its ClassLabel, 0 to {feature.num_classes - 1}. "
+                f"Got {label} in {spec.label_column!r}."
+            )
+    return [feature.int2str(label) for label in labels]
 
 
 def _evaluation_splits(name: str, spec: DomainSpec, splits: DatasetDict) -> dict[str, EvaluationSplit]:

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 from datasets import Dataset
 
 from modeling_udon.data.domains import DomainSpec, open_image_splits
+from modeling_udon.data.files import read_file
 from modeling_udon.data.prepare import Picture, Read
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"})
@@ -84,7 +85,7 @@ class DatasetReader:
         """Gives an image's bytes."""
         split, _, row = path.rpartition("/")
         image = self.images[split][int(row)]["image"]
-        return image["bytes"] if image["bytes"] is not None else Path(image["path"]).read_bytes()
+        return image["bytes"] if image["bytes"] is not None else read_file(image["path"])
 
 
 def read_dataset(
@@ -171,7 +172,7 @@ def drop_duplicates(
         for picture in pictures:
             try:
                 digest = hashlib.sha256(read(picture.path)).hexdigest()
-            except OSError:  # It is named when it is to be written.
+            except (OSError, ValueError):  # It is named when it is to be written.
                 digest = picture.path
             known_split, known_label, known_path = first.setdefault(digest, (split, picture.label, picture.path))
             # Query and index of one test may share pictures: the benchmark's own choice.

@@ -4,13 +4,13 @@ import hashlib
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from datasets import Dataset
 
 from modeling_udon.data.domains import Domain, ImageSplit
+from modeling_udon.data.files import read_file
 from modeling_udon.data.transforms import decode_image
 from modeling_udon.retrieval.evaluate import domains_with
 
@@ -72,7 +72,7 @@ def _digests(images: Dataset, content: Content, pool: ThreadPoolExecutor, name: 
 
 
 def _digest(image: Mapping[str, Any], row: int, content: Content, name: str) -> bytes:
-    data = image["bytes"] if image["bytes"] is not None else Path(image["path"]).read_bytes()
+    data = image["bytes"] if image["bytes"] is not None else read_file(image["path"])
     if content == "bytes":
         return hashlib.blake2b(data, digest_size=16).digest()
     try:
