@@ -177,11 +177,11 @@ def _embed(arguments: argparse.Namespace) -> None:
     from modeling_udon.retrieval.embed_files import EmbedOptions, embed_source
     from modeling_udon.retrieval.sources import SourceSpec
 
-    what = ("source", "name", "split", "data_revision", "image_column", "columns", "domain", "domain_from_folder")
-    what += ("allow_outside",)
+    what = ("source", "allow_outside", "domain", "domain_from_folder")
+    of_data = ("name", "split", "data_revision", "image_column", "columns")
     how = ("thumbnails", "batch_size", "num_workers", "mixed_precision", "shard_size")
     embed_source(
-        SourceSpec(**_chosen(arguments, *what)),
+        SourceSpec(**_chosen(arguments, *what, *of_data)),
         _model(arguments),
         arguments.out,
         EmbedOptions(**_chosen(arguments, *how)),
@@ -348,6 +348,13 @@ def _add_app(verbs: Any) -> None:
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on, 0.0.0.0 for all; default: 127.0.0.1")
     parser.add_argument("--port", type=_positive, default=7860, metavar="N", help="default: 7860")
     parser.add_argument("--share", action="store_true", help="open a public link to this machine")
+    parser.add_argument(
+        "--requests-per-minute",
+        type=_natural,
+        default=120,
+        metavar="N",
+        help="uploads and searches of one address, 0 for any number; default: 120",
+    )
 
 
 def _app(arguments: argparse.Namespace) -> None:
@@ -360,7 +367,8 @@ def _app(arguments: argparse.Namespace) -> None:
         second = argparse.Namespace(**vars(arguments) | {"model": arguments.model2, "revision": arguments.revision2})
         sides.append(open_side(arguments.index2, lambda: _model(second)))
     page = make_page(sides, examples)
-    _say(f"the page is at {start(page, arguments.host, arguments.port, arguments.share)}, until Ctrl+C")
+    address = start(page, **_chosen(arguments, "host", "port", "share", "requests_per_minute"))
+    _say(f"the page is at {address}, until Ctrl+C")
     page.block_thread()
 
 

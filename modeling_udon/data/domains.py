@@ -311,8 +311,8 @@ def _image_split(name: str, spec: DomainSpec, dataset: Dataset, split: str) -> I
             f"`domains.{name}.image_column` must hold images. Got {getattr(feature, 'dtype', feature)} "
             f"in {spec.image_column!r}."
         ) from None
-    column: pa.ChunkedArray = images.data[spec.image_column]
-    missing = pc.and_(*(pc.is_null(pc.struct_field(column, part)) for part in ("bytes", "path")))
+    stored: pa.ChunkedArray = images.data[spec.image_column]
+    missing = pc.and_(*(pc.is_null(pc.struct_field(stored, part)) for part in ("bytes", "path")))
     if empty := pc.sum(missing).as_py():
         raise ValueError(
             f"`domains.{name}.image_column` must hold an image in every row. Got {empty:,} empty ones in "

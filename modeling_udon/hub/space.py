@@ -109,7 +109,8 @@ def make_space(
         force: Whether a Space in the folder is replaced.
 
     Raises:
-        ValueError: If the folder holds a Space that is not to be replaced, or other files, or a model does not open or is not its index's.
+        ValueError: If the folder holds a Space that is not to be replaced, or other files, or a model does not open or
+            is not its index's.
     """
     target = Path(folder)
     _check_target(target, force)

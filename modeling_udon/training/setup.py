@@ -21,6 +21,7 @@ from modeling_udon.data.transforms import (
     TrainTransform,
 )
 from modeling_udon.modeling_udon import UdonModel
+from modeling_udon.retrieval.models import check_remote_code
 from modeling_udon.training.config import ConfigError, DataConfig, ModelConfig, TrainConfig
 from modeling_udon.training.distillation import UdonForDistillation
 from modeling_udon.training.frozen import FrozenTeachers, load_frozen_teachers
@@ -143,6 +144,7 @@ def _build_udon(model: ModelConfig, sizes: dict[str, object]) -> UdonModel:
         return UdonModel(
             UdonConfig(backbone_config=values, attn_implementation=model.attn_implementation, **sizes)  # type: ignore[arg-type]
         )
+    check_remote_code(model.backbone, model.revision, model.trust_remote_code)
     backbone = AutoModel.from_pretrained(
         model.backbone,
         revision=model.revision,
