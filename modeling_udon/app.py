@@ -29,6 +29,8 @@ MAX_EXAMPLES = 12
 _SHOWN_SUFFIXES = frozenset((".jpg", ".jpeg", ".jfif", ".png", ".webp", ".gif", ".bmp", ".avif"))
 _SECONDS_KEPT = 3600
 _MOST_WAITING = 64
+# Gradio remembers the last answer of each, 60 KiB of ten thousand visitors by default; the page needs none of them.
+_MOST_SESSIONS = 128
 
 _HINT = '<p class="udon-hint">The images most like your picture will appear here.</p>'
 # The page's own fonts would come from elsewhere; those of the system are there already.
@@ -251,6 +253,7 @@ def start(
             footer_links=[],
             max_file_size=f"{MAX_FILE_MEGABYTES}mb",
             app_kwargs={"middleware": limits},
+            state_session_capacity=_MOST_SESSIONS,
             ssr_mode=False,
             prevent_thread_lock=True,
         )

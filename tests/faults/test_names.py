@@ -22,6 +22,7 @@ from modeling_udon.cli import make_parser
 from modeling_udon.data.dataset import BrokenImageError, read_images
 from modeling_udon.data.files import lies_in, read_file
 from modeling_udon.data.text import printable, table_cell
+from modeling_udon.hub.card import describe_domains
 from modeling_udon.retrieval.search_page import html_text
 
 ANSI = "\x1b[2J\x1b]0;owned\x07"
@@ -57,6 +58,12 @@ def test_text_from_data_makes_no_element_in_a_page(text: str) -> None:
     page = Elements()
     page.feed(f'<p title="{html_text(text)}">{html_text(text)}</p>')
     assert page.found == ["p", "title"]
+
+
+def test_a_licence_of_a_data_set_stays_in_its_cell_of_the_card() -> None:
+    hostile = "mit | <img src=x onerror=alert(1)>\n# Title"
+    (domain,) = describe_domains({"cars": {"path": "org/cars"}}, {"org/cars": hostile})
+    assert not re.search(r"[|<>\n]", domain["licence"]) and domain["licence"].startswith("mit ")
 
 
 @pytest.fixture
