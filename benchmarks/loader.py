@@ -3,7 +3,9 @@
 All three take the same JPEGs (noise with the spectrum of natural pictures, quality 90) through two workers each, in
 turns: ours decodes, resizes, crops, flips and normalises; the stock way does the same; the bare decoder decodes bytes
 that lie in memory and throws the pixels away. Ratios of images a second and, less troubled by what else the machine
-does, of processor time are medians over the rounds. Linux only. Run by hand: `python benchmarks/loader.py [--json FILE]`.
+does, of processor time are medians over the rounds. Linux only.
+
+    python benchmarks/loader.py [--json FILE]
 """
 
 import argparse
@@ -202,7 +204,8 @@ def main() -> None:
             levels = found["grey_levels"]
             print(
                 f"  grey levels of 255 from bilinear without antialias: ours {levels['ours']['mean']:.2f} in the mean, "
-                f"{levels['ours']['max']:.1f} at most; Pillow {levels['stock']['mean']:.2f}, {levels['stock']['max']:.1f}"
+                f"{levels['ours']['max']:.1f} at most; Pillow {levels['stock']['mean']:.2f}, "
+                f"{levels['stock']['max']:.1f}"
             )
     results["ratio"] = min(
         found[f"ours_over_{o}"] / target for found in results.values() for o, target in TARGETS.items()

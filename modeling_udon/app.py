@@ -1,5 +1,6 @@
 """`udon app`: a page on which one drops a picture and sees the nearest images of an index, or of two side by side."""
 
+import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -8,13 +9,16 @@ from typing import Any
 
 import gradio as gr
 import numpy as np
+from gradio.utils import get_upload_folder
 
+from modeling_udon.data.files import lies_in, read_file
+from modeling_udon.data.text import printable
 from modeling_udon.data.transforms import decode_image
+from modeling_udon.limits import Middleware, RateLimit
 from modeling_udon.retrieval.ann import ImageIndex
 from modeling_udon.retrieval.models import EmbeddingModel
 from modeling_udon.retrieval.search import QueryResult, check_model, search_decoded
 from modeling_udon.retrieval.search_page import html_text, neighbour_list
-from modeling_udon.retrieval.shards import printable
 from modeling_udon.retrieval.sources import walk_images
 
 MAX_FILE_MEGABYTES = 20
@@ -25,6 +29,8 @@ MAX_EXAMPLES = 12
 _SHOWN_SUFFIXES = frozenset((".jpg", ".jpeg", ".jfif", ".png", ".webp", ".gif", ".bmp", ".avif"))
 _SECONDS_KEPT = 3600
 _MOST_WAITING = 64
+# Gradio remembers the last answer of each, 60 KiB of ten thousand visitors by default; the page needs none of them.
+_MOST_SESSIONS = 128
 
 _HINT = '<p class="udon-hint">The images most like your picture will appear here.</p>'
 # The page's own fonts would come from elsewhere; those of the system are there already.
@@ -89,7 +95,8 @@ def open_side(index: str | os.PathLike[str], load: Callable[[], EmbeddingModel],
     Args:
         index: Folder that `udon index` wrote.
         load: Loads the model, once the index is known to be one.
-        title: What the page calls the model; by default its folder or Hub id.
+        title: What the page calls the model; by default its Hub id, or the last two names of its folder, since the
+            others are nobody's business.
 
     Raises:
         ValueError: If the index is none, or was made with another model.
@@ -97,7 +104,10 @@ def open_side(index: str | os.PathLike[str], load: Callable[[], EmbeddingModel],
     opened = ImageIndex(index)
     model = load()
     check_model(opened, model)
-    return Side(title or model.name, model, opened)
+    if title is None:
+        folder = Path(model.name)
+        title = "/".join(folder.resolve().parts[-2:]) if folder.is_dir() else model.name
+    return Side(title, model, opened)
 
 
 def find_examples(folder: str | os.PathLike[str]) -> list[Path]:
@@ -131,8 +141,8 @@ def make_page(sides: Sequence[Side], examples: Sequence[Path] = ()) -> gr.Blocks
     domains = sorted({domain for side in sides for domain in side.index.domains()})
     most = min(MAX_NEIGHBOURS, max(side.index.about.num_images for side in sides))
 
-    def search(picture: dict[str, Any] | None, domain: str | None, k: float) -> str:
-        return answer(sides, None if picture is None else picture["path"], domain, k)
+    def search(picture: Any, domain: Any, k: Any) -> str:
+        return answer_request(sides, picture, domain, k)
 
     # Pictures that people brought are deleted: each hour those that are older than one.
     with gr.Blocks(
@@ -172,6 +182,22 @@ def make_page(sides: Sequence[Side], examples: Sequence[Path] = ()) -> gr.Blocks
     return page
 
 
+def answer_request(sides: Sequence[Side], picture: Any, domain: Any, k: Any) -> str:
+    """As `answer`, for values that may be anything: programs can ask too.
+
+    Args:
+        sides: The models with their indexes.
+        picture: The uploaded file as Gradio describes it; `None` while there is none.
+        domain: A domain's name, empty or `None` for all.
+        k: Neighbours to show.
+    """
+    is_picture = picture is None or (isinstance(picture, dict) and _is_upload(picture.get("path")))
+    is_number = isinstance(k, int | float) and math.isfinite(k)
+    if not is_picture or not isinstance(domain, str | None) or not is_number:
+        return _note("This request cannot be read.", "Send an uploaded picture, a domain or nothing, and a number.")
+    return answer(sides, None if picture is None else picture["path"], domain, k)
+
+
 def answer(sides: Sequence[Side], file: str | os.PathLike[str] | None, domain: str | None, k: float) -> str:
     """What the page shows for a picture, as HTML: its neighbours in each index, or why there are none.
 
@@ -192,7 +218,13 @@ def answer(sides: Sequence[Side], file: str | os.PathLike[str] | None, domain: s
     return f'<div class="udon-results{" two" if len(sides) > 1 else ""}">\n{sections}\n</div>'
 
 
-def start(page: gr.Blocks, host: str | None = None, port: int | None = None, share: bool = False) -> str:
+def start(
+    page: gr.Blocks,
+    host: str | None = None,
+    port: int | None = None,
+    share: bool = False,
+    requests_per_minute: int = 0,
+) -> str:
     """Starts to serve the page and returns its address; `page.block_thread()` then waits until it is interrupted.
 
     Args:
@@ -200,6 +232,7 @@ def start(page: gr.Blocks, host: str | None = None, port: int | None = None, sha
         host: Address to listen on; by default what the environment says, as on a Space, else this machine only.
         port: Port to listen on; by default what the environment says, else the first free one from 7860 on.
         share: Whether to open a public link to this machine.
+        requests_per_minute: Uploads and searches that one address may send in a minute; 0 for any number.
 
     Raises:
         OSError: If the port is taken, or there is no public link to be had.
@@ -208,6 +241,7 @@ def start(page: gr.Blocks, host: str | None = None, port: int | None = None, sha
         primary_hue="blue", neutral_hue="zinc", font=_FONTS, font_mono=("ui-monospace", "monospace")
     )
     page.queue(max_size=_MOST_WAITING)
+    limits = [Middleware(RateLimit, (), {"per_minute": requests_per_minute})] if requests_per_minute else []
     try:
         _, local, public = page.launch(
             server_name=host,
@@ -218,6 +252,8 @@ def start(page: gr.Blocks, host: str | None = None, port: int | None = None, sha
             quiet=True,
             footer_links=[],
             max_file_size=f"{MAX_FILE_MEGABYTES}mb",
+            app_kwargs={"middleware": limits},
+            state_session_capacity=_MOST_SESSIONS,
             ssr_mode=False,
             prevent_thread_lock=True,
         )
@@ -230,12 +266,17 @@ def start(page: gr.Blocks, host: str | None = None, port: int | None = None, sha
     return public or local
 
 
+def _is_upload(path: Any) -> bool:
+    # Gradio checks this only of what a program describes as a file in full.
+    return isinstance(path, str) and "\0" not in path and lies_in(os.path.realpath(path), get_upload_folder())
+
+
 def _read_picture(file: Path) -> np.ndarray:
     """Decodes a picture; the messages of its errors go on from "it"."""
     try:
         if file.stat().st_size > MAX_FILE_MEGABYTES * 2**20:
             raise ValueError(f"must be a file of at most {MAX_FILE_MEGABYTES} MB")
-        return decode_image(file.read_bytes())
+        return decode_image(read_file(file))
     except OSError as error:
         raise ValueError("must be uploaded again, since it is no longer there") from error
     except ValueError as error:

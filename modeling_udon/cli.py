@@ -8,6 +8,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
 
+from modeling_udon.data.text import printable
+
 INDEX_KINDS = ("auto", "flat", "ivf", "hnsw", "pq", "ivfpq", "sq8", "binary")
 CONVERT_FORMATS = ("augreg", "clip-npy", "flax")
 EXPORT_FORMATS = ("sentence-transformers", "native", "onnx")
@@ -66,6 +68,7 @@ def _add_prepare(verbs: Any) -> None:
     uned.add_argument("--info-files", required=True, metavar="FOLDER", help="holds DOMAIN/SPLIT.json")
     uned.add_argument("--images", required=True, metavar="FOLDER", help="that the paths in them start from")
     uned.add_argument("--domains", nargs="+", default=[], metavar="NAME", help="which of them; default: all")
+    _add_allow_outside(uned, "the info files name outside of --images")
     own = {
         "folder": (
             "prepare a domain from a folder with a folder a class",
@@ -86,6 +89,7 @@ def _add_prepare(verbs: Any) -> None:
         parser.add_argument("--test", type=_fraction, default=0.2, metavar="R", help="share of classes; default: 0.2")
         if kind == "csv":
             parser.add_argument("--images", metavar="FOLDER", help="that paths start from; default: the table's folder")
+            _add_allow_outside(parser, "the table names outside of --images")
         if kind == "hub":
             parser.add_argument("--config", metavar="NAME", help="configuration of the data set")
             parser.add_argument("--revision", help="commit, tag or branch on the Hub")
@@ -110,6 +114,7 @@ def _prepare_uned(arguments: argparse.Namespace) -> None:
         arguments.domains,
         sys.stderr.isatty(),
         _say,
+        arguments.allow_outside,
     )
 
 
@@ -118,7 +123,7 @@ def _prepare_own(arguments: argparse.Namespace) -> None:
     from modeling_udon.data.prepare_verb import OwnData, prepare_own
 
     of_kind = {
-        "csv": ["images", "path_column", "label_column", "split_column"],
+        "csv": ["images", "path_column", "label_column", "split_column", "allow_outside"],
         "hub": ["config", "revision", "image_column", "label_column"],
     }
     values = _chosen(arguments, "seed", "validation", "test", *of_kind.get(arguments.kind, []))
@@ -158,6 +163,7 @@ def _add_embed(verbs: Any) -> None:
     parser.add_argument(
         "--thumbnails", action="store_true", help="keep small JPEGs, so that search can show images from anywhere"
     )
+    _add_allow_outside(parser, "a list file names outside of its own folder")
     parser.add_argument("--batch-size", type=_positive, default=64, metavar="N", help="default: 64")
     parser.add_argument(
         "--num-workers", type=_natural, metavar="N", help="processes that decode; default: a core each but one"
@@ -171,10 +177,11 @@ def _embed(arguments: argparse.Namespace) -> None:
     from modeling_udon.retrieval.embed_files import EmbedOptions, embed_source
     from modeling_udon.retrieval.sources import SourceSpec
 
-    what = ("source", "name", "split", "data_revision", "image_column", "columns", "domain", "domain_from_folder")
+    what = ("source", "allow_outside", "domain", "domain_from_folder")
+    of_data = ("name", "split", "data_revision", "image_column", "columns")
     how = ("thumbnails", "batch_size", "num_workers", "mixed_precision", "shard_size")
     embed_source(
-        SourceSpec(**_chosen(arguments, *what)),
+        SourceSpec(**_chosen(arguments, *what, *of_data)),
         _model(arguments),
         arguments.out,
         EmbedOptions(**_chosen(arguments, *how)),
@@ -247,7 +254,7 @@ def _search(arguments: argparse.Namespace) -> None:
         batch_size=arguments.batch_size,
         warn=_warn,
     )
-    print(json.dumps(results.to_json(), indent=2) if arguments.json else format_results(results))
+    _say(json.dumps(results.to_json(), indent=2) if arguments.json else format_results(results))
     if arguments.html is not None:
         write_page(arguments.html, results)
         _warn(f"wrote {arguments.html}")
@@ -341,6 +348,13 @@ def _add_app(verbs: Any) -> None:
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on, 0.0.0.0 for all; default: 127.0.0.1")
     parser.add_argument("--port", type=_positive, default=7860, metavar="N", help="default: 7860")
     parser.add_argument("--share", action="store_true", help="open a public link to this machine")
+    parser.add_argument(
+        "--requests-per-minute",
+        type=_natural,
+        default=120,
+        metavar="N",
+        help="uploads and searches of one address, 0 for any number; default: 120",
+    )
 
 
 def _app(arguments: argparse.Namespace) -> None:
@@ -353,7 +367,8 @@ def _app(arguments: argparse.Namespace) -> None:
         second = argparse.Namespace(**vars(arguments) | {"model": arguments.model2, "revision": arguments.revision2})
         sides.append(open_side(arguments.index2, lambda: _model(second)))
     page = make_page(sides, examples)
-    _say(f"the page is at {start(page, arguments.host, arguments.port, arguments.share)}, until Ctrl+C")
+    address = start(page, **_chosen(arguments, "host", "port", "share", "requests_per_minute"))
+    _say(f"the page is at {address}, until Ctrl+C")
     page.block_thread()
 
 
@@ -369,6 +384,7 @@ def _add_push_space(verbs: Any) -> None:
     _add_sides(parser)
     parser.add_argument("--private", action="store_true", help="it must be private")
     parser.add_argument("--out", metavar="FOLDER", help="folder that the Space is made in; default: NAME-space")
+    parser.add_argument("--force", action="store_true", help="replace the Space in --out; NAME-space always is")
     parser.add_argument("--dry-run", action="store_true", help="make the folder, list files and sizes, upload nothing")
 
 
@@ -390,7 +406,8 @@ def _push_space(arguments: argparse.Namespace) -> None:
     if arguments.model2 is not None:
         sides.append(SpaceSide(arguments.model2, arguments.index2, arguments.revision2))
     examples = [] if arguments.examples is None else find_examples(arguments.examples)
-    make_space(sides, folder, name, examples, arguments.trust_remote_code, say=_warn)
+    force = arguments.force or arguments.out is None
+    make_space(sides, folder, name, examples, arguments.trust_remote_code, say=_warn, force=force)
     _say(list_files(folder))
     if not arguments.dry_run:
         _say(f"the Space is at {push_space(folder, arguments.repo, arguments.private)}")
@@ -527,6 +544,10 @@ def _add_verb(verbs: Any, name: str, what: str, example: str, run: Any) -> argpa
     return parser
 
 
+def _add_allow_outside(parser: argparse.ArgumentParser, what: str) -> None:
+    parser.add_argument("--allow-outside", action="store_true", help=f"read what {what}")
+
+
 def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, help="folder of a model, or its id on the Hub")
     parser.add_argument("--revision", help="commit, tag or branch of the model on the Hub")
@@ -578,17 +599,20 @@ def _fraction(text: str) -> float:
 
 
 def _say(text: str) -> None:
-    print(text, flush=True)
+    print(_safe(text), flush=True)
 
 
 def _warn(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    print(_safe(text), file=sys.stderr, flush=True)
+
+
+def _safe(text: str) -> str:
+    # What a file's name or a library put into a line must not steer the terminal.
+    return "\n".join(map(printable, text.split("\n")))
 
 
 def _complain(verb: str, error: object, code: int) -> int:
-    # What a file's name or a library put into the message must neither break the line nor steer the terminal.
-    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in " ".join(str(error).split()))
-    _warn(f"udon {verb}: error: {line}")
+    _warn(f"udon {verb}: error: {' '.join(str(error).split())}")
     return code
 
 

@@ -4,11 +4,14 @@ import functools
 import io
 import multiprocessing
 import os
+import re
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -268,6 +271,50 @@ def run_two_processes() -> Callable[..., Path]:
         return config.run_dir
 
     return run
+
+
+class Served(NamedTuple):
+    """The page in a process of its own."""
+
+    address: str
+    process: int
+
+
+@pytest.fixture(scope="session")
+def serve_page(searchable: Searchable) -> Callable[..., AbstractContextManager[Served]]:
+    """Runs `udon app` on the searchable pictures, in a process of its own since Gradio leaves sockets open.
+
+    Takes further arguments.
+    """
+
+    @contextmanager
+    def serving(*arguments: object) -> Iterator[Served]:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        command = ["app", "--model", searchable.model, "--index", searchable.index, "--port", port, *arguments]
+        # A shell's background job ignores Ctrl+C, and so would its children.
+        listen = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+        with subprocess.Popen(
+            [sys.executable, "-m", "modeling_udon.cli", *map(str, command)],
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
+            stdout=subprocess.PIPE,
+            text=True,
+            preexec_fn=listen,
+        ) as process:
+            try:
+                assert process.stdout is not None
+                told = re.fullmatch(
+                    r"the page is at (http://127.0.0.1:\d+/), until Ctrl\+C\n", process.stdout.readline()
+                )
+                assert told is not None
+                yield Served(told[1], process.pid)
+                process.send_signal(signal.SIGINT)
+                assert process.wait(30) == 0
+            finally:
+                process.kill()
+
+    return serving
 
 
 class Answer(NamedTuple):

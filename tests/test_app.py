@@ -1,15 +1,11 @@
 """The page of `udon app`: what it answers, over HTTP and in a real browser, on a laptop and on a phone."""
 
-import functools
 import json
 import os
 import re
 import shutil
-import signal
-import socket
 import subprocess
 import sys
-from contextlib import contextmanager
 from html import unescape
 from pathlib import Path
 
@@ -169,34 +165,10 @@ def test_examples_are_the_first_pictures_that_a_browser_shows(tmp_path):
         find_examples(tmp_path)
 
 
-@contextmanager
-def serving(*arguments):
-    """Runs `udon app` in a process of its own, since Gradio leaves sockets open; gives the page's address."""
-    command = [sys.executable, "-m", "modeling_udon.cli", "app", *map(str, arguments), "--port", str(free_port())]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    # A shell's background job ignores Ctrl+C, and so would its children.
-    listen = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
-    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True, preexec_fn=listen) as process:
-        try:
-            told = re.fullmatch(r"the page is at (http://127.0.0.1:\d+/), until Ctrl\+C\n", process.stdout.readline())
-            yield told[1]
-            process.send_signal(signal.SIGINT)
-            assert process.wait(30) == 0
-        finally:
-            process.kill()
-
-
 @pytest.fixture(scope="module")
-def address(searchable):
-    parts = ("--model", searchable.model, "--index", searchable.index, "--examples", searchable.pictures / "plants")
-    with serving(*parts) as served:
-        yield served
-
-
-def free_port():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
+def address(searchable, serve_page):
+    with serve_page("--examples", searchable.pictures / "plants") as served:
+        yield served.address
 
 
 def test_the_page_answers_over_http(address, ask, searchable):

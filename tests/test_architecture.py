@@ -36,6 +36,7 @@ FLOORS = {
     f"{PACKAGE}.retrieval": 4,
     f"{PACKAGE}.hub": 5,
     f"{PACKAGE}.training": 6,
+    f"{PACKAGE}.limits": 3,
     f"{PACKAGE}.app": 7,
     f"{PACKAGE}.cli": 8,
     "train_udon": 8,

@@ -9,6 +9,7 @@ from torch.utils.data import Dataset as TorchDataset
 
 from modeling_udon.data.domains import Domain, Images, encoded_bytes
 from modeling_udon.data.sampling import BatchDraw
+from modeling_udon.data.text import printable
 from modeling_udon.data.transforms import ImageTransform, RandomTransform, decode_image
 
 # Substitutes that may be broken in their turn before there is no point in going on.
@@ -42,7 +43,7 @@ class BrokenImage:
     position: int = -1
 
     def __str__(self) -> str:
-        where = f" ({self.path})" if self.path else ""
+        where = f" ({printable(self.path)})" if self.path else ""
         return f"`domains.{self.domain}` has a broken image in row {self.row}{where}: {self.reason}"
 
 

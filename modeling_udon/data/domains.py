@@ -2,7 +2,8 @@
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -10,11 +11,13 @@ from typing import Any, TypeAlias
 import numpy as np
 import pyarrow as pa
 from datasets import ClassLabel, Dataset, DatasetDict, Image, load_dataset, load_from_disk
+from datasets import logging as datasets_logging
 from datasets.exceptions import DatasetsError
 from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
 
 from modeling_udon.data.demo import build_demo_domain
+from modeling_udon.data.files import read_file
 from modeling_udon.data.labels import Label, Labels
 from modeling_udon.data.sampling import RowGroups
 from modeling_udon.data.streaming import ParquetImages, ParquetSplit, RowGroupError, open_parquet_splits
@@ -179,10 +182,8 @@ def open_image_splits(name: str, spec: DomainSpec) -> dict[str, ImageSplit]:
     """
     try:
         splits = _load_splits(spec)
-    except (ValueError, OSError, IndexError, DatasetsError) as error:
-        raise ValueError(
-            f"{name} must be a data set that opens. Got {spec.path!r}: {' '.join(str(error).split())}"
-        ) from error
+    except Exception as error:  # See `why_not_opened`.
+        raise ValueError(f"{name} must be a data set that opens. Got {spec.path!r}: {why_not_opened(error)}") from error
     return {split: _image_split(name, spec, dataset, split) for split, dataset in splits.items()}
 
 
@@ -198,13 +199,41 @@ def encoded_bytes(image: Mapping[str, Any] | None) -> bytes:
         return data
     if image is None or image["path"] is None:
         raise ValueError("there is neither an image nor a path: leave the row out")
-    return Path(image["path"]).read_bytes()
+    return read_file(image["path"])
+
+
+def why_not_opened(error: Exception) -> str:
+    """What `datasets` says of data that it cannot open, in one line; on damaged files it raises nearly every type."""
+    cause = error.__cause__ if isinstance(error, DatasetsError) and error.__cause__ else error
+    reason = " ".join(str(cause).split())
+    if "BatchSize must be greater than 0" in reason:
+        return "a Parquet file of it has no rows"
+    if isinstance(error, IndexError):
+        return "a split of it has no rows"
+    return reason[:300] or type(cause).__name__
 
 
 def with_images_as_classes(domain: Domain) -> Domain:
     """Makes each training image a class of its own, for training without labels (arXiv 1805.01978)."""
     num_images = len(domain.images)
     return replace(domain, labels=np.arange(num_images, dtype=np.int64), classes=range(num_images))
+
+
+def find_known_classes(domain: Domain) -> list[str]:
+    """A line for each split that asks for classes which are trained on: its scores are not those of new classes."""
+    trained = set(domain.classes)
+    lines = []
+    for split, images in domain.evaluation.items():
+        queries = images.query.labels
+        classes = set(queries.names)
+        known = classes & trained
+        if known:
+            num_queries = sum(not known.isdisjoint(query if isinstance(query, list) else [query]) for query in queries)
+            lines.append(
+                f"`domains.{domain.name}`: {len(known):,} of {len(classes):,} classes of {split} are trained on as "
+                f"well ({num_queries:,} of {len(queries):,} queries)"
+            )
+    return lines
 
 
 def label_maps(domains: Mapping[str, Domain]) -> dict[str, Any]:
@@ -258,10 +287,9 @@ def _open_splits(name: str, spec: DomainSpec, seed: int) -> Splits:
     else:
         try:
             splits = _load_splits(spec)
-        except (ValueError, OSError, IndexError, DatasetsError) as error:  # IndexError: a saved set without rows.
-            reason = " ".join(str(error).split())
+        except Exception as error:  # See `why_not_opened`.
             raise ValueError(
-                f"`domains.{name}.path` must be a data set that opens. Got {spec.path!r}: {reason}"
+                f"`domains.{name}.path` must be a data set that opens. Got {spec.path!r}: {why_not_opened(error)}"
             ) from error
     wanted = {
         field: getattr(spec, field)
@@ -280,9 +308,21 @@ def _load_splits(spec: DomainSpec) -> Splits:
         return open_parquet_splits(spec.path, spec.name, spec.revision, spec.data_dir, spec.data_files)
     if (Path(spec.path) / "dataset_dict.json").is_file():
         return load_from_disk(spec.path)
-    return load_dataset(
-        spec.path, name=spec.name, revision=spec.revision, data_dir=spec.data_dir, data_files=spec.data_files
-    )
+    with _without_log():
+        return load_dataset(
+            spec.path, name=spec.name, revision=spec.revision, data_dir=spec.data_dir, data_files=spec.data_files
+        )
+
+
+@contextmanager
+def _without_log() -> Iterator[None]:
+    # What `datasets` logs of a damaged file, it raises as well.
+    verbosity = datasets_logging.get_verbosity()
+    datasets_logging.set_verbosity(datasets_logging.CRITICAL)
+    try:
+        yield
+    finally:
+        datasets_logging.set_verbosity(verbosity)
 
 
 def _image_split(name: str, spec: DomainSpec, rows: Dataset | ParquetSplit, split: str) -> ImageSplit:
@@ -293,6 +333,8 @@ def _image_split(name: str, spec: DomainSpec, rows: Dataset | ParquetSplit, spli
                 f"`domains.{name}.{field}` must be a column of split {split!r}: {', '.join(rows.column_names)}. "
                 f"Got {column!r}."
             )
+    if len(rows) == 0:
+        raise ValueError(f"`domains.{name}` must hold images in every split that is used. Got {split!r} with none.")
     feature = rows.features[spec.image_column]
     try:
         images = _images(spec, rows)
@@ -337,7 +379,16 @@ def _labels(name: str, spec: DomainSpec, rows: Dataset | ParquetSplit) -> Labels
     feature = rows.features[spec.label_column]
     if pa.types.is_list(column.type):
         feature = feature.feature
-    return Labels.from_arrow(column, feature.int2str if isinstance(feature, ClassLabel) else None)
+
+    def name_of(number: int) -> str:
+        if not 0 <= number < feature.num_classes:
+            raise ValueError(
+                f"`domains.{name}.label_column` must hold classes of its ClassLabel, 0 to {feature.num_classes - 1}. "
+                f"Got {number} in {spec.label_column!r}."
+            )
+        return str(feature.int2str(number))
+
+    return Labels.from_arrow(column, name_of if isinstance(feature, ClassLabel) else None)
 
 
 def _evaluation_splits(name: str, spec: DomainSpec, splits: Splits) -> dict[str, EvaluationSplit]:

@@ -170,7 +170,7 @@ def drop_duplicates(
         for picture in pictures:
             try:
                 digest = hashlib.sha256(read(picture.path)).hexdigest()
-            except OSError:  # It is named when it is to be written.
+            except (OSError, ValueError):  # It is named when it is to be written.
                 digest = picture.path
             known_split, known_label, known_path = first.setdefault(digest, (split, picture.label, picture.path))
             # Query and index of one test may share pictures: the benchmark's own choice.

@@ -21,6 +21,8 @@ import yaml
 from datasets import Features, Image, Value
 from datasets import Sequence as ListOf
 
+from modeling_udon.data.files import lies_in, read_file
+from modeling_udon.data.text import printable, table_cell
 from modeling_udon.data.transforms import decode_image, use_one_thread
 
 Label = int | str | Sequence[int | str]
@@ -47,13 +49,19 @@ class Picture:
 
 @dataclass(frozen=True)
 class FolderReader:
-    """Reads pictures below a folder."""
+    """Reads pictures below a folder.
+
+    Attributes:
+        folder: The folder.
+        confined: Whether nothing outside of it is read, links followed.
+    """
 
     folder: Path
+    confined: bool = False
 
     def __call__(self, path: str) -> bytes:
         """Gives a file's bytes."""
-        return (self.folder / path).read_bytes()
+        return read_file(self.folder / path, self.folder if self.confined else None)
 
 
 @dataclass(frozen=True)
@@ -88,6 +96,19 @@ class SplitSummary:
     class_sizes: list[int]
     shorter_sides: tuple[int, int, int]
     unreadable: list[tuple[str, str]]
+
+
+def check_paths(pictures: Iterable[Picture], folder: Path) -> None:
+    """Refuses a manifest that names pictures outside of their folder.
+
+    Raises:
+        ValueError: If a path leads out of it.
+    """
+    for picture in pictures:
+        if not lies_in(picture.path, folder):
+            raise ValueError(
+                f"SOURCE must name pictures in {folder}. Got {picture.path!r}; give --allow-outside to read it."
+            )
 
 
 def write_domain(
@@ -140,7 +161,7 @@ def format_summary(name: str, summaries: Sequence[SplitSummary]) -> str:
         )
     unreadable = [(summary.name, *found) for summary in summaries for found in summary.unreadable]
     for split, path, reason in unreadable[:5]:
-        lines.append(f"  left out of {split}: {path}: {reason}")
+        lines.append(f"  left out of {split}: {printable(path)}: {printable(reason)}")
     if len(unreadable) > 5:
         lines.append(f"  and {len(unreadable) - 5} more, see unreadable.txt")
     return "\n".join(lines)
@@ -148,7 +169,7 @@ def format_summary(name: str, summaries: Sequence[SplitSummary]) -> str:
 
 def write_unreadable(folder: Path, summaries: Iterable[SplitSummary]) -> Path | None:
     """Lists what was left out in `unreadable.txt`, a line each: split, path, reason."""
-    lines = [f"{s.name}\t{path}\t{reason}\n" for s in summaries for path, reason in s.unreadable]
+    lines = [f"{s.name}\t{table_cell(path)}\t{printable(reason)}\n" for s in summaries for path, reason in s.unreadable]
     if not lines:
         return None
     path = folder / "unreadable.txt"

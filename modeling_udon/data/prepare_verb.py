@@ -23,11 +23,13 @@ from modeling_udon.data.prepare import (
     PrepareOptions,
     Read,
     SplitSummary,
+    check_paths,
     domain_spec,
     format_summary,
     write_domain,
     write_unreadable,
 )
+from modeling_udon.data.text import printable
 from modeling_udon.data.uned import compare_with_published, read_info_files
 
 SPECS_FILE = "domains.yaml"
@@ -53,6 +55,7 @@ class OwnData:
         seed: Seed of the split by classes.
         validation: Share of the classes for validation.
         test: Share of the classes for the test.
+        allow_outside: Whether a table may name pictures outside of `images`.
     """
 
     source: str
@@ -68,6 +71,7 @@ class OwnData:
     seed: int = 0
     validation: float = 0.1
     test: float = 0.2
+    allow_outside: bool = False
 
 
 def prepare_own(
@@ -89,7 +93,7 @@ def prepare_own(
     splits, dropped = drop_duplicates(splits, read)
     splits = without_lone_queries(splits)
     for path, other in dropped[:5]:
-        say(f"left out: {path} has the content of {other}")
+        say(f"left out: {printable(path)} has the content of {printable(other)}")
     if len(dropped) > 5:
         say(f"left out: {len(dropped) - 5} more with the content of others")
     summaries = _write({data.name: splits}, read, {data.name: out}, options, show_progress, say)[data.name]
@@ -105,6 +109,7 @@ def prepare_uned(
     domains: Sequence[str] = (),
     show_progress: bool = False,
     say: Say = lambda text: None,
+    allow_outside: bool = False,
 ) -> dict[str, list[SplitSummary]]:
     """Prepares domains of UnED, each in a folder below `out`, and writes `domains.yaml` for the configs.
 
@@ -116,9 +121,10 @@ def prepare_uned(
         domains: Which of them; by default all.
         show_progress: Whether a bar is shown.
         say: Called with lines for the user.
+        allow_outside: Whether info files may name pictures outside of `images`.
 
     Raises:
-        ValueError: If a domain has no info files, or `out` holds something else.
+        ValueError: If a domain has no info files, they lead out of `images`, or `out` holds something else.
     """
     there = sorted(path.parent.name for path in info_files.glob("*/train.json"))
     if unknown := [name for name in domains if name not in there]:
@@ -127,7 +133,10 @@ def prepare_uned(
     if not chosen:
         raise ValueError(f"--info-files must hold DOMAIN/train.json. Got {info_files} without any.")
     splits = {name: read_info_files(info_files / name, images) for name in chosen}
-    found = _write(splits, FolderReader(images), {name: out / name for name in chosen}, options, show_progress, say)
+    if not allow_outside:
+        check_paths((picture for of in splits.values() for pictures in of.values() for picture in pictures), images)
+    reader = FolderReader(images, confined=not allow_outside)
+    found = _write(splits, reader, {name: out / name for name in chosen}, options, show_progress, say)
     for name, pictures in splits.items():
         classes = {label for p in pictures["train"] for label in (p.label if isinstance(p.label, list) else [p.label])}
         say(compare_with_published(name, len(pictures["train"]), len(classes)))
@@ -155,7 +164,10 @@ def _read(data: OwnData) -> tuple[dict[str | None, list[Picture]], Read]:
     if data.kind == "csv" and source.is_file():
         images = data.images or source.parent
         found = read_table(source, data.path_column, data.label_column, data.split_column)
-        return {split: below(pictures, images) for split, pictures in found.items()}, FolderReader(images)
+        if not data.allow_outside:
+            check_paths((picture for pictures in found.values() for picture in pictures), images)
+        reader = FolderReader(images, confined=not data.allow_outside)
+        return {split: below(pictures, images) for split, pictures in found.items()}, reader
     what = "folder" if data.kind == "folder" else "table"
     raise ValueError(f"SOURCE must be a {what} that is there. Got {data.source}.")
 

@@ -56,6 +56,9 @@ class ParquetSplit:
     group_sizes: np.ndarray
     group_bytes: Mapping[str, np.ndarray]
 
+    def __len__(self) -> int:
+        return int(self.group_sizes.sum())
+
     @property
     def column_names(self) -> list[str]:
         """Names of the columns."""

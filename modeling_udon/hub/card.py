@@ -8,6 +8,8 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from modeling_udon.retrieval.search_page import html_text
+
 TEMPLATE = Path(__file__).with_name("model_card.md")
 TASK = "image-feature-extraction"
 METRICS = ("R@1", "mMP@5")
@@ -97,13 +99,15 @@ def describe_domains(specs: Mapping[str, Any], licences: Mapping[str, str]) -> l
         path = spec["path"]
         hub_id = path if is_hub_id(path) else None
         unknown = SEE_PACKAGE if path in _DEMO_SOURCES else NOT_STATED
+        licence = str(spec.get("license") or licences.get(path) or unknown)
         source = f"[{path}](https://huggingface.co/datasets/{path})" if hub_id else "own data"
         described.append(
             {
                 "name": name,
                 "hub_id": hub_id,
                 "source": _DEMO_SOURCES.get(path, source),
-                "licence": spec.get("license") or licences.get(path) or unknown,
+                # A data set's own words: neither HTML nor further cells of the table.
+                "licence": html_text(licence).replace("|", "&#124;"),
             }
         )
     return described

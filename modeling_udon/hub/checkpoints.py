@@ -19,6 +19,8 @@ Arrays = dict[str, np.ndarray]
 # flax.serialization's codes of msgpack extensions: an array, and a scalar in the form of one. Code 2, a complex
 # number, is no weight.
 _FLAX_ARRAYS = (1, 3)
+# Weights hardly compress; an archive of many times its size is made to fill the memory.
+_MAX_UNPACKED = 10
 # Arrays of more than 1 GiB are cut.
 _FLAX_CHUNKED = "__msgpack_chunked_array__"
 # Under which keys a state of training keeps its parameters.
@@ -63,6 +65,9 @@ def _read_npz(path: Path) -> Arrays:
             raise ValueError("it is no .npz archive")
         file.seek(0)
         with np.load(file, allow_pickle=False) as archive:
+            unpacked = sum(member.file_size for member in archive.zip.infolist())
+            if unpacked > _MAX_UNPACKED * path.stat().st_size + 2**30:
+                raise ValueError(f"it would unpack to {unpacked:,} bytes, which no weights do")
             return dict(archive)
 
 

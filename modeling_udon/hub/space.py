@@ -95,22 +95,25 @@ def make_space(
     examples: Sequence[Path] = (),
     trust_remote_code: bool = False,
     say: Say = lambda text: None,
+    force: bool = False,
 ) -> None:
     """Writes a Space's folder, which appears whole or not at all; `python app.py` in it shows the page.
 
     Args:
         sides: One, or two to compare.
-        folder: A new folder, or one that this wrote.
+        folder: A new folder, or with `force` one that this wrote.
         title: What the Space is called.
         examples: Pictures to click on.
         trust_remote_code: Whether code that lies beside a model of another kind may run, here and in the Space.
         say: Called with lines for the user.
+        force: Whether a Space in the folder is replaced.
 
     Raises:
-        ValueError: If the folder holds other files, or a model does not open or is not its index's.
+        ValueError: If the folder holds a Space that is not to be replaced, or other files, or a model does not open or
+            is not its index's.
     """
     target = Path(folder)
-    _check_target(target)
+    _check_target(target, force)
     with new_folder(target) as draft:
         placed = [_place(side, number, draft, trust_remote_code, say) for number, side in enumerate(sides, 1)]
         modules = _imported_modules()
@@ -177,7 +180,7 @@ def list_files(folder: str | os.PathLike[str]) -> str:
     return "\n".join(lines + [f"  {name:<{width}}  {size:>13,}" for name, size in sizes.items()])
 
 
-def _check_target(target: Path) -> None:
+def _check_target(target: Path, force: bool) -> None:
     if not target.exists():
         return
     names = {path.name for path in target.iterdir()} if target.is_dir() else {target.name}
@@ -185,6 +188,8 @@ def _check_target(target: Path) -> None:
     if strange or "app.py" not in names:
         what = f"{strange[0]!r} in it" if strange else "no app.py in it"
         raise ValueError(f"`out` must be a new folder, or one that udon push-space wrote. Got {str(target)!r}, {what}.")
+    if not force:
+        raise ValueError(f"`out` must be a new folder. Got {str(target)!r}, a Space; give --force to replace it.")
 
 
 def _place(side: SpaceSide, number: int, space: Path, trust_remote_code: bool, say: Say) -> _Placed:

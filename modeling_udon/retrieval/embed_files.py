@@ -198,6 +198,7 @@ def embed_source(
         shards.shard_size,
         spec.domain,
         spec.domain_from_folder,
+        opened.confined,
     )
     missing = shards.missing()
     accelerator.wait_for_everyone()  # before a shard appears that another process would not find missing

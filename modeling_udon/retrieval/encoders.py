@@ -20,7 +20,7 @@ from modeling_udon.data.domains import DomainSpec
 from modeling_udon.data.transforms import EvalTransform, ImageTransform, normalize
 from modeling_udon.modeling_udon import UdonModel
 from modeling_udon.retrieval.embed import Embed, embed_raw_pixels, embed_with_model, shrink_to_thumbnail
-from modeling_udon.retrieval.models import ProcessorTransform
+from modeling_udon.retrieval.models import ProcessorTransform, check_remote_code
 
 RAW_PIXELS = "raw-pixels"
 TIMM_PREFIX = "timm:"
@@ -156,6 +156,7 @@ def open_model(
         return Encoder(name, "raw_pixels", shrink_to_thumbnail, lambda domain: embed_raw_pixels, None, None, {})
     if name.startswith(TIMM_PREFIX):
         return _open_timm(name, _require_pooling(name, pooling), image_size)
+    check_remote_code(name, revision, trust_remote_code)
     try:
         config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:

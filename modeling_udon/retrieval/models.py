@@ -2,8 +2,10 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +19,8 @@ from modeling_udon.data.transforms import EvalTransform, normalize
 from modeling_udon.modeling_udon import UdonModel
 
 CALIBRATION_FILE = "calibration.json"
+
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 
 Transform = Callable[[np.ndarray], np.ndarray]
 
@@ -84,13 +88,15 @@ def load_embedding_model(model: str, revision: str | None = None, trust_remote_c
         trust_remote_code: Whether code that lies beside a model of another kind may run.
 
     Raises:
-        ValueError: If the model or its image processor cannot be opened, or it gives no embedding.
+        ValueError: If the model or its image processor cannot be opened, or it gives no embedding; or its code may
+            run, and no commit says which.
     """
+    check_remote_code(model, revision, trust_remote_code)
     source = {"revision": revision or "main", "trust_remote_code": trust_remote_code}
     try:
         config = AutoConfig.from_pretrained(model, **source)
         network = AutoModel.from_pretrained(model, config=config, dtype=torch.float32, **source).eval()
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except Exception as error:  # On damaged or hostile folders transformers raises nearly every type there is.
         raise ValueError(
             f"`model` must be a model folder or Hub id that opens. Got {model!r}: {_line(error)}"
         ) from error
@@ -112,6 +118,24 @@ def load_embedding_model(model: str, revision: str | None = None, trust_remote_c
         fingerprint=_fingerprint(network, config, processor.to_dict()),
         calibration=_read_calibration(model, revision),
     )
+
+
+def check_remote_code(model: str, revision: str | None, trust_remote_code: bool) -> None:
+    """Refuses to run code of the Hub that may be another tomorrow than what was read today.
+
+    Args:
+        model: A folder, or an id on the Hub.
+        revision: What is asked for of it.
+        trust_remote_code: Whether its code may run.
+
+    Raises:
+        ValueError: If the code of a model on the Hub may run and `revision` is no commit.
+    """
+    if trust_remote_code and not Path(model).is_dir() and not _COMMIT.fullmatch(revision or ""):
+        raise ValueError(
+            f"`revision` must be a commit, 40 digits, where code of {model} may run: a branch or tag can be moved. Got "
+            f"{revision!r}; read the code and name its commit."
+        )
 
 
 def _embed(network: nn.Module, pixel_values: torch.Tensor) -> torch.Tensor:

@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from modeling_udon.data.files import read_file
+from modeling_udon.data.text import printable
 from modeling_udon.data.transforms import decode_image
 from modeling_udon.retrieval.ann import ImageIndex
 from modeling_udon.retrieval.models import Calibration, EmbeddingModel
-from modeling_udon.retrieval.shards import printable
 from modeling_udon.retrieval.sources import walk_images
 from modeling_udon.retrieval.thumbnails import make_thumbnail
 
@@ -194,7 +195,7 @@ def _query_files(queries: Sequence[str | os.PathLike[str]]) -> Iterator[Path]:
 def _readable(files: Sequence[Path], warn: Callable[[str], None]) -> Iterator[tuple[str, np.ndarray]]:
     for file in files:
         try:
-            yield str(file), decode_image(file.read_bytes())
+            yield str(file), decode_image(read_file(file))
         except (ValueError, OSError) as error:
             warn(f"skipped {printable(str(file))}: {printable(str(error))}")
 

@@ -3,8 +3,8 @@
 from html import escape
 from pathlib import Path
 
+from modeling_udon.data.text import printable
 from modeling_udon.retrieval.search import FoundImage, QueryResult, SearchResults
-from modeling_udon.retrieval.shards import printable
 from modeling_udon.retrieval.thumbnails import data_uri, find_thumbnail
 
 _STYLE = """

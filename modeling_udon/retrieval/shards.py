@@ -12,6 +12,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from modeling_udon.data.text import printable, table_cell
+
 # What readers of Parquet folders take for data does not begin with a dot.
 WORK_FOLDER = ".embed"
 MANIFEST_FILE = "manifest.json"
@@ -47,7 +49,7 @@ class ShardFolder:
 
     def write(self, shard: int, table: pa.Table, skipped: Sequence[tuple[str, str]]) -> None:
         """Writes a shard, which appears whole or not at all, and before it the paths it skips, with the reasons."""
-        log = "".join(f"{printable(path)}\t{printable(reason)}\n" for path, reason in skipped)
+        log = "".join(f"{table_cell(path)}\t{printable(reason)}\n" for path, reason in skipped)
         _replace(self._skipped(shard), log.encode())
         draft = self.folder / WORK_FOLDER / f"{self.part(shard).name}.tmp"
         pq.write_table(table, draft, row_group_size=self.shard_size)
@@ -172,11 +174,6 @@ def embedding_table(table: pa.Table, embeds: np.ndarray, about: Mapping[str, Any
     values = pa.array(np.ascontiguousarray(embeds, dtype=np.float32).reshape(-1))
     table = table.append_column("embedding", pa.FixedSizeListArray.from_arrays(values, about["dim"]))
     return table.replace_schema_metadata({METADATA_KEY: json.dumps(about).encode()})
-
-
-def printable(text: str) -> str:
-    """The text with every character escaped that would break a line or steer a terminal."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def _check_identity(folder: Path, saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:

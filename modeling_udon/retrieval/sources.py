@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,7 +18,8 @@ import pyarrow.parquet as pq
 from datasets import Dataset, DatasetDict, Image, load_dataset, load_from_disk
 
 from modeling_udon.data.demo import build_demo_domain
-from modeling_udon.data.domains import DEMO_PREFIX
+from modeling_udon.data.domains import DEMO_PREFIX, why_not_opened
+from modeling_udon.data.files import lies_in, read_file
 
 IMAGE_SUFFIXES = frozenset(
     (
@@ -56,6 +58,7 @@ class SourceSpec:
         columns: Columns of a data set to keep.
         domain: Domain of all images.
         domain_from_folder: Whether the first folder below the source names an image's domain.
+        allow_outside: Whether a list file may name images outside of its folder.
     """
 
     source: str
@@ -66,6 +69,7 @@ class SourceSpec:
     columns: Sequence[str] = ()
     domain: str | None = None
     domain_from_folder: bool = False
+    allow_outside: bool = False
 
 
 class ImageSource(Protocol):
@@ -88,7 +92,17 @@ class ImageSource(Protocol):
 
 @dataclass(frozen=True)
 class FileSource:
-    """Image files, named by a listing that has `shard_size` paths in each row group."""
+    """Image files, named by a listing that has `shard_size` paths in each row group.
+
+    Attributes:
+        root: Folder that the paths start from.
+        listing: The listing.
+        num_images: How many there are.
+        shard_size: Paths of a row group.
+        domain: Domain of all images.
+        domain_from_folder: Whether the first folder of a path names the domain.
+        confined: Whether nothing outside of `root` is read, links followed.
+    """
 
     root: str
     listing: Path
@@ -96,6 +110,7 @@ class FileSource:
     shard_size: int
     domain: str | None
     domain_from_folder: bool
+    confined: bool = False
 
     def describe(self, start: int, stop: int) -> pa.Table:
         """See `ImageSource`."""
@@ -108,7 +123,8 @@ class FileSource:
 
     def readers(self, start: int, stop: int) -> list[Read]:
         """See `ImageSource`."""
-        return [Path(self.root, path).read_bytes for path in self._paths(start, stop)]
+        root = self.root if self.confined else None
+        return [partial(read_file, Path(self.root, path), root) for path in self._paths(start, stop)]
 
     def _paths(self, start: int, stop: int) -> list[str]:
         shard, first = divmod(start, self.shard_size)
@@ -163,7 +179,7 @@ class _DatasetImage:
         if self.image is None or (self.image["bytes"] is None and not self.image["path"]):
             raise ValueError("the row has no image")
         data = self.image["bytes"]
-        return data if data is not None else Path(self.image["path"]).read_bytes()
+        return data if data is not None else read_file(self.image["path"])
 
 
 @dataclass(frozen=True)
@@ -175,12 +191,14 @@ class OpenedSource:
         paths: The image files, for one that is made of files.
         dataset: The data set, for one that is a data set.
         root: Folder that the paths start from.
+        confined: Whether nothing outside of `root` may be read.
     """
 
     identity: dict[str, Any]
     paths: Callable[[], Iterator[str]] | None = None
     dataset: DatasetSource | None = None
     root: str = ""
+    confined: bool = False
 
 
 def open_source(spec: SourceSpec) -> OpenedSource:
@@ -209,7 +227,9 @@ def open_source(spec: SourceSpec) -> OpenedSource:
         return OpenedSource(identity, lambda: iter([path.name]), root=root)
     with path.open("rb") as file:
         identity["digest"] = hashlib.file_digest(file, "sha256").hexdigest()
-    return OpenedSource(identity, lambda: read_list(path), root=root)
+    identity["allow_outside"] = spec.allow_outside
+    inside = None if spec.allow_outside else root
+    return OpenedSource(identity, lambda: read_list(path, inside), root=root, confined=not spec.allow_outside)
 
 
 def walk_images(folder: Path) -> Iterator[str]:
@@ -220,16 +240,25 @@ def walk_images(folder: Path) -> Iterator[str]:
     yield from _walk(folder, "", frozenset())
 
 
-def read_list(file: Path) -> Iterator[str]:
+def read_list(file: Path, root: str | None = None) -> Iterator[str]:
     """The lines of a text file that are not empty.
 
+    Args:
+        file: The file.
+        root: Folder that all paths must lie in; `None` for anywhere.
+
     Raises:
-        ValueError: If the file is not text in UTF-8.
+        ValueError: If the file is not text in UTF-8, or a path leads out of `root`.
     """
     with file.open(encoding="utf-8") as lines:
         try:
-            for line in lines:
+            for number, line in enumerate(lines, 1):
                 if path := line.rstrip("\r\n"):
+                    if root is not None and not lies_in(path, root):
+                        raise ValueError(
+                            f"`source` must name images in its own folder, {root!r}. Got {path!r} in line {number}; "
+                            "give --allow-outside to read it."
+                        )
                     yield path
         except UnicodeDecodeError as error:
             raise ValueError(
@@ -261,10 +290,17 @@ def _walk(folder: Path, prefix: str, ancestors: frozenset[tuple[int, int]]) -> I
         visible = (entry for entry in entries if not entry.name.startswith("."))
         while stretch := sorted(islice(visible, _NUM_SORTED_NAMES), key=lambda entry: entry.name):
             for entry in stretch:
-                if entry.is_dir():
+                if _is_folder(entry):
                     yield from _walk(Path(entry.path), f"{prefix}{entry.name}/", ancestors)
                 elif Path(entry.name).suffix.lower() in IMAGE_SUFFIXES:
                     yield prefix + entry.name
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # A link that leads back to itself; it is named when it is to be read.
+        return False
 
 
 def _is_dataset_folder(path: Path) -> bool:
@@ -314,9 +350,10 @@ def _load(spec: SourceSpec, path: Path) -> Dataset:
             found = load_from_disk(str(path))
         else:
             found = load_dataset(spec.source, spec.name, revision=spec.data_revision)
-    except (ValueError, OSError, ImportError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise ValueError(f"`source` must be files or a data set that opens. Got {spec.source!r}: {reason}") from error
+    except Exception as error:  # See `why_not_opened`.
+        raise ValueError(
+            f"`source` must be files or a data set that opens. Got {spec.source!r}: {why_not_opened(error)}"
+        ) from error
     return _split(spec, found)
 
 

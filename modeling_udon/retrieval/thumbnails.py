@@ -3,11 +3,11 @@
 import base64
 import io
 from contextlib import suppress
-from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+from modeling_udon.data.files import read_file
 from modeling_udon.data.transforms import decode_image
 
 THUMBNAIL_SIZE = 160
@@ -27,7 +27,7 @@ def find_thumbnail(kept: bytes | None, file: str | None) -> bytes | None:
     if kept is not None or file is None:
         return kept
     with suppress(OSError, ValueError):
-        return make_thumbnail(decode_image(Path(file).read_bytes()))
+        return make_thumbnail(decode_image(read_file(file)))
     return None
 
 

@@ -4,14 +4,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, field_validator, model_validator
 
 from modeling_udon.data.domains import DomainSpec, check_domain_name
+from modeling_udon.data.text import printable
 from modeling_udon.training.systems import SystemName
 
 
 class ConfigError(ValueError):
-    """A config that cannot be used; its message is one line for the user."""
+    """A config that cannot be used; its message is one line for the user, whatever its values hold."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(printable(" ".join(message.split())))
 
 
 class Section(BaseModel):
@@ -37,7 +41,7 @@ class ModelConfig(Section):
     """Size of the student embedding."""
     teacher_dim: int = Field(256, gt=0)
     """Size of the teacher embeddings."""
-    head_hidden_dims: tuple[int, ...] = ()
+    head_hidden_dims: tuple[PositiveInt, ...] = ()
     """Widths of the hidden layers of every head; empty for linear heads."""
     head_bias: bool = True
     """Whether the last layer of every head has a bias."""
@@ -70,7 +74,7 @@ class DataConfig(Section):
     """Resize evaluation images as the published image processor does; false as the original does."""
     image_mean: tuple[float, float, float] | None = None
     """Mean of each channel of images in 0..1; `null`: CLIP's for CLIP backbones, 0.5 elsewhere."""
-    image_std: tuple[float, float, float] | None = None
+    image_std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] | None = None
     """Standard deviation of each channel; `null` as for `image_mean`."""
     max_broken_share: float = Field(0.01, ge=0, lt=1)
     """Share of the images drawn from a domain (of 1,000 at least) that may be broken and replaced; 0: not one."""
@@ -190,9 +194,9 @@ class OptimConfig(Section):
 class TrainSection(Section):
     """Length and shape of the run."""
 
-    num_steps: int | None = Field(None, gt=0)
+    num_steps: int | None = Field(None, gt=0, le=10**12)
     """Optimiser steps."""
-    num_epochs: float | None = Field(None, gt=0)
+    num_epochs: float | None = Field(None, gt=0, le=10**6)
     """Passes over as many images as all domains have together, instead of `num_steps`."""
     batch_size: int = Field(128, gt=1)
     """Images of one optimiser step, over all processes and accumulated batches."""
@@ -270,7 +274,7 @@ class PushConfig(Section):
 class TrainConfig(Section):
     """A run."""
 
-    name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: str = Field(min_length=1, max_length=200, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     """Name of the run and of its folder."""
     output_dir: Path = Path("runs")
     """Folder of the runs."""

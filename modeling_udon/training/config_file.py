@@ -16,9 +16,13 @@ from pydantic import BaseModel, ValidationError
 
 from modeling_udon.data.domains import DomainSpec
 from modeling_udon.training.config import ConfigError, TrainConfig
+from modeling_udon.training.strict_yaml import load_strict
 from modeling_udon.training.systems import SYSTEMS
 
+# Characters of a wrong value that a message repeats.
+_MAX_SHOWN = 200
 _VARIABLE = re.compile(r"\$\{(\w+)\}")
+_SECRET = re.compile(r"TOKEN|SECRET|PASSWORD|API_?KEY", re.IGNORECASE)
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = (), domains: Sequence[str] = ()) -> TrainConfig:
@@ -51,19 +55,22 @@ def dump_config(config: TrainConfig) -> dict[str, Any]:
 
 
 def _read(path: Path, including: tuple[Path, ...]) -> dict[str, Any]:
-    path = path.resolve()
+    try:
+        path = path.resolve()
+    except ValueError:
+        raise ConfigError(f"`config` must be a path. Got {str(path)!r}, with a null character.") from None
+    except (OSError, RuntimeError) as error:
+        raise ConfigError(f"`config` must be a file that can be read. Got {str(path)!r}: {error}.") from None
     if path in including:
         raise ConfigError(f"`base` must not lead back to its own file. Got {path} again; remove one `base`.")
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = load_strict(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"`config` must be a file that can be read. Got {path}: {error.strerror}.") from None
     except UnicodeDecodeError:
         raise ConfigError(f"`config` must be a UTF-8 text file. Got {path}, which is not.") from None
     except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f" line {mark.line + 1}: {getattr(error, 'problem', '')}" if mark else ""
-        raise ConfigError(f"`config` must be valid YAML. Got {path}{where}.") from None
+        raise ConfigError(f"`config` must be valid YAML. Got {path}{_fault(error)}.") from None
     if not isinstance(values, dict):
         raise ConfigError(f"`config` must hold keys with values. Got {type(values).__name__} in {path}.")
     base = values.pop("base", None)
@@ -80,7 +87,14 @@ def _expand_variables(value: Any) -> Any:
         return [_expand_variables(inner) for inner in value]
     if not isinstance(value, str):
         return value
+    if "\0" in value:
+        raise ConfigError(f"`config` must hold text without null characters. Got {_short(value)}.")
     for name in _VARIABLE.findall(value):
+        if _SECRET.search(name):
+            raise ConfigError(
+                f"`${{{name}}}` must stay out of a config, which is saved with the run and published. Got {value!r}; "
+                "the libraries read it from the environment."
+            )
         if name not in os.environ:
             raise ConfigError(f"`${{{name}}}` must be set in the environment. Got {value!r}; export {name}=...")
     return _VARIABLE.sub(lambda match: os.environ[match[1]], value)
@@ -89,6 +103,8 @@ def _expand_variables(value: Any) -> Any:
 def _apply_system(values: dict[str, Any]) -> None:
     """Fills in what makes up the system; a value that contradicts it is refused."""
     system = values.get("system", "udon")
+    if not isinstance(system, str):
+        return  # As above.
     for section, settings in SYSTEMS.get(system, {}).items():
         given = values.setdefault(section, {})
         if not isinstance(given, dict):
@@ -128,9 +144,9 @@ def _pairs(overrides: Sequence[str]) -> list[tuple[str, Any]]:
                 raise ConfigError(f"An override must have a value. Got `{word}` with none; write `{word} VALUE`.")
             text = words.pop(0)
         try:
-            pairs.append((key, yaml.safe_load(text)))
+            pairs.append((key, load_strict(text)))
         except yaml.YAMLError:
-            raise ConfigError(f"`{key}` must have a YAML value. Got {text!r}; put it in quotes.") from None
+            raise ConfigError(f"`{key}` must have a YAML value. Got {_short(text)}; put it in quotes.") from None
     return pairs
 
 
@@ -141,7 +157,7 @@ def _set(values: dict[str, Any], key: str, value: Any) -> None:
         if parents[0] == "domains" and isinstance(nested, str):
             nested = values[parent] = {"path": nested}
         if not isinstance(nested, dict):
-            raise ConfigError(f"`{key}` must lead through sections. Got the value {nested!r} at `{parent}`.")
+            raise ConfigError(f"`{key}` must lead through sections. Got the value {_short(nested)} at `{parent}`.")
         values = nested
     values[last] = value
 
@@ -149,7 +165,7 @@ def _set(values: dict[str, Any], key: str, value: Any) -> None:
 def _explain(error: ValidationError, path: str | Path) -> str:
     # A typo before what is missing because of it.
     first, *others = sorted(error.errors(), key=lambda fault: fault["type"] != "extra_forbidden")
-    where = ".".join(str(part) for part in first["loc"]) or "the config"
+    where = ".".join(str(part) for part in first["loc"])
     more = f" ({len(others)} more)" if others else ""
     if first["type"] == "extra_forbidden":
         known = _known_keys(first["loc"][:-1])
@@ -159,8 +175,19 @@ def _explain(error: ValidationError, path: str | Path) -> str:
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "missing":
         return f"`{where}` is missing in {path}.{more}"
-    got = "" if isinstance(first["input"], dict | BaseModel) else f" Got {first['input']!r}."
-    return f"`{where}`: {message[0].lower() + message[1:] if message[1:2].islower() else message}.{got}{more}"
+    got = "" if isinstance(first["input"], dict | BaseModel) else f" Got {_short(first['input'])}."
+    message = message[0].lower() + message[1:] if message[1:2].islower() else message
+    return f"`{where}`: {message}.{got}{more}" if where else f"{message}.{more}"
+
+
+def _fault(error: yaml.YAMLError) -> str:
+    mark = getattr(error, "problem_mark", None)
+    return f" line {mark.line + 1}: {getattr(error, 'problem', '')}" if mark else f": {error}"
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}..."
 
 
 def _known_keys(location: tuple[str | int, ...]) -> list[str]:

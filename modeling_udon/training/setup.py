@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping
 from datetime import timedelta
+from importlib.util import find_spec
 
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
@@ -21,6 +22,7 @@ from modeling_udon.data.transforms import (
     TrainTransform,
 )
 from modeling_udon.modeling_udon import UdonModel
+from modeling_udon.retrieval.models import check_remote_code
 from modeling_udon.training.config import ConfigError, DataConfig, ModelConfig, TrainConfig
 from modeling_udon.training.distillation import UdonForDistillation
 from modeling_udon.training.frozen import FrozenTeachers, load_frozen_teachers
@@ -33,7 +35,17 @@ Channels = tuple[float, float, float]
 
 
 def make_accelerator(config: TrainConfig) -> Accelerator:
-    """Starts Accelerate with the run's precision and trackers."""
+    """Starts Accelerate with the run's precision and trackers.
+
+    Raises:
+        ConfigError: If a tracker is not installed, which Accelerate would only warn of.
+    """
+    for tracker in config.log.trackers:
+        if find_spec(tracker) is None:
+            raise ConfigError(
+                f"`log.trackers` must be installed. Got {tracker!r}, which is missing: "
+                'pip install "modeling-udon[trackers]", or leave it out.'
+            )
     return Accelerator(
         mixed_precision=config.train.mixed_precision,
         kwargs_handlers=[InitProcessGroupKwargs(timeout=SILENCE)],
@@ -60,11 +72,11 @@ def build_model(config: TrainConfig, domains: Mapping[str, Domain]) -> UdonForDi
     }
     try:
         udon = _build_udon(config.model, sizes)
-    except (OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
+    except Exception as error:  # On values that transformers does not expect it raises nearly every type there is.
         what = "backbone" if config.model.backbone else "backbone_config"
-        reason = " ".join(str(error).split())
+        reason = str(error) if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: {error}"
         raise ConfigError(f"`model.{what}` must be a vision encoder that opens. {reason[:400]}") from error
-    _check_image_size(udon.config.backbone_config, config.data.image_size)
+    _check_images(udon.config.backbone_config, config.data.image_size)
     if config.model.gradient_checkpointing:
         # transformers 5 has another name for it, and warns about the one that transformers 4 has.
         enable = getattr(udon, "activation_checkpointing_enable", None) or udon.gradient_checkpointing_enable
@@ -139,6 +151,7 @@ def _build_udon(model: ModelConfig, sizes: dict[str, object]) -> UdonModel:
         return UdonModel(
             UdonConfig(backbone_config=values, attn_implementation=model.attn_implementation, **sizes)  # type: ignore[arg-type]
         )
+    check_remote_code(model.backbone, model.revision, model.trust_remote_code)
     backbone = AutoModel.from_pretrained(
         model.backbone,
         revision=model.revision,
@@ -150,19 +163,24 @@ def _build_udon(model: ModelConfig, sizes: dict[str, object]) -> UdonModel:
 
 
 def _known_values(values: dict[str, object]) -> dict[str, object]:
-    """Refuses keys that the backbone's configuration does not have: transformers would take them in silence."""
+    """Refuses unknown keys and sizes below 1: transformers would take them in silence."""
     if "model_type" in values:
         known = AutoConfig.for_model(str(values["model_type"])).to_dict()
-        for key in values:
+        for key, value in values.items():
             if key not in known:
                 raise ValueError(f"Got the unknown key `{key}` for model_type {values['model_type']!r}.")
+            is_size = type(known[key]) is int and known[key] > 0
+            if is_size and isinstance(value, int) and value < 1:
+                raise ValueError(f"`{key}` must be at least 1. Got {value}.")
     return values
 
 
-def _check_image_size(backbone: PretrainedConfig, image_size: int) -> None:
+def _check_images(backbone: PretrainedConfig, image_size: int) -> None:
     expected = getattr(backbone, "image_size", image_size)
     if expected != image_size:
         raise ConfigError(f"`data.image_size` must be the backbone's, {expected}. Got {image_size}.")
+    if (channels := getattr(backbone, "num_channels", 3)) != 3:
+        raise ConfigError(f"`model` must take images of 3 channels, RGB. Got a backbone for {channels}.")
     patch_size = getattr(backbone, "patch_size", 1)
     if isinstance(patch_size, int) and image_size % patch_size:
         raise ConfigError(

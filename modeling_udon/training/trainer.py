@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 from transformers.utils import logging as transformers_logging
 
 from modeling_udon.data.dataset import DomainBatch, MultiDomainDataset
-from modeling_udon.data.domains import open_domain, with_images_as_classes
+from modeling_udon.data.domains import find_known_classes, open_domain, with_images_as_classes
 from modeling_udon.data.transforms import EvalTransform, image_processor, normalize
 from modeling_udon.data.workers import start_worker
 from modeling_udon.hub.card import render_card
@@ -192,6 +192,9 @@ class Trainer:
         say = self.reporter.say
         for name, domain in self.domains.items():
             say(f"domain {name}: {len(domain.images)} images, {len(domain.classes)} classes")
+            if self.config.data.targets == "classes":
+                for line in find_known_classes(domain):
+                    say(f"WARNING: {line}; its scores are not those of new classes")
         rates = learning_rates(self.config.optim, self.step, self.num_steps)
         for group in self._optimizer.param_groups:
             size = sum(parameter.numel() for parameter in group["params"])

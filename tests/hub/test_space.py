@@ -137,7 +137,7 @@ def test_pictures_named_by_absolute_paths_keep_their_name_alone(searchable, tmp_
     listing.write_text(f"{searchable.pictures}/plants/0.png\n{searchable.pictures}/tools/1.png\n")
     model = ("--model", searchable.model)
     for command in (
-        ("embed", listing, *model, "--out", tmp_path / "e", "--num-workers", 0),
+        ("embed", listing, *model, "--out", tmp_path / "e", "--num-workers", 0, "--allow-outside"),
         ("index", tmp_path / "e", "--out", tmp_path / "i"),
     ):
         assert main([str(word) for word in command]) == 0
@@ -194,7 +194,10 @@ def test_a_model_without_safetensors_is_refused(searchable, tmp_path):
 def test_a_space_is_made_again_in_its_folder_but_other_files_are_left_alone(searchable, tmp_path):
     side = SpaceSide(str(searchable.model), str(searchable.index))
     make_space([side], tmp_path / "space", "first", [searchable.pictures / "plants" / "0.png"])
-    make_space([side], tmp_path / "space", "second")
+    with pytest.raises(ValueError, match="a Space; give --force to replace it"):
+        make_space([side], tmp_path / "space", "second")
+    assert "# first" in (tmp_path / "space" / "README.md").read_text()
+    make_space([side], tmp_path / "space", "second", force=True)
     assert (
         "# second" in (tmp_path / "space" / "README.md").read_text() and not (tmp_path / "space" / "examples").exists()
     )
@@ -202,7 +205,7 @@ def test_a_space_is_made_again_in_its_folder_but_other_files_are_left_alone(sear
     with pytest.raises(
         ValueError, match="^`out` must be a new folder, or one that udon push-space wrote.*'thesis.tex'"
     ):
-        make_space([side], tmp_path / "space", "third")
+        make_space([side], tmp_path / "space", "third", force=True)
     assert "# second" in (tmp_path / "space" / "README.md").read_text()
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="no app.py in it"):
