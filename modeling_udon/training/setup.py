@@ -5,6 +5,7 @@ from collections.abc import Mapping
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import parse_flag_from_env
 from transformers import AutoConfig, AutoModel, PretrainedConfig
 
 from modeling_udon.configuration_udon import UdonConfig
@@ -28,7 +29,19 @@ Channels = tuple[float, float, float]
 
 
 def make_accelerator(config: TrainConfig) -> Accelerator:
-    """Starts Accelerate with the run's precision and trackers."""
+    """Starts Accelerate with the run's precision and trackers.
+
+    Raises:
+        ConfigError: If the launch wants the whole model wrapped by FSDP, DeepSpeed or Megatron-LM.
+    """
+    for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
+        # They would reduce or shard the heads of all domains, which the trainer itself reduces for one domain.
+        if parse_flag_from_env(f"ACCELERATE_USE_{name}"):
+            raise ConfigError(
+                f"`accelerate launch` must go without {name}, which would take the domains' heads as well. Got "
+                f"ACCELERATE_USE_{name}=true; launch with configs/accelerate/multi_gpu.yaml and set "
+                "`train.shard_backbone` to shard the backbone."
+            )
     return Accelerator(
         mixed_precision=config.train.mixed_precision,
         log_with=list(config.log.trackers) or None,
