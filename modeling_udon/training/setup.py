@@ -7,6 +7,7 @@ from importlib.util import find_spec
 
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
+from accelerate.utils import parse_flag_from_env
 from transformers import AutoConfig, AutoModel, PretrainedConfig
 
 from modeling_udon.configuration_udon import UdonConfig
@@ -38,13 +39,22 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
     """Starts Accelerate with the run's precision and trackers.
 
     Raises:
-        ConfigError: If a tracker is not installed, which Accelerate would only warn of.
+        ConfigError: If a tracker is not installed, which Accelerate would only warn of, or the launch wants the whole
+            model wrapped by FSDP, DeepSpeed or Megatron-LM.
     """
     for tracker in config.log.trackers:
         if find_spec(tracker) is None:
             raise ConfigError(
                 f"`log.trackers` must be installed. Got {tracker!r}, which is missing: "
                 'pip install "modeling-udon[trackers]", or leave it out.'
+            )
+    for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
+        # They would reduce or shard the heads of all domains, which the trainer itself reduces for one domain.
+        if parse_flag_from_env(f"ACCELERATE_USE_{name}"):
+            raise ConfigError(
+                f"`accelerate launch` must go without {name}, which would take the domains' heads as well. Got "
+                f"ACCELERATE_USE_{name}=true; launch with configs/accelerate/multi_gpu.yaml and set "
+                "`train.shard_backbone` to shard the backbone."
             )
     return Accelerator(
         mixed_precision=config.train.mixed_precision,

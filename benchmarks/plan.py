@@ -1,0 +1,109 @@
+"""A run on paper: memory, traffic, steps and hours of UDON with ViT-B/16 on so many GPUs.
+
+Arithmetic on what is given; nothing is measured here. Given are the sizes of the data and, as assumptions that decide
+the hours, the images that a GPU trains on in a second and the bytes that go in and out of it. For example:
+`python benchmarks/plan.py --gpus 1 8 64`,
+`python benchmarks/plan.py --gpus 64 --images 100e6 --classes 10e6 --domains 1000 --largest 1e6 --batch-size 8192`.
+"""
+
+import argparse
+import math
+
+from modeling_udon.data.uned import PUBLISHED
+
+HIDDEN, STUDENT, TEACHER = 768, 64, 256
+FLOAT = 4
+BACKBONE = 85_798_656  # weights of ViT-B/16 at 224 pixels, without a pooler
+
+
+def head_weights(num_classes: float) -> float:
+    """Weights that belong to a domain: its teacher head, and both prototypes of each class."""
+    return (HIDDEN + 1) * TEACHER + num_classes * (STUDENT + TEACHER)
+
+
+def mean_classes(arguments: argparse.Namespace) -> float:
+    """Classes of a domain on average."""
+    return float(arguments.classes / arguments.domains)
+
+
+def memory(arguments: argparse.Namespace, gpus: int) -> dict[str, str]:
+    """What lies on each GPU besides activations, in GB."""
+    shared = BACKBONE / (gpus if arguments.shard_backbone else 1) + (HIDDEN + 1) * STUDENT
+    heads = arguments.domains * head_weights(0) + head_weights(arguments.classes) - head_weights(0)
+    active = head_weights(arguments.largest)
+    logits = arguments.batch_size / gpus * arguments.largest
+    parts = {
+        "weights": FLOAT * (shared + heads),
+        "moments of AdamW": 2 * FLOAT * (shared + heads),
+        "gradients, largest domain": FLOAT * (shared + active),
+        # An estimate: cosines of student and teacher, their softmax at both temperatures, and a gradient of each.
+        "logits, largest domain": 8 * FLOAT * logits,
+    }
+    parts["together"] = sum(parts.values())
+    return {f"{name}, GB": f"{value / 1e9:.2f}" for name, value in parts.items()}
+
+
+def traffic(arguments: argparse.Namespace, gpus: int) -> dict[str, float]:
+    """Bytes that leave each GPU in a step: a ring sends what it reduces almost twice, what it gathers once."""
+    ring = 2 * (gpus - 1) / gpus
+    gathers = arguments.batch_size * (gpus - 1) / gpus * (STUDENT + TEACHER)
+    # Shards are gathered in both passes and reduced once, which is half as much again as DDP sends.
+    backbone = BACKBONE * ring * (1.5 if arguments.shard_backbone else 1)
+    return {
+        "backbone and student head": FLOAT * (backbone + ring * (HIDDEN + 1) * STUDENT),
+        "heads of the step's domain, on average": FLOAT * ring * head_weights(mean_classes(arguments)),
+        "embeddings": FLOAT * gathers,
+        "heads of all domains, were they reduced": FLOAT
+        * ring
+        * arguments.domains
+        * head_weights(mean_classes(arguments)),
+    }
+
+
+def plan(arguments: argparse.Namespace, gpus: int) -> dict[str, str]:
+    """All rows of one column."""
+    sent = traffic(arguments, gpus)
+    steps = math.ceil(arguments.epochs * arguments.images / arguments.batch_size)
+    compute = arguments.share * arguments.batch_size / gpus / arguments.images_per_second
+    needed = sum(list(sent.values())[:3])
+    waiting = needed / (arguments.bandwidth * 1e9)
+    return {
+        "images of a GPU in a step": f"{arguments.batch_size / gpus:g}",
+        **memory(arguments, gpus),
+        **{f"{name}, MB a step": f"{value / 1e6:,.1f}" for name, value in sent.items()},
+        "steps": f"{steps:,}",
+        "ms a step, computing": f"{compute * 1000:.1f}",
+        "ms a step, sending": f"{waiting * 1000:.1f}",
+        "hours, sending hidden": f"{steps * max(compute, waiting) / 3600:.1f}",
+        "hours, sending not hidden": f"{steps * (compute + waiting) / 3600:.1f}",
+        "checkpoint, GB": f"{3 * FLOAT * (BACKBONE + arguments.domains * head_weights(mean_classes(arguments))) / 1e9:.2f}",
+    }
+
+
+def main() -> None:
+    """Prints a column for each number of GPUs."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    images, classes = (sum(column) for column in zip(*PUBLISHED.values(), strict=True))
+    parser.add_argument("--gpus", type=int, nargs="+", default=[1, 8, 64], help="a column for each")
+    parser.add_argument("--images", type=float, default=images, help="training images; UnED's by default")
+    parser.add_argument("--classes", type=float, default=classes, help="training classes of all domains")
+    parser.add_argument("--domains", type=int, default=len(PUBLISHED), help="domains")
+    parser.add_argument(
+        "--largest", type=float, default=224_408, help="classes of the largest domain; met's by default"
+    )
+    parser.add_argument("--epochs", type=float, default=10, help="the paper's 10 by default")
+    parser.add_argument("--batch-size", type=int, default=128, help="global batch; the paper's 128 by default")
+    parser.add_argument("--images-per-second", type=float, default=800, help="assumed, of one GPU, bare backbone")
+    parser.add_argument("--share", type=float, default=1.07, help="full step over a bare one, of benchmarks/step.py")
+    parser.add_argument("--bandwidth", type=float, default=100, help="assumed GB/s out of one GPU")
+    parser.add_argument("--shard-backbone", action="store_true", help="as train.shard_backbone")
+    arguments = parser.parse_args()
+    columns = [plan(arguments, gpus) for gpus in arguments.gpus]
+    print("| GPUs | " + " | ".join(map(str, arguments.gpus)) + " |")
+    print("|---" * (1 + len(columns)) + "|")
+    for name in columns[0]:
+        print(f"| {name} | " + " | ".join(column[name] for column in columns) + " |")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,50 @@
+"""Launches: the files for `accelerate launch` open, and wrappers that would take all heads are refused in one line."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from accelerate.commands.config.config_args import load_config_from_file
+
+import train_udon
+
+FILES = sorted((Path(train_udon.__file__).parent / "configs" / "accelerate").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_accelerate_opens_every_launch_config_and_leaves_the_precision_to_the_run(file: Path) -> None:
+    config = load_config_from_file(str(file))
+    assert config.distributed_type.value == "MULTI_GPU"
+    assert config.mixed_precision == "no"
+    assert not config.fsdp_config and not config.deepspeed_config
+    assert config.num_processes >= 2 and config.num_processes % config.num_machines == 0
+
+
+@pytest.mark.parametrize("wrapper", ["FSDP", "DEEPSPEED", "MEGATRON_LM"])
+def test_a_launch_that_wraps_all_heads_is_refused_with_the_way_out(
+    wrapper: str,
+    tiny_config: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv(f"ACCELERATE_USE_{wrapper}", "true")
+    monkeypatch.setattr(sys, "argv", ["train_udon.py", "--config", str(tiny_config())])
+    assert train_udon.main() == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    for words in (f"must go without {wrapper}", f"Got ACCELERATE_USE_{wrapper}=true", "`train.shard_backbone`"):
+        assert words in error
+
+
+@pytest.mark.parametrize("changes", [{"train__mixed_precision": "fp16"}, {"train__compile": True}])
+def test_shards_with_what_they_were_not_tried_with_are_refused(
+    changes: dict[str, object],
+    tiny_config: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    path = tiny_config(train__shard_backbone=True, **changes)
+    monkeypatch.setattr(sys, "argv", ["train_udon.py", "--config", str(path)])
+    assert train_udon.main() == 2
+    assert "`shard_backbone` must go with `mixed_precision` 'no' or 'bf16' and without" in capsys.readouterr().err
