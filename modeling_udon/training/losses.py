@@ -46,15 +46,28 @@ def classification_loss(
     Raises:
         ValueError: If `kind` is unknown, or `normface` comes with a margin.
     """
+    check_margin(margin, kind)
+    if margin != 0:
+        true_cosines = cosine_logits.gather(1, labels[:, None])  # (B, C) -> (B, 1)
+        cosine_logits = cosine_logits.scatter(1, labels[:, None], with_margin(true_cosines, margin, kind))
+    return F.cross_entropy(scale * cosine_logits, labels)
+
+
+def check_margin(margin: float, kind: str) -> None:
+    """Refuses a margin that does not go with its kind.
+
+    Raises:
+        ValueError: If `kind` is unknown, or `normface` comes with a margin.
+    """
     if kind not in CLASSIFICATION_KINDS:
         raise ValueError(f"`kind` must be one of {', '.join(CLASSIFICATION_KINDS)}. Got {kind!r}.")
     if kind == "normface" and margin != 0:
         raise ValueError(f"`margin` must be 0 for kind 'normface'; use 'cosface' or 'arcface'. Got {margin}.")
-    if margin != 0:
-        true_cosines = cosine_logits.gather(1, labels[:, None])  # (B, C) -> (B, 1)
-        harder = true_cosines - margin if kind == "cosface" else _add_angle(true_cosines, margin)
-        cosine_logits = cosine_logits.scatter(1, labels[:, None], harder)
-    return F.cross_entropy(scale * cosine_logits, labels)
+
+
+def with_margin(true_cosines: torch.Tensor, margin: float, kind: str) -> torch.Tensor:
+    """Cosines with the true class, of any shape, made harder by a margin that is not 0."""
+    return true_cosines - margin if kind == "cosface" else _add_angle(true_cosines, margin)
 
 
 def logit_distillation_loss(
