@@ -104,7 +104,7 @@ class _Classification(torch.autograd.Function):
         return (log_sum - true_logits).mean()
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         embeds, prototypes, labels, log_sum = ctx.saved_tensors
         hardness: _Hardness = ctx.hardness
         gradients = torch.zeros_like(embeds), torch.empty_like(prototypes)
@@ -150,7 +150,7 @@ class _LogitDistillation(torch.autograd.Function):
         return (difference - teacher_log_sum + log_sum).mean()
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         embeds, prototypes, teacher_embeds, teacher_prototypes, log_sum, teacher_log_sum = ctx.saved_tensors
         temperature, teacher_temperature = ctx.temperatures
         gradients = torch.zeros_like(embeds), torch.empty_like(prototypes)

@@ -1,4 +1,4 @@
-"""The four terms of the UDON objective, as pure functions: tensors in, scalar out.
+"""The four terms of the UDON objective, and what keeps an old student, as pure functions: tensors in, scalar out.
 
 Formulas: arXiv 2406.08332, section 4; what the paper leaves open follows numbers of the original implementation.
 """
@@ -136,6 +136,19 @@ def relational_distillation_block(
     crossing_sum = crossing.square().sum()
     pairs = own.square().sum() + 2 * crossing_sum - crossing_sum.detach()
     return reduction_size * pairs / targets.numel()
+
+
+def retention_loss(student_embeds: torch.Tensor, old_embeds: torch.Tensor) -> torch.Tensor:
+    """Half the mean squared distance between the embeddings of a student and of the one it grew from.
+
+    Not of the paper. It holds the embeddings themselves and not only their similarities, so that what the old student
+    has embedded stays searchable.
+
+    Args:
+        student_embeds: Unit-norm embeddings of shape `(batch_size, embedding_dim)`.
+        old_embeds: The old student's, of the same shape; they get no gradient.
+    """
+    return 1 - (student_embeds * old_embeds.detach()).sum(1).mean()
 
 
 def _similarities(embeds: torch.Tensor) -> torch.Tensor:

@@ -100,6 +100,7 @@ _SHORT = {
     "teacher_classification": "teacher",
     "logit_distillation": "logit",
     "relational_distillation": "relational",
+    "retention": "retention",
 }
 
 

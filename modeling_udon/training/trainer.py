@@ -32,6 +32,7 @@ from modeling_udon.retrieval.protocol import (
 )
 from modeling_udon.retrieval.report import write_report
 from modeling_udon.retrieval.tables import format_table
+from modeling_udon.training.cached_features import FeatureDataset, make_feature_cache
 from modeling_udon.training.checkpoint import (
     TrainState,
     load_checkpoint,
@@ -41,6 +42,13 @@ from modeling_udon.training.checkpoint import (
 from modeling_udon.training.config import ConfigError, TrainConfig
 from modeling_udon.training.config_file import dump_config
 from modeling_udon.training.distillation import RelationalBank
+from modeling_udon.training.extension import (
+    compare_with_old,
+    format_extension,
+    keep_old_scores,
+    trained_domains,
+    write_extension,
+)
 from modeling_udon.training.optimization import (
     IdleHeads,
     frozen_steps,
@@ -51,9 +59,11 @@ from modeling_udon.training.optimization import (
 )
 from modeling_udon.training.reporting import LossWindow, Reporter, format_changes, format_validation, format_weights
 from modeling_udon.training.run_folder import RunFolder, leaves
+from modeling_udon.training.sampled_classes import SampledClasses
 from modeling_udon.training.setup import (
     build_model,
     channel_statistics,
+    describe_prototypes,
     make_accelerator,
     make_sampler,
     training_transform,
@@ -113,8 +123,12 @@ class Trainer:
             raise ConfigError(" ".join(str(error).split())) from error
         if config.data.targets == "images":
             self.domains = {name: with_images_as_classes(domain) for name, domain in self.domains.items()}
-        self.sampler = make_sampler(config, self.domains, self.accelerator)
-        self.model = build_model(config, self.domains)
+        trained = trained_domains(config, self.domains)
+        self.sampler = make_sampler(config, trained, self.accelerator)
+        # Before anything is made of them: what does not fit fails without a word of the reason.
+        for line in describe_prototypes(config, trained, self.accelerator):
+            self.accelerator.print(line)
+        self.model = build_model(config, trained)
         self.mean, self.std = channel_statistics(config.data, self.model.config.backbone_config)
         self.num_steps = self.sampler.num_steps
         self.best: dict[str, float] | None = None
@@ -124,6 +138,8 @@ class Trainer:
         if checkpoint:
             self._restore(checkpoint)
         self.idle_heads = IdleHeads(self.model, self._optimizer, config.optim, self.num_steps)
+        wanted = config.loss.sampled_classes
+        self.sampled_classes = SampledClasses(self.model, self._optimizer, self.idle_heads, wanted, config.seed)
         if self.accelerator.is_main_process:
             self.folder.prepare(self.domains, overwrite)
         self.accelerator.wait_for_everyone()
@@ -169,21 +185,23 @@ class Trainer:
             scores = evaluate_baselines(self.model.udon, tested, "test", self._embedder, self.mean, self.std)
             if self.accelerator.is_main_process:
                 self.folder.baseline.write_text(json.dumps(scores, indent=1), encoding="utf-8")
+            if self.config.init is not None:
+                old = evaluate_model(self.model.udon, tested, "test", self._embedder, self.mean, self.std)
+                if self.accelerator.is_main_process:
+                    keep_old_scores(self.folder.path, old)
         self.validate()
 
     def batches(self) -> Iterator[DomainBatch]:
         """Gives this process's share of every step's batch, to the end of the run."""
-        dataset = MultiDomainDataset(
-            self.domains,
-            training_transform(self.config.data),
-            self.config.seed,
-        )
+        dataset = self._training_data()
+        # Cached features need no decoding, and a worker would only hand them on.
+        num_workers = 0 if self.config.train.heads_only else self.config.data.num_workers
         loader: DataLoader[DomainBatch] = DataLoader(
             dataset,
             batch_size=None,
             sampler=self.sampler,
-            num_workers=self.config.data.num_workers,
-            persistent_workers=self.config.data.num_workers > 0,
+            num_workers=num_workers,
+            persistent_workers=num_workers > 0,
             worker_init_fn=use_one_thread,
             collate_fn=_as_it_is,
             pin_memory=self.accelerator.device.type == "cuda",
@@ -207,11 +225,14 @@ class Trainer:
         ramp = config.loss.distillation_ramp_steps
         self.model.distillation_share = min(1.0, (step + 1) / ramp) if ramp else 1.0
         set_learning_rates(self._optimizer, learning_rates(config.optim, step, self.num_steps))
-        pixels = normalize(batch.pixels.to(self.accelerator.device, non_blocking=True), self.mean, self.std)
+        pixels = batch.pixels.to(self.accelerator.device, non_blocking=True)
+        if not self.model.takes_features:
+            pixels = normalize(pixels, self.mean, self.std)
         labels = batch.labels.to(self.accelerator.device, non_blocking=True)
         parts = config.train.accumulation_steps
         pixel_parts, label_parts = pixels.chunk(parts), labels.chunk(parts)
         banks = self._relational_banks(pixel_parts, batch.domain)
+        self.sampled_classes.take(batch.domain, labels, step)
         losses = torch.zeros(1 + len(self.model.terms), device=pixels.device)
         for number, (part, part_labels, bank) in enumerate(zip(pixel_parts, label_parts, banks, strict=True)):
             last = number == parts - 1
@@ -224,6 +245,7 @@ class Trainer:
             self._clip_gradients(config.optim.max_grad_norm)
         self._wrapped_optimizer.step()
         self._wrapped_optimizer.zero_grad(set_to_none=True)
+        self.sampled_classes.put_back(step)
         return losses
 
     def count_step(self, domain: str, losses: torch.Tensor) -> None:
@@ -293,14 +315,20 @@ class Trainer:
             baseline = json.loads(self.folder.baseline.read_text(encoding="utf-8"))
             results = build_results({"test": scores}, baseline=baseline, config=dump_config(self.config))
             results["analysis"] = {"test": analyse(found)}
+            if self.config.init is not None:
+                results["extension"] = compare_with_old(self.config, scores)
             if self.accelerator.is_main_process:
                 write_results(self.folder.results, results)
+                if self.config.init is not None:
+                    write_extension(self.folder.path, results["extension"])
                 gallery = make_gallery(found.merged, tested, "test")
                 write_report(self.folder.path, results, {"test": gallery})
                 write_sheets(self.folder.path / GALLERY_FOLDER, gallery)
             self._export_best(results)
             self.reporter.say("\n" + format_table(results))
             self.reporter.say("\n" + format_changes(baseline["untrained"], scores.merged))
+            if self.config.init is not None:
+                self.reporter.say("\n" + format_extension(results["extension"]))
             if self.accelerator.is_main_process and (weights := format_weights(self.folder.metrics)):
                 self.reporter.say("\n" + weights)
         assert self.best is not None, "the last step is always validated"
@@ -310,6 +338,18 @@ class Trainer:
         self.accelerator.wait_for_everyone()
         self.reporter.close()
         return results
+
+    def _training_data(self) -> MultiDomainDataset | FeatureDataset:
+        """The training images, or the features of a frozen backbone."""
+        config, transform = self.config, training_transform(self.config.data)
+        if not config.train.heads_only:
+            return MultiDomainDataset(self.domains, transform, config.seed)
+        plain = EvalTransform(config.data.image_size, config.data.eval_antialias)
+        cache = make_feature_cache(config, transform, plain, self.mean, self.std)
+        names, workers = self.sampler.names, config.data.num_workers
+        say = self.reporter.say
+        features = cache.open(self.domains, names, self.model.udon, self.accelerator, workers, say)
+        return FeatureDataset(self.domains, features)
 
     def _push(self, options: PushOptions) -> None:
         """Publishes the student; what goes wrong there takes nothing from the run."""
@@ -321,7 +361,7 @@ class Trainer:
     def _prepare_processes(self) -> None:
         sharded = self.config.train.shard_backbone and self.accelerator.num_processes > 1
         # Heads and prototypes of one domain get gradients in a step; DDP would wait for all the others.
-        ours = [name for domain in self.domains for name in self.model.domain_parameters(domain)]
+        ours = [name for domain in self.model.num_classes for name in self.model.domain_parameters(domain)]
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self.model, ours)
         if self.config.train.compile:
             self.model.udon.backbone.compile()
@@ -333,13 +373,11 @@ class Trainer:
             self._shared_heads = self.model.shared_head_parameters()
         self._optimizer = make_optimizer(self.model, self.config.optim)
         self._wrapped_optimizer = self.accelerator.prepare_optimizer(self._optimizer)
-        if self.model.frozen_teachers is not None:
-            self.model.frozen_teachers = self.model.frozen_teachers.to(self.accelerator.device)
+        self.model.move_frozen(self.accelerator.device)
         if self.accelerator.num_processes > 1:
             self.model.gather, self.model.rank = self.accelerator.gather, self.accelerator.process_index
-            owned = [
-                parameter for domain in self.domains for parameter in self.model.domain_parameters(domain).values()
-            ]
+            domains = self.model.num_classes
+            owned = [parameter for domain in domains for parameter in self.model.domain_parameters(domain).values()]
             for parameter in (*self._shared_heads, *owned):
                 torch.distributed.broadcast(parameter.data, src=0)
 
