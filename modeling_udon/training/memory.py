@@ -75,8 +75,8 @@ def estimate_prototypes(
         cosines = _COSINES_ALONE * batch_size * rows
     else:
         cosines = (_COSINES_TAUGHT if loss.distill_through_backbone else _COSINES_APART) * batch_size * rows
-    # A copy of all, the moments of one domain, and a workspace as large as its larger prototypes.
-    workspace = _FLOAT32 * most * (2 * widths + max(embedding_dim, teacher_dim))
+    # A copy of all, and of one domain the moments and a workspace of the prototypes' size.
+    workspace = _FLOAT32 * most * 3 * widths
     reading = weights + workspace if coasting and loss.classifier == "separate" else 0
     return PrototypeMemory(weights, 2 * weights, gradients, _FLOAT32 * cosines, reading)
 
