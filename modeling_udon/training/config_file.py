@@ -44,15 +44,20 @@ def load_config(
     if path is None and init is None:
         raise ConfigError("`--config` must name a YAML file, unless `--init` names a run to start from. Got neither.")
     values = {} if path is None else _read(Path(path), ())
+    old: dict[str, Any] = {}
     if init is not None:
-        values = _merge(take_over(init), values)
+        taken_over = take_over(init)
+        old = taken_over["domains"]
+        values = _merge(taken_over, values)
         values["init"] = {**values.get("init", {}), "run": str(init)}
     if domains:
         values["domains"] = dict(_named("--domain", domain) for domain in domains)
     for key, value in _pairs(overrides):
         _set(values, key, value)
-    if init is not None or added:
+    if added:
         _add_domains(values, init, added)
+    if init is not None and not domains and values["init"].get("old_data") == "none":
+        values["domains"] = {name: spec for name, spec in values["domains"].items() if name not in old}
     values = _expand_variables(values)
     _apply_system(values)
     try:
@@ -137,14 +142,12 @@ def _add_domains(values: dict[str, Any], init: str | Path | None, added: Sequenc
     if init is None:
         raise ConfigError("`--add-domain` must go with `--init`, the run that gets the domain. Got no run.")
     new = dict(_named("--add-domain", domain) for domain in added)
-    known = values["domains"]
     for name in new:
-        if name in known:
+        if name in values["domains"]:
             raise ConfigError(
                 f"`--add-domain` must name a new domain. Got {name!r}, which {init} has already; choose another name."
             )
-    at_hand = values["init"].get("old_data") != "none"
-    values["domains"] = {**known, **new} if at_hand else new
+    values["domains"] = {**values["domains"], **new}
 
 
 def _pairs(overrides: Sequence[str]) -> list[tuple[str, Any]]:

@@ -24,19 +24,19 @@ class PrototypeMemory:
         moments: AdamW's two moments of them, once every domain has been trained.
         gradients: Of the domain with most classes, since a step trains one; with the copies of sampled rows.
         cosines: Of a batch with the classes it is told apart from, with what the backward pass keeps of them.
-        reading: Copies while a validation reads heads that coast.
+        coasting: Copies while idle heads coast: for a validation, or after a step on sampled classes.
     """
 
     weights: int
     moments: int
     gradients: int
     cosines: int
-    reading: int
+    coasting: int
 
     @property
     def total(self) -> int:
-        """The peak; training and validation take turns."""
-        return self.weights + self.moments + max(self.gradients + self.cosines, self.reading)
+        """The peak, or somewhat more: a step's cosines are half gone by the time its gradients are all there."""
+        return self.weights + self.moments + max(self.gradients + self.cosines, self.coasting)
 
 
 def estimate_prototypes(
@@ -75,10 +75,9 @@ def estimate_prototypes(
         cosines = _COSINES_ALONE * batch_size * rows
     else:
         cosines = (_COSINES_TAUGHT if loss.distill_through_backbone else _COSINES_APART) * batch_size * rows
-    # A copy of all, and of one domain the moments and a workspace of the prototypes' size.
-    workspace = _FLOAT32 * most * 3 * widths
-    reading = weights + workspace if coasting and loss.classifier == "separate" else 0
-    return PrototypeMemory(weights, 2 * weights, gradients, _FLOAT32 * cosines, reading)
+    separate = coasting and loss.classifier == "separate"
+    idle = _coasting(num_classes, embedding_dim, teacher_dim, rows < classes) if separate else 0
+    return PrototypeMemory(weights, 2 * weights, gradients, _FLOAT32 * cosines, idle)
 
 
 def free_memory(device: torch.device) -> int:
@@ -92,14 +91,22 @@ def describe_memory(estimate: PrototypeMemory, free: int) -> list[str]:
     step = f"gradients {_size(estimate.gradients)} + cosines {_size(estimate.cosines)}"
     lines = [
         f"prototypes take {_size(estimate.total)} on each process, of {_size(free)} free: {parts} + the larger of "
-        f"{step} in a step and {_size(estimate.reading)} in a validation; backbone and activations come on top"
+        f"{step} in a step and {_size(estimate.coasting)} while idle heads coast; backbone and activations come on top"
     ]
     if estimate.total > free:
         lines.append(
             "WARNING: prototypes need more memory than is free; set loss.sampled_classes (gradients and cosines), "
-            "loss.chunk_size (cosines), optim.idle_heads hold (validation) or a smaller model.teacher_dim (all)"
+            "loss.chunk_size (cosines), optim.idle_heads hold (coasting) or a smaller model.teacher_dim (all)"
         )
     return lines
+
+
+def _coasting(num_classes: Mapping[str, int], embedding_dim: int, teacher_dim: int, sampled: bool) -> int:
+    most, widths = max(num_classes.values()), embedding_dim + teacher_dim
+    # For a validation a copy of all, and of one domain the moments and a workspace of the prototypes' size.
+    reading = sum(num_classes.values()) * widths + 3 * most * widths if len(num_classes) > 1 else 0
+    after_step = most * max(embedding_dim, teacher_dim) if sampled else 0
+    return _FLOAT32 * max(reading, after_step)
 
 
 def _sampled(classes: int, batch_size: int, loss: LossConfig) -> int:

@@ -78,6 +78,14 @@ def test_a_config_file_stands_above_the_old_run_and_below_the_command_line(old_r
     assert list(config.domains) == ["stripes", "blobs"]
 
 
+def test_domains_may_be_named_outright(old_run: Path, tiny_domains: Path, tmp_path: Path) -> None:
+    options = ["--name", "new", "--output_dir", str(tmp_path), "--init.old_data", "none"]
+    path = tiny_domains / "blobs"
+    assert list(load_config(None, options, [f"blobs={path}"], old_run).domains) == ["blobs"]
+    with pytest.raises(ConfigError, match="`domains`: dictionary should have at least 1 item"):
+        load_config(None, options, (), old_run)
+
+
 def test_old_weights_are_where_it_starts_and_the_new_domain_is_fresh(extend: Callable[..., Any], old_run: Path) -> None:
     old = load_file(old_run / "checkpoints" / "best" / "model.safetensors")
     start = start_weights(extend())

@@ -120,7 +120,21 @@ def test_reading_idle_heads_takes_no_more_than_the_estimate(idle_heads):
             pass
 
     measured = peak_of(read)
-    assert 0.5 * setting.estimate.reading <= measured <= setting.estimate.reading
+    assert 0.5 * setting.estimate.coasting <= measured <= setting.estimate.coasting
+
+
+def test_rows_outside_the_sample_coast_within_the_estimate(monkeypatch):
+    monkeypatch.setitem(CLASSES, "sop", 30_000)
+    setting = Setting(sampled_classes=300)
+    one_domain = estimate_prototypes({"cars": 30_000}, *DIMS, BATCH, LossConfig(sampled_classes=300))
+    for step in range(2):
+        setting.take_step("cars", step)
+    setting.backward("cars", 2)
+    setting.optimizer.step()
+    setting.optimizer.zero_grad(set_to_none=True)
+    measured = peak_of(lambda: setting.sampled.put_back(2))
+    assert 0.9 * one_domain.coasting <= measured <= 1.1 * one_domain.coasting
+    assert estimate_prototypes({"cars": 30_000}, *DIMS, BATCH, LossConfig()).coasting == 0
 
 
 def test_what_does_not_fit_is_said_with_the_way_out():
@@ -131,9 +145,9 @@ def test_what_does_not_fit_is_said_with_the_way_out():
 
 
 def test_the_way_out_leads_out():
-    def total(classes=10_000_000, teacher_dim=256, coasting=True, **objective):
-        faces = {"faces": classes}
-        return estimate_prototypes(faces, 64, teacher_dim, 128, LossConfig(**objective), coasting).total
+    def total(teacher_dim=256, coasting=True, **objective):
+        classes = {"faces": 10_000_000, "cars": 1000}
+        return estimate_prototypes(classes, 64, teacher_dim, 128, LossConfig(**objective), coasting).total
 
     assert total(chunk_size=8192) < total()
     assert total(sampled_classes=0.1, coasting=False) < total(chunk_size=8192)
