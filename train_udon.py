@@ -19,8 +19,21 @@ def main() -> int:
         epilog="Any value of the config can be overridden: --optim.lr 3e-4 --train.num_steps 500",
         allow_abbrev=False,
     )
-    parser.add_argument("--config", required=True, help="YAML file of the run, such as configs/demo.yaml")
+    parser.add_argument("--config", help="YAML file of the run, such as configs/demo.yaml; not needed with --init")
     parser.add_argument(
+        "--init",
+        metavar="RUN",
+        help="start from the best weights of this run, with its settings and domains; give the new run a --name",
+    )
+    domains = parser.add_mutually_exclusive_group()
+    domains.add_argument(
+        "--add-domain",
+        action="append",
+        default=[],
+        metavar="NAME=SOURCE",
+        help="with --init: train on this domain as well; may be repeated",
+    )
+    domains.add_argument(
         "--domain",
         action="append",
         default=[],
@@ -39,8 +52,8 @@ def main() -> int:
     arguments, overrides = parser.parse_known_args()
     allow = [name for name in arguments.resume_allow.split(",") if name]
     try:
-        config = load_config(arguments.config, overrides, arguments.domain)
-        train(config, arguments.resume, arguments.overwrite, allow)
+        given = arguments.domain, arguments.init, arguments.add_domain
+        train(load_config(arguments.config, overrides, *given), arguments.resume, arguments.overwrite, allow)
     except (ConfigError, FolderInUseError) as error:
         sys.stderr.write(f"error: {error}\n")
         return 2

@@ -67,6 +67,7 @@ def plan(arguments: argparse.Namespace, gpus: int) -> dict[str, str]:
     compute = arguments.share * arguments.batch_size / gpus / arguments.images_per_second
     needed = sum(list(sent.values())[:3])
     waiting = needed / (arguments.bandwidth * 1e9)
+    weights = BACKBONE + arguments.domains * head_weights(mean_classes(arguments))
     return {
         "images of a GPU in a step": f"{arguments.batch_size / gpus:g}",
         **memory(arguments, gpus),
@@ -76,7 +77,7 @@ def plan(arguments: argparse.Namespace, gpus: int) -> dict[str, str]:
         "ms a step, sending": f"{waiting * 1000:.1f}",
         "hours, sending hidden": f"{steps * max(compute, waiting) / 3600:.1f}",
         "hours, sending not hidden": f"{steps * (compute + waiting) / 3600:.1f}",
-        "checkpoint, GB": f"{3 * FLOAT * (BACKBONE + arguments.domains * head_weights(mean_classes(arguments))) / 1e9:.2f}",
+        "checkpoint, GB": f"{3 * FLOAT * weights / 1e9:.2f}",
     }
 
 

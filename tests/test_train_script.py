@@ -95,8 +95,8 @@ def test_options_that_are_missing_or_exclude_each_other_are_named(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for arguments, words in (
-        ([], "the following arguments are required: --config"),
         (["--config", "x", "--resume", "--overwrite"], "--overwrite: not allowed with argument --resume"),
+        (["--domain", "a=b", "--add-domain", "c=d"], "--add-domain: not allowed with argument --domain"),
     ):
         monkeypatch.setattr(sys, "argv", ["train_udon.py", *arguments])
         with pytest.raises(SystemExit) as caught:

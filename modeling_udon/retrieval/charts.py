@@ -17,6 +17,7 @@ LOSS_TITLES = {
     "teacher_classification": "teacher classification",
     "logit_distillation": "logit distillation",
     "relational_distillation": "relational distillation",
+    "retention": "retention of the old student",
 }
 
 Point = tuple[float, float]

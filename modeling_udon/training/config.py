@@ -117,6 +117,10 @@ class LossConfig(Section):
     """Weight of the distillation of similarities."""
     distillation_ramp_steps: int = Field(0, ge=0)
     """Steps in which the weights of both distillation terms rise from 0, for a start from weak features."""
+    chunk_size: int | None = Field(None, gt=0)
+    """Classes whose cosines are held at a time; `null` holds those of all, which costs memory with many classes."""
+    sampled_classes: int | float | None = None
+    """Classes of its domain that a batch is told apart from: a number or a share; its own are always among them."""
     distill_through_backbone: bool = True
     """Whether the distillation terms train the backbone too, as in the original, or only the student's head."""
 
@@ -134,6 +138,14 @@ class LossConfig(Section):
             "relational_distillation": self.relational_distillation,
         }
 
+    @field_validator("sampled_classes")
+    @classmethod
+    def _number_or_share(cls, classes: int | float | None) -> int | float | None:
+        number = isinstance(classes, int) and classes >= 2
+        if classes is not None and not number and not (isinstance(classes, float) and 0 < classes <= 1):
+            raise ValueError("must be a number of classes, an integer from 2 on, or a share above 0.0 and up to 1.0")
+        return classes
+
     @model_validator(mode="after")
     def _usable(self) -> "LossConfig":
         if sum(self.weights().values()) == 0:
@@ -142,6 +154,10 @@ class LossConfig(Section):
             raise ValueError("`margin` must be 0 for kind 'normface'; use 'cosface' or 'arcface'")
         if self.classifier == "joint" and self.needs_teachers:
             raise ValueError("`classifier` 'joint' must go without teachers, whose classes are those of one domain")
+        if self.classifier == "joint" and self.sampled_classes is not None:
+            raise ValueError(
+                "`sampled_classes` must be left out for `classifier` 'joint'; `chunk_size` saves memory too"
+            )
         return self
 
 
@@ -214,6 +230,12 @@ class TrainSection(Section):
     """How many checkpoints are kept."""
     keep_teachers: bool = False
     """Whether the teacher heads go out with the student in `best/`."""
+    heads_only: bool = False
+    """Whether the backbone stays as it is: its features of all training images are computed once and kept on disk."""
+    feature_views: int = Field(1, gt=0)
+    """Views of each image whose features are kept: first that of the evaluation, then random ones as in training."""
+    feature_cache: Path | None = None
+    """Folder of the features, which several runs may share; `null`: `features` in the run's folder."""
 
     @field_validator("mixed_precision", mode="before")
     @classmethod
@@ -231,6 +253,10 @@ class TrainSection(Section):
     def _shards_fit(self) -> "TrainSection":
         if self.shard_backbone and (self.mixed_precision == "fp16" or self.compile):
             raise ValueError("`shard_backbone` must go with `mixed_precision` 'no' or 'bf16' and without `compile`")
+        if self.shard_backbone and self.heads_only:
+            raise ValueError(
+                "`heads_only` must go without `shard_backbone`; a backbone at rest has nothing to share out"
+            )
         return self
 
 
@@ -271,6 +297,17 @@ class PushConfig(Section):
     """Licence of the model, as the Hub calls it."""
 
 
+class InitConfig(Section):
+    """A trained run to go on from, with more domains or the same."""
+
+    run: Path
+    """Folder of the run: its best student is where this one starts, with the teachers and prototypes it has."""
+    old_data: Literal["replay", "measure", "none"] = "replay"
+    """Data of the run's own domains: trained on as well, only to measure what is forgotten, or not at hand."""
+    retain: float = Field(1.0, ge=0)
+    """Weight of the term that holds the student's embeddings to those of the run's student; 0 leaves it out."""
+
+
 class TrainConfig(Section):
     """A run."""
 
@@ -286,6 +323,8 @@ class TrainConfig(Section):
     """Which system of the papers is trained: it sets what makes it up in `loss` and `sampling`."""
     teachers: Path | dict[str, Path] | None = None
     """Run, or a run for each domain, whose teachers stand for learning ones; for system `separate_teachers`."""
+    init: InitConfig | None = None
+    """Trained run that this one starts from; the command line's `--init` fills in its settings and domains too."""
     model: ModelConfig
     data: DataConfig = DataConfig()
     loss: LossConfig = LossConfig()
@@ -316,6 +355,20 @@ class TrainConfig(Section):
             )
         if isinstance(self.teachers, dict) and set(self.teachers) != set(self.domains):
             raise ValueError(f"`teachers` must name a run for each of {', '.join(self.domains)}")
+        return self
+
+    @model_validator(mode="after")
+    def _features_suffice(self) -> "TrainConfig":
+        if self.train.heads_only and self.teachers is not None:
+            raise ValueError("`train.heads_only` must go without `teachers`, which have to see the images")
+        return self
+
+    @model_validator(mode="after")
+    def _old_run_stays(self) -> "TrainConfig":
+        if self.init is not None and self.init.run.resolve() == self.run_dir.resolve():
+            raise ValueError(
+                f"`name` must be another than that of the run in `init.run`, {self.name!r}; give --name NEW"
+            )
         return self
 
     @property

@@ -16,6 +16,7 @@ from pydantic import BaseModel, ValidationError
 
 from modeling_udon.data.domains import DomainSpec
 from modeling_udon.training.config import ConfigError, TrainConfig
+from modeling_udon.training.extension import take_over
 from modeling_udon.training.strict_yaml import load_strict
 from modeling_udon.training.systems import SYSTEMS
 
@@ -25,28 +26,48 @@ _VARIABLE = re.compile(r"\$\{(\w+)\}")
 _SECRET = re.compile(r"TOKEN|SECRET|PASSWORD|API_?KEY", re.IGNORECASE)
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = (), domains: Sequence[str] = ()) -> TrainConfig:
+def load_config(
+    path: str | Path | None,
+    overrides: Sequence[str] = (),
+    domains: Sequence[str] = (),
+    init: str | Path | None = None,
+    added: Sequence[str] = (),
+) -> TrainConfig:
     """Reads a config file.
 
     Args:
-        path: A YAML file, whose `base` key may name another, relative to it.
+        path: A YAML file, whose `base` key may name another, relative to it; `None` only with `init`.
         overrides: Command line arguments such as `["--optim.lr", "3e-4"]` or `["--optim.lr=3e-4"]`.
         domains: `NAME=SOURCE` of each domain that is to take the place of those in the file.
+        init: Folder of a trained run to start from; its settings stand where neither file nor overrides say otherwise.
+        added: `NAME=SOURCE` of each domain that comes to those of that run.
 
     Raises:
         ConfigError: If a file or a value cannot be used; the message is one line.
     """
-    values = _read(Path(path), ())
+    if path is None and init is None:
+        raise ConfigError("`--config` must name a YAML file, unless `--init` names a run to start from. Got neither.")
+    values = {} if path is None else _read(Path(path), ())
+    old: dict[str, Any] = {}
+    if init is not None:
+        taken_over = take_over(init)
+        old = taken_over["domains"]
+        values = _merge(taken_over, values)
+        values["init"] = {**values.get("init", {}), "run": str(init)}
     if domains:
-        values["domains"] = dict(_named(domain) for domain in domains)
+        values["domains"] = dict(_named("--domain", domain) for domain in domains)
     for key, value in _pairs(overrides):
         _set(values, key, value)
+    if added:
+        _add_domains(values, init, added)
+    if init is not None and not domains and values["init"].get("old_data") == "none":
+        values["domains"] = {name: spec for name, spec in values["domains"].items() if name not in old}
     values = _expand_variables(values)
     _apply_system(values)
     try:
         return TrainConfig.model_validate(values)
     except ValidationError as error:
-        raise ConfigError(_explain(error, path)) from None
+        raise ConfigError(_explain(error, path or Path(str(init)) / "config.yaml")) from None
 
 
 def dump_config(config: TrainConfig) -> dict[str, Any]:
@@ -125,11 +146,24 @@ def _merge(base: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _named(domain: str) -> tuple[str, str]:
+def _named(option: str, domain: str) -> tuple[str, str]:
     name, equals, source = domain.partition("=")
     if not (name and equals and source):
-        raise ConfigError(f"`--domain` must look like NAME=SOURCE. Got {domain!r}; write --domain shoes=/data/shoes.")
+        raise ConfigError(f"`{option}` must look like NAME=SOURCE. Got {domain!r}; write {option} shoes=/data/shoes.")
     return name, source
+
+
+def _add_domains(values: dict[str, Any], init: str | Path | None, added: Sequence[str]) -> None:
+    """Puts new domains beside those of the run that this one starts from."""
+    if init is None:
+        raise ConfigError("`--add-domain` must go with `--init`, the run that gets the domain. Got no run.")
+    new = dict(_named("--add-domain", domain) for domain in added)
+    for name in new:
+        if name in values["domains"]:
+            raise ConfigError(
+                f"`--add-domain` must name a new domain. Got {name!r}, which {init} has already; choose another name."
+            )
+    values["domains"] = {**values["domains"], **new}
 
 
 def _pairs(overrides: Sequence[str]) -> list[tuple[str, Any]]:

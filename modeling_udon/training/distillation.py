@@ -9,17 +9,20 @@ from transformers.utils import ModelOutput
 
 from modeling_udon.configuration_udon import UdonConfig
 from modeling_udon.modeling_udon import UdonModel, init_lecun_normal_
+from modeling_udon.training.chunked import chunked_classification_loss, chunked_logit_distillation_loss
 from modeling_udon.training.config import LossConfig
-from modeling_udon.training.frozen import FrozenTeachers
+from modeling_udon.training.frozen import FrozenTeachers, OldStudent
 from modeling_udon.training.losses import (
     classification_loss,
     cosine_logits,
     logit_distillation_loss,
     relational_distillation_block,
     relational_distillation_loss,
+    retention_loss,
 )
 
 TERMS = ("student_classification", "teacher_classification", "logit_distillation", "relational_distillation")
+RETENTION = "retention"
 
 
 @dataclass
@@ -29,10 +32,11 @@ class DistillationOutput(ModelOutput):
     Attributes:
         loss: Weighted sum of the terms over the sum of the weights, a scalar.
         losses: Each term of the objective by its name, unweighted scalars; without a teacher the student's
-            classification alone.
+            classification alone; with an old student `retention` as well.
         student_logits: Cosines with the student's prototypes, of shape `(batch_size, num_classes)`; of the classes of
-            all domains where the classifier is joint.
-        teacher_logits: Cosines with the teacher's prototypes, of shape `(batch_size, num_classes)`.
+            all domains where the classifier is joint, of the sampled classes where they are sampled, `None` where the
+            loss goes over chunks and never has them together.
+        teacher_logits: Cosines with the teacher's prototypes, likewise.
         image_embeds: Student embeddings of shape `(batch_size, embedding_dim)`.
         teacher_embeds: Teacher embeddings of shape `(batch_size, teacher_dim)`.
     """
@@ -53,13 +57,26 @@ class Embeddings:
         student: Shape `(batch_size, embedding_dim)`, unit norm.
         backbone: The backbone's features of shape `(batch_size, hidden_size)`, unit norm.
         teacher: Shape `(batch_size, teacher_dim)`, unit norm, if there is a teacher.
-        teacher_logits: Cosines of shape `(batch_size, num_classes)` of a teacher that brings its own prototypes.
     """
 
     student: torch.Tensor
     backbone: torch.Tensor
     teacher: torch.Tensor | None
-    teacher_logits: torch.Tensor | None
+
+
+@dataclass(frozen=True)
+class Cosines:
+    """Embeddings beside the prototypes they are told apart by.
+
+    Attributes:
+        embeds: Shape `(batch_size, dim)`, unit norm.
+        prototypes: Shape `(num_classes, dim)`.
+        logits: Their cosines of shape `(batch_size, num_classes)`; `None` where a loss goes over chunks of classes.
+    """
+
+    embeds: torch.Tensor
+    prototypes: torch.Tensor
+    logits: torch.Tensor | None
 
 
 @dataclass(frozen=True)
@@ -86,12 +103,16 @@ class UdonForDistillation(nn.Module):
         udon: A model to train instead of a new one; its configuration must be `config`.
         num_classes: Classes of each domain, where not all have a teacher head.
         frozen_teachers: Trained teachers that stand for the model's own, which learn with it.
+        old_student: The student that this one grew from and is held to.
 
     Attributes:
         gather: Concatenates a tensor of every process along its first dimension; `None` where there is one process.
             The relational term then compares pairs of the whole global batch.
         rank: This process's number.
         distillation_share: Factor on both distillation terms, for a ramp.
+        sampled_classes: Ascending classes that the batch's domain is cut down to for this step, while its prototypes
+            hold these rows alone (see `sampled_classes.py`); `None` for all classes.
+        takes_features: Whether the backbone's features come in place of images, and the backbone is not run.
     """
 
     def __init__(
@@ -101,15 +122,19 @@ class UdonForDistillation(nn.Module):
         udon: UdonModel | None = None,
         num_classes: Mapping[str, int] | None = None,
         frozen_teachers: FrozenTeachers | None = None,
+        old_student: OldStudent | None = None,
     ) -> None:
         super().__init__()
         self.config = config
         self.objective = objective or LossConfig()
         self.num_classes = dict(num_classes or config.domains)
         self.frozen_teachers = frozen_teachers
+        self.old_student = old_student
         self.gather: Callable[[torch.Tensor], torch.Tensor] | None = None
         self.rank = 0
         self.distillation_share = 1.0
+        self.sampled_classes: torch.Tensor | None = None
+        self.takes_features = False
         self.udon = udon or UdonModel(config)
         self.student_prototypes = _make_prototypes(self.num_classes, config.embedding_dim)
         self.teacher_prototypes = _make_prototypes(config.domains, config.teacher_dim)
@@ -117,22 +142,38 @@ class UdonForDistillation(nn.Module):
     @property
     def terms(self) -> tuple[str, ...]:
         """Names of the terms that `forward` computes, in its order."""
-        return TERMS if self.objective.needs_teachers else TERMS[:1]
+        terms = TERMS if self.objective.needs_teachers else TERMS[:1]
+        return terms if self.old_student is None else (*terms, RETENTION)
 
-    def embed(self, pixel_values: torch.Tensor, domain: str) -> Embeddings:
-        """Embeds images of one domain, `(batch_size, num_channels, height, width)`, by student and teacher, if any.
+    def move_frozen(self, device: torch.device) -> None:
+        """Brings to the device what is no part of this module: trained teachers and the old student."""
+        if self.frozen_teachers is not None:
+            self.frozen_teachers = self.frozen_teachers.to(device)
+        if self.old_student is not None:
+            self.old_student = self.old_student.to(device)
+
+    def embed(self, inputs: torch.Tensor, domain: str) -> Embeddings:
+        """Embeds a batch of one domain by student and teacher, if any.
+
+        Args:
+            inputs: Normalised images of shape `(batch_size, num_channels, height, width)`; where `takes_features`,
+                unit-norm features of the backbone of shape `(batch_size, hidden_size)`.
+            domain: Name of the domain.
 
         Raises:
             ValueError: If the model does not know the domain.
         """
         if domain not in self.num_classes:
             raise ValueError(f"`domain` must be one of {', '.join(self.num_classes)}. Got {domain!r}.")
-        learning = domain if domain in self.config.domains else None
-        output = self.udon(pixel_values, domain=learning)
-        teacher, logits = output.teacher_embeds, None
+        taught = domain in self.config.domains
+        if self.takes_features:
+            teacher = self.udon.teacher_heads[domain](inputs) if taught else None
+            return Embeddings(self.udon.student_head(inputs), inputs, teacher)
+        output = self.udon(inputs, domain=domain if taught else None)
+        teacher = output.teacher_embeds
         if self.frozen_teachers is not None:
-            teacher, logits = self.frozen_teachers(pixel_values, domain)
-        return Embeddings(output.image_embeds, output.backbone_embeds, teacher, logits)
+            teacher = self.frozen_teachers(inputs, domain)
+        return Embeddings(output.image_embeds, output.backbone_embeds, teacher)
 
     def forward(
         self, pixel_values: torch.Tensor, labels: torch.Tensor, domain: str, bank: RelationalBank | None = None
@@ -140,31 +181,31 @@ class UdonForDistillation(nn.Module):
         """Computes the loss of a batch.
 
         Args:
-            pixel_values: Normalised images of ONE domain, of shape `(batch_size, num_channels, height, width)`.
+            pixel_values: Images of ONE domain or their features, as `embed` takes them.
             labels: Their classes in that domain, of shape `(batch_size,)`, int64.
             domain: Name of the domain.
             bank: Embeddings of the global batch that this batch is a block of; `None` if this is the whole share of
                 its process.
         """
         embeds = self.embed(pixel_values, domain)
+        old = None if self.old_student is None else self.old_student(pixel_values, self.takes_features)
+        if self.sampled_classes is not None:
+            labels = torch.searchsorted(self.sampled_classes, labels)
         # Half precision would round the cosines to steps of 4e-3, a quarter of what one unit of `scale` can move.
         with torch.autocast(pixel_values.device.type, enabled=False):
-            student_logits = self._student_logits(embeds.student, domain)
-            losses = {TERMS[0]: self._classification(student_logits, self._student_labels(labels, domain))}
-            teacher_logits = None
+            student = self._cosines(embeds.student, self._student_prototypes(domain))
+            losses = {TERMS[0]: self._classification(student, self._student_labels(labels, domain))}
+            teacher = None
             if self.objective.needs_teachers:
-                teacher_logits, terms = self._teach(embeds, student_logits, labels, domain, bank)
+                teacher, terms = self._teach(embeds, student, labels, domain, bank)
                 losses |= dict(zip(TERMS[1:], terms, strict=True))
-        weights = self.objective.weights()
-        shares = dict.fromkeys(TERMS[2:], self.distillation_share)
-        weighted = [weights[name] * shares.get(name, 1.0) * loss for name, loss in losses.items() if weights[name]]
-        # Never the sum of nothing: the config sees to it that a weight is above 0.
-        total: torch.Tensor = sum(weighted)  # type: ignore[assignment]
+            if old is not None:
+                losses[RETENTION] = retention_loss(embeds.student, old)
         return DistillationOutput(
-            loss=total / sum(weights.values()),
+            loss=self._total(losses),
             losses=losses,
-            student_logits=student_logits,
-            teacher_logits=teacher_logits,
+            student_logits=student.logits,
+            teacher_logits=None if teacher is None else teacher.logits,
             image_embeds=embeds.student,
             teacher_embeds=embeds.teacher,
         )
@@ -190,36 +231,47 @@ class UdonForDistillation(nn.Module):
             if not name.startswith("udon.backbone.") and name not in owned
         ]
 
+    def _total(self, losses: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """The weighted mean of the terms; a term without weight stays out of the graph."""
+        weights = self.objective.weights()
+        if self.old_student is not None:
+            weights[RETENTION] = self.old_student.weight
+        shares = dict.fromkeys(TERMS[2:], self.distillation_share)
+        weighted = [weights[name] * shares.get(name, 1.0) * loss for name, loss in losses.items() if weights[name]]
+        # Never the sum of nothing: the config sees to it that a weight is above 0.
+        total: torch.Tensor = sum(weighted)  # type: ignore[assignment]
+        return total / sum(weights.values())
+
     def _teach(
-        self,
-        embeds: Embeddings,
-        student_logits: torch.Tensor,
-        labels: torch.Tensor,
-        domain: str,
-        bank: RelationalBank | None,
-    ) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+        self, embeds: Embeddings, student: Cosines, labels: torch.Tensor, domain: str, bank: RelationalBank | None
+    ) -> tuple[Cosines, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
         """The teacher's cosines and the three terms that it has a part in."""
-        teacher, teacher_logits = embeds.teacher, embeds.teacher_logits
-        assert teacher is not None, "the config gives every domain a teacher where one is needed"
-        if teacher_logits is None:
-            teacher_logits = cosine_logits(teacher, self.teacher_prototypes[domain])
-        distilled, distilled_logits = embeds.student, student_logits
+        assert embeds.teacher is not None, "the config gives every domain a teacher where one is needed"
+        teacher = self._cosines(embeds.teacher, self._teacher_prototypes(domain))
+        distilled = student
         if not self.objective.distill_through_backbone:
-            distilled = self.udon.student_head(embeds.backbone.detach())
-            distilled_logits = cosine_logits(distilled, self.student_prototypes[domain])
+            # A joint classifier has no teacher, so these are the domain's own prototypes.
+            distilled = self._cosines(self.udon.student_head(embeds.backbone.detach()), student.prototypes)
         if bank is None and self.gather is not None:
-            position = self.rank * len(distilled)
-            bank = RelationalBank(self.gather(embeds.student.detach()), self.gather(teacher.detach()), position)
-        return teacher_logits, (
-            self._classification(teacher_logits, labels),
-            self._logit_distillation(distilled_logits, teacher_logits),
-            self._relational_distillation(distilled, teacher, bank),
+            position = self.rank * len(distilled.embeds)
+            banks = self.gather(embeds.student.detach()), self.gather(embeds.teacher.detach())
+            bank = RelationalBank(*banks, position)
+        return teacher, (
+            self._classification(teacher, labels),
+            self._logit_distillation(distilled, teacher),
+            self._relational_distillation(distilled.embeds, embeds.teacher, bank),
         )
 
-    def _student_logits(self, student: torch.Tensor, domain: str) -> torch.Tensor:
+    def _student_prototypes(self, domain: str) -> torch.Tensor:
         if self.objective.classifier == "joint":
-            return cosine_logits(student, torch.cat(list(self.student_prototypes.values())))
-        return cosine_logits(student, self.student_prototypes[domain])
+            return torch.cat(list(self.student_prototypes.values()))
+        return self.student_prototypes[domain]
+
+    def _teacher_prototypes(self, domain: str) -> torch.Tensor:
+        if self.frozen_teachers is None:
+            return self.teacher_prototypes[domain]
+        prototypes = self.frozen_teachers.prototypes(domain)
+        return prototypes if self.sampled_classes is None else prototypes[self.sampled_classes]
 
     def _student_labels(self, labels: torch.Tensor, domain: str) -> torch.Tensor:
         if self.objective.classifier == "separate":
@@ -227,14 +279,31 @@ class UdonForDistillation(nn.Module):
         names = list(self.num_classes)
         return labels + sum(self.num_classes[name] for name in names[: names.index(domain)])
 
-    def _classification(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        objective = self.objective
-        return classification_loss(logits, labels, objective.scale, objective.margin, objective.kind)
+    def _cosines(self, embeds: torch.Tensor, prototypes: torch.Tensor) -> Cosines:
+        whole = self.objective.chunk_size is None
+        return Cosines(embeds, prototypes, cosine_logits(embeds, prototypes) if whole else None)
 
-    def _logit_distillation(self, student_logits: torch.Tensor, teacher_logits: torch.Tensor) -> torch.Tensor:
+    def _classification(self, cosines: Cosines, labels: torch.Tensor) -> torch.Tensor:
         objective = self.objective
-        return logit_distillation_loss(
-            student_logits, teacher_logits, objective.student_temperature, objective.teacher_temperature
+        hardness = objective.scale, objective.margin, objective.kind
+        if cosines.logits is not None:
+            return classification_loss(cosines.logits, labels, *hardness)
+        assert objective.chunk_size is not None
+        return chunked_classification_loss(cosines.embeds, cosines.prototypes, labels, *hardness, objective.chunk_size)
+
+    def _logit_distillation(self, student: Cosines, teacher: Cosines) -> torch.Tensor:
+        objective = self.objective
+        temperatures = objective.student_temperature, objective.teacher_temperature
+        if student.logits is not None and teacher.logits is not None:
+            return logit_distillation_loss(student.logits, teacher.logits, *temperatures)
+        assert objective.chunk_size is not None
+        return chunked_logit_distillation_loss(
+            student.embeds,
+            student.prototypes,
+            teacher.embeds,
+            teacher.prototypes,
+            *temperatures,
+            objective.chunk_size,
         )
 
     def _relational_distillation(

@@ -1,4 +1,4 @@
-"""Teachers that were trained before, in runs of their own, and only give targets."""
+"""Models that were trained before, in runs of their own, and only give targets: teachers, and an old student."""
 
 import json
 from collections.abc import Mapping
@@ -11,7 +11,6 @@ from safetensors.torch import load_file
 
 from modeling_udon.modeling_udon import UdonModel
 from modeling_udon.retrieval.encoders import open_teachers, read_run
-from modeling_udon.training.losses import cosine_logits
 
 
 @dataclass(frozen=True)
@@ -49,7 +48,7 @@ class FrozenTeachers:
         )
 
     @torch.no_grad()
-    def __call__(self, pixel_values: torch.Tensor, domain: str) -> tuple[torch.Tensor, torch.Tensor]:
+    def __call__(self, pixel_values: torch.Tensor, domain: str) -> torch.Tensor:
         """Embeds images of a domain by its teacher.
 
         Args:
@@ -57,12 +56,45 @@ class FrozenTeachers:
             domain: Name of the domain.
 
         Returns:
-            Embeddings of shape `(batch_size, teacher_dim)` and cosines of shape `(batch_size, num_classes)`.
+            Embeddings of shape `(batch_size, teacher_dim)`.
         """
-        teacher = self._teachers[domain]
-        embeds = teacher.model(pixel_values, domain=domain).teacher_embeds
-        with torch.autocast(pixel_values.device.type, enabled=False):
-            return embeds, cosine_logits(embeds, teacher.prototypes)
+        embeds: torch.Tensor = self._teachers[domain].model(pixel_values, domain=domain).teacher_embeds
+        return embeds
+
+    def prototypes(self, domain: str) -> torch.Tensor:
+        """Returns the classifier weights of a domain's teacher, of shape `(num_classes, teacher_dim)`."""
+        return self._teachers[domain].prototypes
+
+
+@dataclass(frozen=True)
+class OldStudent:
+    """The student that a run starts from, as it was; like the teachers above no module.
+
+    Attributes:
+        model: The old model.
+        weight: Weight of the retention term, which holds the new student's embeddings to this one's.
+    """
+
+    model: UdonModel
+    weight: float
+
+    def to(self, device: torch.device) -> "OldStudent":
+        """Returns the student on another device."""
+        return OldStudent(self.model.to(device), self.weight)  # type: ignore[arg-type]
+
+    @torch.no_grad()
+    def __call__(self, inputs: torch.Tensor, of_features: bool) -> torch.Tensor:
+        """Embeds a batch.
+
+        Args:
+            inputs: Normalised images of shape `(batch_size, num_channels, height, width)`, or features of the backbone.
+            of_features: Whether `inputs` are features, of shape `(batch_size, hidden_size)`.
+
+        Returns:
+            Embeddings of shape `(batch_size, embedding_dim)`.
+        """
+        embeds: torch.Tensor = self.model.student_head(inputs) if of_features else self.model(inputs).image_embeds
+        return embeds
 
 
 def load_frozen_teachers(runs: Mapping[str, Path], label_maps: Mapping[str, Mapping[str, Any]]) -> FrozenTeachers:

@@ -1,4 +1,4 @@
-"""The four terms of the UDON objective, as pure functions: tensors in, scalar out.
+"""The four terms of the UDON objective, and what keeps an old student, as pure functions: tensors in, scalar out.
 
 Formulas: arXiv 2406.08332, section 4; what the paper leaves open follows numbers of the original implementation.
 """
@@ -46,15 +46,28 @@ def classification_loss(
     Raises:
         ValueError: If `kind` is unknown, or `normface` comes with a margin.
     """
+    check_margin(margin, kind)
+    if margin != 0:
+        true_cosines = cosine_logits.gather(1, labels[:, None])  # (B, C) -> (B, 1)
+        cosine_logits = cosine_logits.scatter(1, labels[:, None], with_margin(true_cosines, margin, kind))
+    return F.cross_entropy(scale * cosine_logits, labels)
+
+
+def check_margin(margin: float, kind: str) -> None:
+    """Refuses a margin that does not go with its kind.
+
+    Raises:
+        ValueError: If `kind` is unknown, or `normface` comes with a margin.
+    """
     if kind not in CLASSIFICATION_KINDS:
         raise ValueError(f"`kind` must be one of {', '.join(CLASSIFICATION_KINDS)}. Got {kind!r}.")
     if kind == "normface" and margin != 0:
         raise ValueError(f"`margin` must be 0 for kind 'normface'; use 'cosface' or 'arcface'. Got {margin}.")
-    if margin != 0:
-        true_cosines = cosine_logits.gather(1, labels[:, None])  # (B, C) -> (B, 1)
-        harder = true_cosines - margin if kind == "cosface" else _add_angle(true_cosines, margin)
-        cosine_logits = cosine_logits.scatter(1, labels[:, None], harder)
-    return F.cross_entropy(scale * cosine_logits, labels)
+
+
+def with_margin(true_cosines: torch.Tensor, margin: float, kind: str) -> torch.Tensor:
+    """Cosines with the true class, of any shape, made harder by a margin that is not 0."""
+    return true_cosines - margin if kind == "cosface" else _add_angle(true_cosines, margin)
 
 
 def logit_distillation_loss(
@@ -123,6 +136,19 @@ def relational_distillation_block(
     crossing_sum = crossing.square().sum()
     pairs = own.square().sum() + 2 * crossing_sum - crossing_sum.detach()
     return reduction_size * pairs / targets.numel()
+
+
+def retention_loss(student_embeds: torch.Tensor, old_embeds: torch.Tensor) -> torch.Tensor:
+    """Half the mean squared distance between the embeddings of a student and of the one it grew from.
+
+    Not of the paper. It holds the embeddings themselves and not only their similarities, so that what the old student
+    has embedded stays searchable.
+
+    Args:
+        student_embeds: Unit-norm embeddings of shape `(batch_size, embedding_dim)`.
+        old_embeds: The old student's, of the same shape; they get no gradient.
+    """
+    return 1 - (student_embeds * old_embeds.detach()).sum(1).mean()
 
 
 def _similarities(embeds: torch.Tensor) -> torch.Tensor:

@@ -1,7 +1,7 @@
 """AdamW over two groups, its schedule as a function of the step, and the heads of domains that sit out."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -36,17 +36,23 @@ def frozen_steps(optim: OptimConfig, num_steps: int) -> int:
 
 
 def make_optimizer(model: UdonForDistillation, optim: OptimConfig) -> torch.optim.AdamW:
-    """Makes AdamW with the groups `backbone` and `heads` (heads and prototypes)."""
+    """Makes AdamW with the groups `backbone`, unless it is frozen for good, and `heads` (heads and prototypes)."""
     backbone: list[nn.Parameter] = []
     heads: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
-        (backbone if name.startswith("udon.backbone.") else heads).append(parameter)
+        if parameter.requires_grad:
+            (backbone if name.startswith("udon.backbone.") else heads).append(parameter)
     groups = [
         {"params": backbone, "name": "backbone", "lr": optim.backbone_lr},
         {"params": heads, "name": "heads", "lr": optim.lr},
     ]
     return torch.optim.AdamW(
-        groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, weight_decay=optim.weight_decay, fused=True
+        [group for group in groups if group["params"]],
+        lr=optim.lr,
+        betas=optim.betas,
+        eps=optim.eps,
+        weight_decay=optim.weight_decay,
+        fused=True,
     )
 
 
@@ -94,13 +100,29 @@ class IdleHeads:
         if self._optim.idle_heads == "hold":
             return
         parameters = self._parameters[domain]
-        states = [self._optimizer.state[parameter] for parameter in parameters]
-        for parameter, state in zip(parameters, states, strict=True):
-            if not state:
-                # As if AdamW had seen gradients of zero from the start: its bias correction counts those steps.
-                state.update(_empty_state(parameter))
+        # Without state: as if AdamW had seen gradients of zero from the start, and its bias correction counts them.
+        states = [self.state_of(parameter) for parameter in parameters]
         self._coast(parameters, states, self._steps_done[domain], step)
         self._steps_done[domain] = step + 1
+
+    def state_of(self, parameter: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Returns a parameter's state in the optimiser, made of zeros if there was none."""
+        state: dict[str, torch.Tensor] = self._optimizer.state[parameter]
+        if not state:
+            state.update(_empty_state(parameter))
+        return state
+
+    @torch.no_grad()
+    def coast_once(self, values: torch.Tensor, state: dict[str, torch.Tensor], step: int) -> None:
+        """Moves weights through one step without gradient, if idle heads coast.
+
+        Args:
+            values: Weights of any shape.
+            state: Their moments, as they were before the step.
+            step: Number of the step, from 0.
+        """
+        if self._optim.idle_heads == "coast":
+            self._coast([values], [state], step, step + 1)
 
     @contextmanager
     def caught_up_for_reading(self, step: int) -> Iterator[None]:
@@ -147,7 +169,7 @@ class IdleHeads:
         return float(shrinks.prod()), float(moments.sum()), float(by_root.sum())
 
     def _coast(
-        self, parameters: list[nn.Parameter], states: list[dict[str, torch.Tensor]], done: int, step: int
+        self, parameters: Sequence[torch.Tensor], states: list[dict[str, torch.Tensor]], done: int, step: int
     ) -> None:
         """Applies to the parameters of a head the AdamW steps without gradient from `done` to before `step`."""
         if done >= step:

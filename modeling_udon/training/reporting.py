@@ -111,6 +111,7 @@ _SHORT = {
     "teacher_classification": "teacher",
     "logit_distillation": "logit",
     "relational_distillation": "relational",
+    "retention": "retention",
 }
 
 

@@ -26,7 +26,9 @@ from modeling_udon.modeling_udon import UdonModel
 from modeling_udon.retrieval.models import check_remote_code
 from modeling_udon.training.config import ConfigError, DataConfig, ModelConfig, TrainConfig
 from modeling_udon.training.distillation import UdonForDistillation
+from modeling_udon.training.extension import load_start, old_student, open_start
 from modeling_udon.training.frozen import FrozenTeachers, load_frozen_teachers
+from modeling_udon.training.memory import describe_memory, estimate_prototypes, free_memory
 
 # How long one process may keep the others waiting: a process that has died is noticed at once, one that hangs after
 # this. The main process alone writes checkpoints and reports, which takes minutes at the most.
@@ -64,12 +66,28 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
     )
 
 
+def describe_prototypes(config: TrainConfig, domains: Mapping[str, Domain], accelerator: Accelerator) -> list[str]:
+    """Says what the prototypes of a run will take of the memory that is free now."""
+    learning = config.loss.needs_teachers and config.teachers is None
+    estimate = estimate_prototypes(
+        {name: len(domain.classes) for name, domain in domains.items()},
+        config.model.embedding_dim,
+        config.model.teacher_dim if learning else 0,
+        config.train.batch_size // (accelerator.num_processes * config.train.accumulation_steps),
+        config.loss,
+        config.optim.idle_heads == "coast",
+    )
+    return describe_memory(estimate, free_memory(accelerator.device))
+
+
 def build_model(config: TrainConfig, domains: Mapping[str, Domain]) -> UdonForDistillation:
     """Builds the training model, with the generator seeded so that every process draws the same weights.
 
     Raises:
-        ConfigError: If the backbone cannot be opened or built, or its image size is not the data's.
+        ConfigError: If the backbone cannot be opened or built, its image size is not the data's, or the run to start
+            from does not go with the config.
     """
+    start = open_start(config)
     torch.manual_seed(config.seed)
     learning = config.loss.needs_teachers and config.teachers is None
     sizes = {
@@ -81,7 +99,7 @@ def build_model(config: TrainConfig, domains: Mapping[str, Domain]) -> UdonForDi
         "pooling": config.model.pooling,
     }
     try:
-        udon = _build_udon(config.model, sizes)
+        udon = _build_udon(config.model, sizes) if start is None else _build_like(start.shape, config.model, sizes)
     except Exception as error:  # On values that transformers does not expect it raises nearly every type there is.
         what = "backbone" if config.model.backbone else "backbone_config"
         reason = str(error) if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: {error}"
@@ -92,7 +110,15 @@ def build_model(config: TrainConfig, domains: Mapping[str, Domain]) -> UdonForDi
         enable = getattr(udon, "activation_checkpointing_enable", None) or udon.gradient_checkpointing_enable
         enable({"use_reentrant": False})
     num_classes = {name: len(domain.classes) for name, domain in domains.items()}
-    return UdonForDistillation(udon.config, config.loss, udon, num_classes, _frozen_teachers(config, domains))
+    model = UdonForDistillation(udon.config, config.loss, udon, num_classes, _frozen_teachers(config, domains))
+    if start is not None:
+        load_start(model, start, domains)
+    if config.train.heads_only:
+        model.takes_features = True
+        udon.backbone.requires_grad_(False)
+    if config.init is not None and config.init.retain > 0:
+        model.old_student = old_student(udon, config.init.retain, config.train.heads_only)
+    return model
 
 
 def training_transform(data: DataConfig) -> RandomTransform:
@@ -170,6 +196,12 @@ def _build_udon(model: ModelConfig, sizes: dict[str, object]) -> UdonModel:
         dtype=torch.float32,
     )
     return UdonModel.from_backbone(backbone, **sizes)
+
+
+def _build_like(shape: UdonConfig, model: ModelConfig, sizes: dict[str, object]) -> UdonModel:
+    """A model with the backbone of a student, whose weights are still to come."""
+    values = sizes | {"pooling": shape.pooling, "attn_implementation": model.attn_implementation}
+    return UdonModel(UdonConfig(backbone_config=shape.backbone_config, **values))  # type: ignore[arg-type]
 
 
 def _known_values(values: dict[str, object]) -> dict[str, object]:

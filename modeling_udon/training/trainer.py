@@ -35,6 +35,7 @@ from modeling_udon.retrieval.protocol import (
 from modeling_udon.retrieval.report import write_report
 from modeling_udon.retrieval.tables import format_table
 from modeling_udon.training.broken import BrokenImages
+from modeling_udon.training.cached_features import FeatureDataset, make_feature_cache
 from modeling_udon.training.checkpoint import (
     BEST_FILE,
     CheckpointError,
@@ -47,6 +48,13 @@ from modeling_udon.training.config import ConfigError, TrainConfig
 from modeling_udon.training.config_file import dump_config
 from modeling_udon.training.data_wait import DataWait
 from modeling_udon.training.distillation import RelationalBank
+from modeling_udon.training.extension import (
+    compare_with_old,
+    format_extension,
+    keep_old_scores,
+    trained_domains,
+    write_extension,
+)
 from modeling_udon.training.failures import TrainingError
 from modeling_udon.training.files import replaced_folder, write_text
 from modeling_udon.training.optimization import (
@@ -61,10 +69,12 @@ from modeling_udon.training.reporting import LossWindow, Reporter, format_change
 from modeling_udon.training.resuming import check_allowances, leaves
 from modeling_udon.training.run_folder import RunFolder
 from modeling_udon.training.run_lock import FolderInUseError
+from modeling_udon.training.sampled_classes import SampledClasses
 from modeling_udon.training.setup import (
     SILENCE,
     build_model,
     channel_statistics,
+    describe_prototypes,
     make_accelerator,
     make_sampler,
     training_transform,
@@ -148,8 +158,12 @@ class Trainer:
             raise ConfigError(" ".join(str(error).split())) from error
         if config.data.targets == "images":
             self.domains = {name: with_images_as_classes(domain) for name, domain in self.domains.items()}
-        self.sampler = make_sampler(config, self.domains, self.accelerator)
-        self.model = build_model(config, self.domains)
+        trained = trained_domains(config, self.domains)
+        self.sampler = make_sampler(config, trained, self.accelerator)
+        # Before anything is made of them: what does not fit fails without a word of the reason.
+        for line in describe_prototypes(config, trained, self.accelerator):
+            self.accelerator.print(line)
+        self.model = build_model(config, trained)
         self.mean, self.std = channel_statistics(config.data, self.model.config.backbone_config)
         self.num_steps = self.sampler.num_steps
         self.best: dict[str, float] | None = None
@@ -163,6 +177,8 @@ class Trainer:
         if checkpoint:
             broken_before = self._restore(checkpoint, allow).extra["broken"]
         self.idle_heads = IdleHeads(self.model, self._optimizer, config.optim, self.num_steps)
+        wanted = config.loss.sampled_classes
+        self.sampled_classes = SampledClasses(self.model, self._optimizer, self.idle_heads, wanted, config.seed)
         self._on_main(lambda: self.folder.prepare(self.domains, overwrite, self.step))
         if checkpoint and self.best:
             self._restore_best(checkpoint)
@@ -209,7 +225,7 @@ class Trainer:
     def catch_up(self) -> None:
         """Measures the start, or does what was left out where the run was stopped."""
         if self.step == 0:
-            self._measure_baselines()
+            self._measure_start()
             self.validate()
         elif self._owes_validation:
             self.validate()
@@ -229,18 +245,15 @@ class Trainer:
 
     def batches(self) -> Iterator[DomainBatch]:
         """Gives this process's share of every step's batch, to the end of the run."""
-        dataset = MultiDomainDataset(
-            self.domains,
-            training_transform(self.config.data),
-            self.config.seed,
-            replace_broken=self.config.data.max_broken_share > 0,
-        )
+        dataset = self._training_data()
+        # Cached features need no decoding, and a worker would only hand them on.
+        num_workers = 0 if self.config.train.heads_only else self.config.data.num_workers
         loader: DataLoader[DomainBatch] = DataLoader(
             dataset,
             batch_size=None,
             sampler=self.sampler,
-            num_workers=self.config.data.num_workers,
-            persistent_workers=self.config.data.num_workers > 0,
+            num_workers=num_workers,
+            persistent_workers=num_workers > 0,
             worker_init_fn=start_worker,
             collate_fn=_as_it_is,
             pin_memory=self.accelerator.device.type == "cuda",
@@ -264,11 +277,14 @@ class Trainer:
         ramp = config.loss.distillation_ramp_steps
         self.model.distillation_share = min(1.0, (step + 1) / ramp) if ramp else 1.0
         set_learning_rates(self._optimizer, learning_rates(config.optim, step, self.num_steps))
-        pixels = normalize(batch.pixels.to(self.accelerator.device, non_blocking=True), self.mean, self.std)
+        pixels = batch.pixels.to(self.accelerator.device, non_blocking=True)
+        if not self.model.takes_features:
+            pixels = normalize(pixels, self.mean, self.std)
         labels = batch.labels.to(self.accelerator.device, non_blocking=True)
         parts = config.train.accumulation_steps
         pixel_parts, label_parts = pixels.chunk(parts), labels.chunk(parts)
         banks = self._relational_banks(pixel_parts, batch.domain)
+        self.sampled_classes.take(batch.domain, labels, step)
         losses = torch.zeros(1 + len(self.model.terms), device=pixels.device)
         for number, (part, part_labels, bank) in enumerate(zip(pixel_parts, label_parts, banks, strict=True)):
             last = number == parts - 1
@@ -281,6 +297,7 @@ class Trainer:
             self._clip_gradients(config.optim.max_grad_norm)
         self._wrapped_optimizer.step()
         self._wrapped_optimizer.zero_grad(set_to_none=True)
+        self.sampled_classes.put_back(step)
         return losses
 
     def count_step(self, batch: DomainBatch, losses: torch.Tensor) -> None:
@@ -368,14 +385,20 @@ class Trainer:
             baseline = json.loads(self.folder.baseline.read_text(encoding="utf-8"))
             results = build_results({"test": scores}, baseline=baseline, config=dump_config(self.config))
             results["analysis"] = {"test": analyse(found)}
+            if self.config.init is not None:
+                results["extension"] = compare_with_old(self.config, scores)
             if self.accelerator.is_main_process:
                 write_results(self.folder.results, results)
+                if self.config.init is not None:
+                    write_extension(self.folder.path, results["extension"])
                 gallery = make_gallery(found.merged, tested, "test")
                 write_report(self.folder.path, results, {"test": gallery})
                 write_sheets(self.folder.path / GALLERY_FOLDER, gallery)
             self._export_best(results)
             self.reporter.say("\n" + format_table(results))
             self.reporter.say("\n" + format_changes(baseline["untrained"], scores.merged))
+            if self.config.init is not None:
+                self.reporter.say("\n" + format_extension(results["extension"]))
             if self.accelerator.is_main_process and (weights := format_weights(self.folder.metrics)):
                 self.reporter.say("\n" + weights)
         assert self.best is not None, "the last step is always validated"
@@ -387,6 +410,19 @@ class Trainer:
         self.reporter.close()
         return results
 
+    def _training_data(self) -> MultiDomainDataset | FeatureDataset:
+        """The training images, or the features of a frozen backbone."""
+        config, transform = self.config, training_transform(self.config.data)
+        if not config.train.heads_only:
+            replace_broken = config.data.max_broken_share > 0
+            return MultiDomainDataset(self.domains, transform, config.seed, replace_broken=replace_broken)
+        plain = EvalTransform(config.data.image_size, config.data.eval_antialias)
+        cache = make_feature_cache(config, transform, plain, self.mean, self.std)
+        names, workers = self.sampler.names, config.data.num_workers
+        say = self.reporter.say
+        features = cache.open(self.domains, names, self.model.udon, self.accelerator, workers, say)
+        return FeatureDataset(self.domains, features)
+
     def _push(self, options: PushOptions) -> None:
         """Publishes the student; what goes wrong there takes nothing from the run."""
         try:
@@ -397,7 +433,7 @@ class Trainer:
     def _prepare_processes(self) -> None:
         sharded = self.config.train.shard_backbone and self.accelerator.num_processes > 1
         # Heads and prototypes of one domain get gradients in a step; DDP would wait for all the others.
-        ours = [name for domain in self.domains for name in self.model.domain_parameters(domain)]
+        ours = [name for domain in self.model.num_classes for name in self.model.domain_parameters(domain)]
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self.model, ours)
         if self.config.train.compile:
             self.model.udon.backbone.compile()
@@ -409,13 +445,11 @@ class Trainer:
             self._shared_heads = self.model.shared_head_parameters()
         self._optimizer = make_optimizer(self.model, self.config.optim)
         self._wrapped_optimizer = self.accelerator.prepare_optimizer(self._optimizer)
-        if self.model.frozen_teachers is not None:
-            self.model.frozen_teachers = self.model.frozen_teachers.to(self.accelerator.device)
+        self.model.move_frozen(self.accelerator.device)
         if self.accelerator.num_processes > 1:
             self.model.gather, self.model.rank = self.accelerator.gather, self.accelerator.process_index
-            owned = [
-                parameter for domain in self.domains for parameter in self.model.domain_parameters(domain).values()
-            ]
+            domains = self.model.num_classes
+            owned = [parameter for domain in domains for parameter in self.model.domain_parameters(domain).values()]
             for parameter in (*self._shared_heads, *owned):
                 torch.distributed.broadcast(parameter.data, src=0)
 
@@ -437,13 +471,19 @@ class Trainer:
             raise fault
         return found
 
-    def _measure_baselines(self) -> None:
+    def _measure_start(self) -> None:
+        """Scores the baselines on the test split, and the old student where the run starts from another."""
         tested = domains_with(self.domains, "test")
-        if tested:
-            with self.signals.interruptible():
-                scores = evaluate_baselines(self.model.udon, tested, "test", self._embedder, self.mean, self.std)
-            if self.accelerator.is_main_process:
-                write_text(self.folder.baseline, json.dumps(scores, indent=1))
+        if not tested:
+            return
+        measured = (self.model.udon, tested, "test", self._embedder, self.mean, self.std)
+        with self.signals.interruptible():
+            scores = evaluate_baselines(*measured)
+            old = evaluate_model(*measured) if self.config.init is not None else None
+        if self.accelerator.is_main_process:
+            write_text(self.folder.baseline, json.dumps(scores, indent=1))
+            if old is not None:
+                keep_old_scores(self.folder.path, old)
 
     def _state(self) -> TrainState:
         extra: dict[str, Any] = {

@@ -15,6 +15,7 @@ from modeling_udon import UdonConfig
 from modeling_udon.training.config import ConfigError, LossConfig
 from modeling_udon.training.config_file import load_config
 from modeling_udon.training.distillation import TERMS, UdonForDistillation
+from modeling_udon.training.losses import cosine_logits
 from modeling_udon.training.systems import SYSTEMS
 
 Values = Callable[..., dict[str, Any]]
@@ -139,7 +140,8 @@ def test_a_frozen_teacher_embeds_as_in_its_own_run(specialists: dict[str, Path],
     model = UdonForDistillation(UdonConfig(config.backbone_config, **sizes)).eval()
     model.load_state_dict(weights)
     pixels = torch.randn(5, 3, 16, 16)
-    embeds, logits = frozen(pixels, "blobs")
+    embeds = frozen(pixels, "blobs")
+    logits = cosine_logits(embeds, frozen.prototypes("blobs"))
     output = model(pixels, torch.zeros(5, dtype=torch.int64), "blobs")
     torch.testing.assert_close(embeds, output.teacher_embeds)
     torch.testing.assert_close(logits, output.teacher_logits)

@@ -1,0 +1,269 @@
+"""Training on features of a frozen backbone: computed once for all training images, then read from disk.
+
+A domain's features are one file of shape `(num_views * num_images, hidden_size)`, float32, mapped into memory. View 0
+is the evaluation's (resized, centre cut out), the others are random as in training, drawn from the seed, the domain and
+the image. Beside it lies a checksum for each block of rows, written after the block: what is missing or damaged is
+computed when the cache is opened, so that filling it may be stopped at any time. The file's name is a digest of all
+that decides its contents: backbone, preprocessing, precision, data, and, for random views, seed and position of the
+domain.
+"""
+
+import hashlib
+import json
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch.utils.data import DataLoader
+from torch.utils.data import Dataset as TorchDataset
+
+from modeling_udon.data.dataset import DomainBatch, MultiDomainDataset
+from modeling_udon.data.domains import Domain
+from modeling_udon.data.sampling import BatchDraw
+from modeling_udon.data.transforms import EvalTransform, RandomTransform, normalize
+from modeling_udon.data.workers import start_worker
+from modeling_udon.modeling_udon import UdonModel
+from modeling_udon.training.config import TrainConfig
+
+# Images of one forward pass and of one checksum, whatever the run's batch size: features must not depend on it.
+BLOCK = 128
+# Stands for a block that has not been written.
+_MISSING = -1
+
+Channels = tuple[float, float, float]
+
+
+class FeatureDataset(TorchDataset[DomainBatch]):
+    """Batches of cached features, in the place of `MultiDomainDataset`.
+
+    Args:
+        domains: The opened domains by name.
+        features: For each domain, features of shape `(num_views * num_images, hidden_size)`, float32.
+    """
+
+    def __init__(self, domains: Mapping[str, Domain], features: Mapping[str, np.ndarray]) -> None:
+        self._domains = domains
+        self._features = features
+
+    def __getitem__(self, draw: BatchDraw) -> DomainBatch:
+        """Gives the features in `pixels`; each pass over the images takes their next view."""
+        domain, features = self._domains[draw.domain], self._features[draw.domain]
+        num_images = len(domain.labels)
+        views = draw.positions // num_images % (len(features) // num_images)
+        rows = torch.from_numpy(features[views * num_images + draw.rows])
+        return DomainBatch(draw.domain, rows, torch.from_numpy(domain.labels[draw.rows]))
+
+
+@dataclass(frozen=True)
+class FeatureCache:
+    """Where features lie and what they are of.
+
+    Attributes:
+        folder: Folder of the files.
+        num_views: Views of each image.
+        transform: The training's random transform, of views after the first.
+        plain: The evaluation's transform, of the first view.
+        mean: Mean of each channel that the backbone takes.
+        std: Standard deviation of each channel.
+        seed: Seed of the random views.
+    """
+
+    folder: Path
+    num_views: int
+    transform: RandomTransform
+    plain: EvalTransform
+    mean: Channels
+    std: Channels
+    seed: int
+
+    def open(
+        self,
+        domains: Mapping[str, Domain],
+        names: Sequence[str],
+        model: UdonModel,
+        accelerator: Accelerator,
+        num_workers: int,
+        say: Callable[[str], None],
+    ) -> dict[str, np.ndarray]:
+        """Computes what is missing and maps the features of some domains into memory.
+
+        Args:
+            domains: All opened domains; their order decides random views, as it does in training.
+            names: The domains whose features are wanted.
+            model: Its backbone makes the features, in evaluation mode.
+            accelerator: The processes, which share the work; they must see the same folder.
+            num_workers: Processes that decode images, for each process.
+            say: Takes lines for the user.
+        """
+        features = {}
+        settings = self._settings(model, accelerator.mixed_precision)
+        was_training = model.training
+        model.eval()
+        for name in names:
+            domain = domains[name]
+            rows = self.num_views * len(domain.labels)
+            width = model.config.backbone_config.hidden_size
+            file = _FeatureFile(self._path(domain, list(domains).index(name), settings), (rows, width))
+            if accelerator.is_main_process:
+                file.make()
+            accelerator.wait_for_everyone()
+            missing = file.missing_blocks()
+            # Nobody may write before all have seen what is missing.
+            accelerator.wait_for_everyone()
+            say(
+                f"features of {name}: {rows} rows of {width} in {file.path}, "
+                + (f"{len(missing)} of {file.num_blocks} blocks to compute" if missing else "all there")
+            )
+            share = missing[accelerator.process_index :: accelerator.num_processes]
+            for block, values in self._compute(domains, name, share, model, accelerator, num_workers):
+                file.write(block, values)
+            accelerator.wait_for_everyone()
+            features[name] = file.read()
+        model.train(was_training)
+        return features
+
+    @torch.no_grad()
+    def _compute(
+        self,
+        domains: Mapping[str, Domain],
+        name: str,
+        blocks: Sequence[int],
+        model: UdonModel,
+        accelerator: Accelerator,
+        num_workers: int,
+    ) -> Iterator[tuple[int, np.ndarray]]:
+        num_images = len(domains[name].labels)
+        data = _Views(domains, self.plain, self.transform, self.seed)
+        last = self.num_views * num_images
+        draws = []
+        for block in blocks:
+            positions = np.arange(block * BLOCK, min((block + 1) * BLOCK, last))
+            draws.append(BatchDraw(name, positions % num_images, positions))
+        loader: DataLoader[torch.Tensor] = DataLoader(
+            data,
+            batch_size=None,
+            sampler=draws,
+            num_workers=num_workers if blocks else 0,
+            worker_init_fn=start_worker,
+            pin_memory=accelerator.device.type == "cuda",
+            generator=torch.Generator(),
+        )
+        for block, pixels in zip(blocks, loader, strict=True):
+            with accelerator.autocast():
+                inputs = normalize(pixels.to(accelerator.device, non_blocking=True), self.mean, self.std)
+                yield block, model(inputs).backbone_embeds.float().cpu().numpy()
+
+    def _settings(self, model: UdonModel, precision: str) -> dict[str, Any]:
+        digest = hashlib.sha256()
+        for name, value in sorted(model.backbone.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(value.detach().cpu().contiguous().numpy().tobytes())
+        return {
+            "backbone": digest.hexdigest(),
+            "backbone_config": model.config.backbone_config.to_dict(),
+            "pooling": model.config.pooling,
+            "plain": asdict(self.plain),
+            "channels": [self.mean, self.std],
+            "precision": precision,
+            "num_views": self.num_views,
+        }
+
+    def _path(self, domain: Domain, number: int, settings: Mapping[str, Any]) -> Path:
+        what = {**settings, "fingerprint": domain.fingerprint, "num_images": len(domain.labels)}
+        if self.num_views > 1:
+            what |= {"random": [type(self.transform).__name__, asdict(self.transform), self.seed, number]}  # type: ignore[call-overload]
+        digest = hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()
+        return self.folder / f"{domain.name}-{digest[:16]}.npy"
+
+
+def make_feature_cache(
+    config: TrainConfig, transform: RandomTransform, plain: EvalTransform, mean: Channels, std: Channels
+) -> FeatureCache:
+    """Makes the cache that a config asks for; nothing is computed yet."""
+    folder = config.train.feature_cache or config.run_dir / "features"
+    return FeatureCache(folder, config.train.feature_views, transform, plain, mean, std, config.seed)
+
+
+class _Views(TorchDataset[torch.Tensor]):
+    """The images of a domain, one view after the other; a draw's position says which."""
+
+    def __init__(
+        self, domains: Mapping[str, Domain], plain: EvalTransform, transform: RandomTransform, seed: int
+    ) -> None:
+        self._sizes = {name: len(domain.labels) for name, domain in domains.items()}
+        self._first = MultiDomainDataset(domains, _Plain(plain), seed)
+        self._others = MultiDomainDataset(domains, transform, seed)
+
+    def __getitem__(self, draw: BatchDraw) -> torch.Tensor:
+        first = draw.positions < self._sizes[draw.domain]
+        parts = []
+        for data, chosen in ((self._first, first), (self._others, ~first)):
+            if chosen.any():
+                parts.append(data[BatchDraw(draw.domain, draw.rows[chosen], draw.positions[chosen])].pixels)
+        return torch.cat(parts)
+
+
+@dataclass(frozen=True)
+class _Plain:
+    """A transform that draws nothing in the place of one that does."""
+
+    transform: EvalTransform
+
+    def __call__(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        return self.transform(image)
+
+
+class _FeatureFile:
+    """One file of features with its checksums."""
+
+    def __init__(self, path: Path, shape: tuple[int, int]) -> None:
+        self.path = path
+        self.num_blocks = -(-shape[0] // BLOCK)
+        self._shape = shape
+        self._sums = path.with_suffix(".sums.npy")
+
+    def make(self) -> None:
+        """Makes empty files where there are none of this shape."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        if not (_has_shape(self.path, self._shape) and _has_shape(self._sums, (self.num_blocks,))):
+            np.lib.format.open_memmap(self.path, "w+", np.float32, self._shape).flush()
+            sums = np.lib.format.open_memmap(self._sums, "w+", np.int64, (self.num_blocks,))
+            sums[:] = _MISSING
+            sums.flush()
+
+    def missing_blocks(self) -> list[int]:
+        """Blocks that were never written, or are not what was written."""
+        values, sums = self.read(), np.load(self._sums)
+        return [block for block in range(self.num_blocks) if sums[block] != _sum(values[_rows(block)])]
+
+    def write(self, block: int, values: np.ndarray) -> None:
+        """Writes one block, then its checksum."""
+        features, sums = (np.lib.format.open_memmap(path, "r+") for path in (self.path, self._sums))
+        features[_rows(block)] = values
+        features.flush()
+        sums[block] = _sum(values)
+        sums.flush()
+
+    def read(self) -> np.ndarray:
+        """Maps the features into memory."""
+        return np.load(self.path, mmap_mode="r")
+
+
+def _rows(block: int) -> slice:
+    return slice(block * BLOCK, (block + 1) * BLOCK)
+
+
+def _sum(values: np.ndarray) -> int:
+    return zlib.crc32(np.ascontiguousarray(values).tobytes())
+
+
+def _has_shape(path: Path, shape: tuple[int, ...]) -> bool:
+    try:
+        return np.load(path, mmap_mode="r").shape == shape
+    except (OSError, ValueError, EOFError):
+        return False

@@ -1,0 +1,198 @@
+"""Classification and logit distillation that never hold the cosines of a batch with all classes.
+
+Both go over the prototypes in chunks of classes: forward, log-sum-exps are summed up chunk by chunk; backward, each
+chunk's cosines are computed anew. Values and gradients are those of `losses.classification_loss` and
+`losses.logit_distillation_loss` on `losses.cosine_logits`, up to rounding; what a step holds of a class count C falls
+from `(batch_size, C)` to `(batch_size, chunk_size)`.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from modeling_udon.training.losses import check_margin, cosine_logits, with_margin
+
+
+def chunked_classification_loss(
+    embeds: torch.Tensor,
+    prototypes: torch.Tensor,
+    labels: torch.Tensor,
+    scale: float = 16.0,
+    margin: float = 0.0,
+    kind: str = "normface",
+    chunk_size: int = 8192,
+) -> torch.Tensor:
+    """Cross entropy of scaled cosines, averaged over the batch; see `losses.classification_loss`.
+
+    Args:
+        embeds: Unit-norm embeddings of shape `(batch_size, dim)`.
+        prototypes: Classifier weights of shape `(num_classes, dim)`.
+        labels: Classes of shape `(batch_size,)`, int64.
+        scale: Factor on the cosines.
+        margin: Of `cosface` or `arcface`.
+        kind: `"normface"`, `"cosface"` or `"arcface"`.
+        chunk_size: Classes whose cosines are held at a time.
+
+    Raises:
+        ValueError: If `kind` is unknown, or `normface` comes with a margin.
+    """
+    check_margin(margin, kind)
+    loss: torch.Tensor = _Classification.apply(embeds, prototypes, labels, _Hardness(scale, margin, kind), chunk_size)
+    return loss
+
+
+def chunked_logit_distillation_loss(
+    student_embeds: torch.Tensor,
+    student_prototypes: torch.Tensor,
+    teacher_embeds: torch.Tensor,
+    teacher_prototypes: torch.Tensor,
+    student_temperature: float = 0.1,
+    teacher_temperature: float = 0.1,
+    chunk_size: int = 8192,
+) -> torch.Tensor:
+    """`KL(softmax(teacher / T_t) || softmax(student / T_s))`, averaged over the batch; the teacher gets no gradient.
+
+    Args:
+        student_embeds: Unit-norm embeddings of shape `(batch_size, embedding_dim)`.
+        student_prototypes: Classifier weights of shape `(num_classes, embedding_dim)`.
+        teacher_embeds: Unit-norm embeddings of shape `(batch_size, teacher_dim)`.
+        teacher_prototypes: Classifier weights of shape `(num_classes, teacher_dim)`.
+        student_temperature: Divisor of the student's cosines.
+        teacher_temperature: Divisor of the teacher's cosines.
+        chunk_size: Classes whose cosines are held at a time.
+    """
+    temperatures = student_temperature, teacher_temperature
+    loss: torch.Tensor = _LogitDistillation.apply(
+        student_embeds,
+        student_prototypes,
+        teacher_embeds.detach(),
+        teacher_prototypes.detach(),
+        temperatures,
+        chunk_size,
+    )
+    return loss
+
+
+@dataclass(frozen=True)
+class _Hardness:
+    scale: float
+    margin: float
+    kind: str
+
+
+class _Classification(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        embeds: torch.Tensor,
+        prototypes: torch.Tensor,
+        labels: torch.Tensor,
+        hardness: _Hardness,
+        chunk_size: int,
+    ) -> torch.Tensor:
+        log_sum = embeds.new_full((len(embeds),), -torch.inf)
+        true_logits = torch.empty_like(log_sum)
+        for chunk in _chunks(len(prototypes), chunk_size):
+            rows, columns = _own(labels, chunk)
+            logits = hardness.scale * _harder_cosines(embeds, prototypes[chunk], rows, columns, hardness)
+            log_sum = torch.logaddexp(log_sum, logits.logsumexp(1))
+            true_logits[rows] = logits[rows, columns]
+        ctx.save_for_backward(embeds, prototypes, labels, log_sum)
+        ctx.hardness, ctx.chunk_size = hardness, chunk_size
+        return (log_sum - true_logits).mean()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        embeds, prototypes, labels, log_sum = ctx.saved_tensors
+        hardness: _Hardness = ctx.hardness
+        gradients = torch.zeros_like(embeds), torch.empty_like(prototypes)
+        for chunk in _chunks(len(prototypes), ctx.chunk_size):
+            rows, columns = _own(labels, chunk)
+            with torch.enable_grad():
+                leaves = _leaves(embeds, prototypes[chunk])
+                cosines = _harder_cosines(*leaves, rows, columns, hardness)
+            # Softmax minus the true class, by the factors that the logits and the mean bring.
+            of_cosines = (hardness.scale * cosines.detach()).sub_(log_sum[:, None]).exp_()
+            of_cosines[rows, columns] -= 1
+            of_cosines *= hardness.scale * gradient / len(labels)
+            _add_gradients(gradients, chunk, torch.autograd.grad(cosines, leaves, of_cosines))
+        return (*gradients, None, None, None)
+
+
+class _LogitDistillation(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        student_embeds: torch.Tensor,
+        student_prototypes: torch.Tensor,
+        teacher_embeds: torch.Tensor,
+        teacher_prototypes: torch.Tensor,
+        temperatures: tuple[float, float],
+        chunk_size: int,
+    ) -> torch.Tensor:
+        log_sum = student_embeds.new_full((len(student_embeds),), -torch.inf)
+        teacher_log_sum, difference = log_sum, torch.zeros_like(log_sum)
+        for chunk in _chunks(len(student_prototypes), chunk_size):
+            logits = cosine_logits(student_embeds, student_prototypes[chunk]) / temperatures[0]
+            targets = cosine_logits(teacher_embeds, teacher_prototypes[chunk]) / temperatures[1]
+            log_sum = torch.logaddexp(log_sum, logits.logsumexp(1))
+            of_chunk = targets.logsumexp(1)
+            before, teacher_log_sum = teacher_log_sum, torch.logaddexp(teacher_log_sum, of_chunk)
+            # The teacher's mean of `targets - logits` over the classes so far, by the classes' probabilities.
+            mean = (targets.softmax(1) * (targets - logits)).sum(1)
+            difference = difference * (before - teacher_log_sum).exp() + mean * (of_chunk - teacher_log_sum).exp()
+        ctx.save_for_backward(
+            student_embeds, student_prototypes, teacher_embeds, teacher_prototypes, log_sum, teacher_log_sum
+        )
+        ctx.temperatures, ctx.chunk_size = temperatures, chunk_size
+        return (difference - teacher_log_sum + log_sum).mean()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        embeds, prototypes, teacher_embeds, teacher_prototypes, log_sum, teacher_log_sum = ctx.saved_tensors
+        temperature, teacher_temperature = ctx.temperatures
+        gradients = torch.zeros_like(embeds), torch.empty_like(prototypes)
+        for chunk in _chunks(len(prototypes), ctx.chunk_size):
+            with torch.enable_grad():
+                leaves = _leaves(embeds, prototypes[chunk])
+                cosines = cosine_logits(*leaves)
+            targets = cosine_logits(teacher_embeds, teacher_prototypes[chunk]).div_(teacher_temperature)
+            of_cosines = (cosines.detach() / temperature).sub_(log_sum[:, None]).exp_()
+            of_cosines -= targets.sub_(teacher_log_sum[:, None]).exp_()
+            of_cosines *= gradient / (temperature * len(embeds))
+            _add_gradients(gradients, chunk, torch.autograd.grad(cosines, leaves, of_cosines))
+        return (*gradients, None, None, None, None)
+
+
+def _chunks(num_classes: int, chunk_size: int) -> Iterator[slice]:
+    for start in range(0, num_classes, chunk_size):
+        yield slice(start, min(start + chunk_size, num_classes))
+
+
+def _own(labels: torch.Tensor, chunk: slice) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows of the batch whose class lies in the chunk, and where in it."""
+    rows = ((labels >= chunk.start) & (labels < chunk.stop)).nonzero()[:, 0]
+    return rows, labels[rows] - chunk.start
+
+
+def _harder_cosines(
+    embeds: torch.Tensor, prototypes: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor, hardness: _Hardness
+) -> torch.Tensor:
+    cosines = cosine_logits(embeds, prototypes)
+    if hardness.margin == 0:
+        return cosines
+    harder = with_margin(cosines[rows, columns], hardness.margin, hardness.kind)
+    return cosines.index_put((rows, columns), harder)
+
+
+def _leaves(embeds: torch.Tensor, prototypes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return embeds.detach().requires_grad_(), prototypes.detach().requires_grad_()
+
+
+def _add_gradients(
+    gradients: tuple[torch.Tensor, torch.Tensor], chunk: slice, of_chunk: tuple[torch.Tensor, ...]
+) -> None:
+    gradients[0].add_(of_chunk[0])
+    gradients[1][chunk] = of_chunk[1]

@@ -1,0 +1,124 @@
+"""What prototypes and their cosines will take of a device's memory, known before anything is made."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import psutil
+import torch
+
+from modeling_udon.training.config import LossConfig
+
+_FLOAT32 = 4
+# Tensors of `(batch_size, num_classes)` at the peak of a step, counted by torch's profiler: the student's alone, with a
+# teacher's, with a second student's where distillation stops at the backbone. Last, of `(batch_size, chunk_size)`.
+_COSINES_ALONE, _COSINES_TAUGHT, _COSINES_APART, _COSINES_OF_CHUNK = 6, 11, 13, 7
+
+
+@dataclass(frozen=True)
+class PrototypeMemory:
+    """Bytes on each process.
+
+    Attributes:
+        weights: All prototypes.
+        moments: AdamW's two moments of them, once every domain has been trained.
+        gradients: Of the domain with most classes, since a step trains one; with the copies of sampled rows.
+        cosines: Of a batch with the classes it is told apart from, with what the backward pass keeps of them.
+        coasting: Copies while idle heads coast: for a validation, or after a step on sampled classes.
+    """
+
+    weights: int
+    moments: int
+    gradients: int
+    cosines: int
+    coasting: int
+
+    @property
+    def total(self) -> int:
+        """The peak, or somewhat more: a step's cosines are half gone by the time its gradients are all there."""
+        return self.weights + self.moments + max(self.gradients + self.cosines, self.coasting)
+
+
+def estimate_prototypes(
+    num_classes: Mapping[str, int],
+    embedding_dim: int,
+    teacher_dim: int,
+    batch_size: int,
+    loss: LossConfig,
+    coasting: bool = True,
+) -> PrototypeMemory:
+    """Adds up what prototypes take in training; activations and weights of backbone and heads are not in it.
+
+    Args:
+        num_classes: Classes of each domain.
+        embedding_dim: Size of the student embedding.
+        teacher_dim: Size of the teacher embeddings; 0 where no teacher learns.
+        batch_size: Images of one forward pass on one process.
+        loss: Says whether classes are told apart jointly, sampled, or gone over in chunks.
+        coasting: Whether idle heads coast.
+    """
+    widths = embedding_dim + teacher_dim
+    every, most = sum(num_classes.values()), max(num_classes.values())
+    weights = _FLOAT32 * every * widths
+    classes = every if loss.classifier == "joint" else most
+    rows = _sampled(classes, batch_size, loss)
+    gradients = _FLOAT32 * rows * widths
+    if loss.classifier == "joint":
+        gradients *= 3  # The prototypes of all domains side by side, their gradient, and its parts.
+    elif rows < classes:
+        gradients *= 4  # The rows themselves and their moments are copies as well.
+    if loss.chunk_size is not None:
+        # Two terms give the student's prototypes a gradient each before they are added.
+        second = rows * embedding_dim if loss.needs_teachers else 0
+        cosines = _COSINES_OF_CHUNK * batch_size * min(loss.chunk_size, rows) + second
+    elif not loss.needs_teachers:
+        cosines = _COSINES_ALONE * batch_size * rows
+    else:
+        cosines = (_COSINES_TAUGHT if loss.distill_through_backbone else _COSINES_APART) * batch_size * rows
+    separate = coasting and loss.classifier == "separate"
+    idle = _coasting(num_classes, embedding_dim, teacher_dim, rows < classes) if separate else 0
+    return PrototypeMemory(weights, 2 * weights, gradients, _FLOAT32 * cosines, idle)
+
+
+def free_memory(device: torch.device) -> int:
+    """Returns the bytes that are free on a device: of the GPU, or of the machine."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+
+
+def describe_memory(estimate: PrototypeMemory, free: int) -> list[str]:
+    """Says what prototypes will take, with a warning and the way out where it is more than is free."""
+    parts = " + ".join(f"{name} {_size(getattr(estimate, name))}" for name in ("weights", "moments"))
+    step = f"gradients {_size(estimate.gradients)} + cosines {_size(estimate.cosines)}"
+    lines = [
+        f"prototypes take {_size(estimate.total)} on each process, of {_size(free)} free: {parts} + the larger of "
+        f"{step} in a step and {_size(estimate.coasting)} while idle heads coast; backbone and activations come on top"
+    ]
+    if estimate.total > free:
+        lines.append(
+            "WARNING: prototypes need more memory than is free; set loss.sampled_classes (gradients and cosines), "
+            "loss.chunk_size (cosines), optim.idle_heads hold (coasting) or a smaller model.teacher_dim (all)"
+        )
+    return lines
+
+
+def _coasting(num_classes: Mapping[str, int], embedding_dim: int, teacher_dim: int, sampled: bool) -> int:
+    most, widths = max(num_classes.values()), embedding_dim + teacher_dim
+    # For a validation a copy of all, and of one domain the moments and a workspace of the prototypes' size.
+    reading = sum(num_classes.values()) * widths + 3 * most * widths if len(num_classes) > 1 else 0
+    after_step = most * max(embedding_dim, teacher_dim) if sampled else 0
+    return _FLOAT32 * max(reading, after_step)
+
+
+def _sampled(classes: int, batch_size: int, loss: LossConfig) -> int:
+    wanted = loss.sampled_classes
+    if wanted is None:
+        return classes
+    size = math.ceil(wanted * classes) if isinstance(wanted, float) else wanted
+    return min(max(size, batch_size), classes)
+
+
+def _size(num_bytes: int) -> str:
+    for unit, power in (("GiB", 30), ("MiB", 20)):
+        if num_bytes >= 1 << power:
+            return f"{num_bytes / (1 << power):.1f} {unit}"
+    return f"{num_bytes / (1 << 10):.1f} KiB"
