@@ -57,7 +57,7 @@ def resume(
 
     def go_on(allow: list[str], **changes: Any) -> Path:
         path = tmp_path / "changed.yaml"
-        path.write_text(yaml.safe_dump(make_values(tmp_path, train__num_steps=2, **changes)))
+        path.write_text(yaml.safe_dump(make_values(tmp_path, train__num_steps=2, **changes), sort_keys=False))
         train(load_config(path), resume=True, allow=allow)
         return tmp_path / "run"
 
@@ -138,6 +138,6 @@ def test_fewer_steps_than_were_taken_are_refused(old_run: Path, run_train: Any, 
     from modeling_udon.training.trainer import train
 
     path = old_run.parent / "fewer.yaml"
-    path.write_text(yaml.safe_dump(values))
+    path.write_text(yaml.safe_dump(values, sort_keys=False))
     with pytest.raises(ConfigError, match="`train.num_steps` must be at least the steps taken, 2. Got 1; raise it."):
         train(load_config(path), resume=True, allow=["num_steps"])
