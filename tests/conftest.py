@@ -201,11 +201,13 @@ def tiny_config(make_values: Callable[..., dict[str, Any]], tmp_path: Path) -> C
 
 @pytest.fixture(scope="session")
 def run_train() -> Callable[..., Path]:
-    """Trains in this process: takes values of a config, `resume` and `overwrite`, and returns the run's folder."""
+    """Trains in this process: takes values of a config, `resume`, `overwrite` and `allow`, and returns the run's folder."""
 
-    def run(values: dict[str, Any], *, resume: bool = False, overwrite: bool = False) -> Path:
+    def run(
+        values: dict[str, Any], *, resume: bool = False, overwrite: bool = False, allow: Sequence[str] = ()
+    ) -> Path:
         _reset_accelerate()
-        train(load_config(write_config(values)), resume, overwrite)
+        train(load_config(write_config(values)), resume, overwrite, allow)
         return Path(values["output_dir"]) / values["name"]
 
     return run

@@ -246,11 +246,18 @@ class DomainBatchSampler(Sampler[BatchDraw]):
         order, start, drawn = self._order, self._interval_step, self._batches_drawn.copy()
         drawn += np.bincount(order[:start], minlength=len(self.names))
         for domain in order[start:]:
-            yield self._draw(int(domain), int(drawn[domain]))
+            yield self._draw(int(domain), int(drawn[domain]), self._slice)
             drawn[domain] += 1
 
     def __len__(self) -> int:
         return len(self._order) - self._interval_step
+
+    def draw_at(self, step: int) -> BatchDraw:
+        """Returns the whole batch, of all processes, of a step of this interval."""
+        position = step - (self.step - self._interval_step)
+        domain = int(self._order[position])
+        drawn = self._batches_drawn[domain] + np.count_nonzero(self._order[:position] == domain)
+        return self._draw(domain, int(drawn), slice(0, self._batch_size))
 
     @property
     def ends_interval(self) -> bool:
@@ -330,9 +337,9 @@ class DomainBatchSampler(Sampler[BatchDraw]):
         generator = _generator(_ORDER_OF_DOMAINS, self._seed, interval)
         self._order = generator.permutation(np.repeat(np.arange(len(self.names)), counts))
 
-    def _draw(self, domain: int, batches_before: int) -> BatchDraw:
+    def _draw(self, domain: int, batches_before: int, part: slice) -> BatchDraw:
         start = batches_before * self._batch_size
-        positions = np.arange(start + self._slice.start, start + self._slice.stop)
+        positions = np.arange(start + part.start, start + part.stop)
         epochs, offsets = np.divmod(positions, self._sizes[domain])
         rows = np.empty_like(positions)
         for epoch in np.unique(epochs):

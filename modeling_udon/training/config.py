@@ -195,6 +195,9 @@ class OptimConfig(Section):
     """Steps in which the learning rates rise from 0."""
     max_grad_norm: float | None = Field(None, gt=0)
     """Norm to which the gradient is clipped; `null`: never."""
+    skip_spikes: float | None = Field(None, gt=1)
+    """Steps whose gradient norm is more than so many times the domain's running norm are not applied; `null`: all are.
+    """
     idle_heads: Literal["coast", "hold"] = "coast"
     """Heads of domains that are not in the batch: moved on by their momentum, as in the original, or held still."""
 
@@ -228,6 +231,8 @@ class TrainSection(Section):
     """Steps between two checkpoints; there is always one at the end."""
     keep_checkpoints: int = Field(2, gt=0)
     """How many checkpoints are kept."""
+    max_nonfinite: int = Field(5, gt=0)
+    """Steps in a row whose loss or gradient is not finite, which are not applied, that end the run."""
     keep_teachers: bool = False
     """Whether the teacher heads go out with the student in `best/`."""
     heads_only: bool = False
@@ -345,13 +350,18 @@ class TrainConfig(Section):
         return dict(zip(names, specs, strict=True))
 
     @model_validator(mode="after")
-    def _teachers_fit(self) -> "TrainConfig":
+    def _sections_fit(self) -> "TrainConfig":
         if self.sampling.strategy == "dynamic" and self.sampling.signal == "teacher" and not self.loss.needs_teachers:
             raise ValueError("`sampling.signal` must be 'student' where there is no teacher")
         if (self.teachers is not None) != (self.loss.needs_teachers and self.loss.teacher_classification == 0):
             raise ValueError(
                 "`teachers` must name trained runs where `loss.teacher_classification` is 0 and distillation is not, "
                 "and nowhere else"
+            )
+        if self.optim.skip_spikes is not None and self.train.mixed_precision == "fp16":
+            raise ValueError(
+                "`optim.skip_spikes` must be null for `train.mixed_precision` 'fp16', whose scaler skips steps by "
+                "itself; use 'bf16'"
             )
         if isinstance(self.teachers, dict) and set(self.teachers) != set(self.domains):
             raise ValueError(f"`teachers` must name a run for each of {', '.join(self.domains)}")

@@ -1,7 +1,7 @@
 """AdamW over two groups, its schedule as a function of the step, and the heads of domains that sit out."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -68,6 +68,28 @@ def with_gradients(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
     return [parameter for group in groups for parameter in group if parameter.grad is not None]
 
 
+def average_gradients(parameters: Iterable[nn.Parameter], num_processes: int, number: torch.Tensor) -> torch.Tensor:
+    """Averages over processes the gradients that nobody else averages, in one message, in place.
+
+    Args:
+        parameters: Above all those of the active domain.
+        num_processes: Number of processes.
+        number: A scalar that goes along.
+
+    Returns:
+        The sum of the processes' numbers.
+    """
+    if num_processes == 1:
+        return number
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    flat = torch.cat([gradient.flatten() for gradient in (*gradients, number)])
+    torch.distributed.all_reduce(flat)
+    *means, total = flat.split([gradient.numel() for gradient in (*gradients, number)])
+    for gradient, mean in zip(gradients, means, strict=True):
+        gradient.copy_(mean.view_as(gradient) / num_processes)
+    return total.reshape(())
+
+
 class IdleHeads:
     """Heads and prototypes of domains that are not in the batch.
 
@@ -81,18 +103,29 @@ class IdleHeads:
         optimizer: Its AdamW; a head without state there has not been trained yet: it has no momentum, only decay.
         optim: The schedule and AdamW's values; with `idle_heads: hold` nothing moves and nothing is caught up.
         num_steps: Steps of the whole run.
+        steps_done: Step up to which each head is, where a run goes on.
     """
 
     def __init__(
-        self, model: UdonForDistillation, optimizer: torch.optim.Optimizer, optim: OptimConfig, num_steps: int
+        self,
+        model: UdonForDistillation,
+        optimizer: torch.optim.Optimizer,
+        optim: OptimConfig,
+        num_steps: int,
+        steps_done: Mapping[str, int] | None = None,
     ) -> None:
         self._parameters = {name: list(model.domain_parameters(name).values()) for name in model.num_classes}
         self._optimizer = optimizer
         self._optim = optim
         steps = range(num_steps if optim.idle_heads == "coast" else 0)
         self._head_rates = np.fromiter((learning_rates(optim, step, num_steps)["heads"] for step in steps), np.float64)
-        # AdamW keeps its step counts on the device; asking there would stop the device at every step.
-        self._steps_done = {name: self._count_steps(parameters) for name, parameters in self._parameters.items()}
+        # AdamW's own counts leave out steps that were not applied, and asking for them would stop the device.
+        self._steps_done = dict(steps_done) if steps_done else dict.fromkeys(self._parameters, 0)
+
+    @property
+    def steps_done(self) -> dict[str, int]:
+        """Step up to which the head of each domain is, which a checkpoint keeps."""
+        return dict(self._steps_done)
 
     @torch.no_grad()
     def catch_up(self, domain: str, step: int) -> None:
@@ -144,10 +177,6 @@ class IdleHeads:
         finally:
             for data, before in kept:
                 data.copy_(before)
-
-    def _count_steps(self, parameters: list[nn.Parameter]) -> int:
-        state = self._optimizer.state.get(parameters[0]) if parameters else None
-        return int(state["step"]) if state else 0
 
     def _idle_steps(self, done: int, step: int) -> tuple[float, float, float]:
         """What the AdamW steps without gradient from `done` to before `step` add up to, for every parameter of a head.

@@ -21,6 +21,7 @@ class LossWindow:
 
     sums: dict[str, list[float]] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=dict)
+    skipped: int = 0
 
     def add(self, domain: str, losses: list[float]) -> None:
         """Adds the losses of one step, the total first."""
@@ -29,11 +30,14 @@ class LossWindow:
         self.counts[domain] = self.counts.get(domain, 0) + 1
 
     def means(self, terms: Sequence[str]) -> dict[str, Any]:
-        """Returns means over all steps, of the named terms as well, and the total of each domain."""
+        """Returns means over all applied steps, of the named terms as well, and the total of each domain."""
+        skipped = {"skipped": self.skipped} if self.skipped else {}
+        if not self.counts:
+            return skipped
         steps = sum(self.counts.values())
         total, *losses = (sum(values) / steps for values in zip(*self.sums.values(), strict=True))
         domains = {name: self.sums[name][0] / self.counts[name] for name in sorted(self.sums)}
-        return {"loss": total, "losses": dict(zip(terms, losses, strict=True)), "domain_losses": domains}
+        return {"loss": total, "losses": dict(zip(terms, losses, strict=True)), "domain_losses": domains, **skipped}
 
 
 class Reporter:
@@ -91,6 +95,9 @@ class Reporter:
 
     def show_progress(self, step: int, values: Mapping[str, Any]) -> None:
         """Shows where training is: beside the bar on a terminal, as a line in a log."""
+        if "losses" not in values:
+            self.say(f"step {step}/{self._bar.total} | no step since the last one was applied: see incidents/")
+            return
         losses = " ".join(f"{_SHORT[name]} {value:.3f}" for name, value in values["losses"].items())
         weights = " ".join(f"{name} {weight:.2f}" for name, weight in values["weights"].items())
         speed = f"{values['images_per_second']:.0f} images/s, {values['data_wait_share']:.0%} waiting for data"

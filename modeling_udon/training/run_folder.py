@@ -32,6 +32,7 @@ class RunFolder:
         baseline: Scores before training.
         metrics: Progress, a row of JSON each.
         broken: Images that could not be read, a row of JSON each.
+        incidents: Steps that were not applied.
         results: Scores of the test.
     """
 
@@ -44,6 +45,7 @@ class RunFolder:
         self.baseline = self.path / "baseline.json"
         self.metrics = self.path / "metrics.jsonl"
         self.broken = self.path / "broken.jsonl"
+        self.incidents = self.path / "incidents"
         self.results = self.path / "results.json"
         self._lock = RunLock(self.path)
         self._changes: Changes = {}

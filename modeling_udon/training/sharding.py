@@ -70,15 +70,28 @@ def unsharded(udon: UdonModel, keep: bool) -> UdonModel:
     return whole
 
 
-def clip_gradients(parameters: Sequence[nn.Parameter], max_norm: float) -> None:
-    """Clips the norm of all gradients together, of shards and of whole tensors, which every process has alike."""
-    shards = [parameter for parameter in parameters if isinstance(parameter, DTensor)]
-    others = [parameter for parameter in parameters if not isinstance(parameter, DTensor)]
-    of_shards, of_others = (
+def total_norm(parameters: Sequence[nn.Parameter]) -> torch.Tensor:
+    """The norm of all gradients together, of shards and of whole tensors; all processes have to call it."""
+    shards, others = _split(parameters)
+    norms = [
         nn.utils.get_total_norm([parameter.grad for parameter in group if parameter.grad is not None])
         for group in (shards, others)
-    )
-    assert isinstance(of_shards, DTensor), "the backbone has gradients"
-    norm = torch.stack([of_shards.full_tensor(), of_others]).norm()
-    nn.utils.clip_grads_with_norm_(shards, max_norm, DTensor.from_local(norm, of_shards.device_mesh))
+        if group
+    ]
+    whole = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
+    return torch.stack(whole).norm() if len(whole) > 1 else whole[0]
+
+
+def clip_gradients(parameters: Sequence[nn.Parameter], max_norm: float) -> torch.Tensor:
+    """Clips the norm of all gradients together, where a part of them is in shards, and returns what it was."""
+    norm = total_norm(parameters)
+    shards, others = _split(parameters)
+    mesh = shards[0].device_mesh
+    nn.utils.clip_grads_with_norm_(shards, max_norm, DTensor.from_local(norm, mesh))
     nn.utils.clip_grads_with_norm_(others, max_norm, norm)
+    return norm
+
+
+def _split(parameters: Sequence[nn.Parameter]) -> tuple[list[DTensor], list[nn.Parameter]]:
+    shards = [parameter for parameter in parameters if isinstance(parameter, DTensor)]
+    return shards, [parameter for parameter in parameters if not isinstance(parameter, DTensor)]

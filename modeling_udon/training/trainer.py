@@ -57,8 +57,10 @@ from modeling_udon.training.extension import (
 )
 from modeling_udon.training.failures import TrainingError
 from modeling_udon.training.files import replaced_folder, write_text
+from modeling_udon.training.incidents import Incidents, StepGuard, Verdict
 from modeling_udon.training.optimization import (
     IdleHeads,
+    average_gradients,
     frozen_steps,
     learning_rates,
     make_optimizer,
@@ -172,11 +174,13 @@ class Trainer:
         self._data_wait = DataWait(self.accelerator.device)
         broken_before: dict[str, int] = {}
         self._window = LossWindow()
-        self._pending: list[tuple[str, torch.Tensor]] = []
+        self._pending: list[tuple[int, str, torch.Tensor]] = []
         self._prepare_processes()
+        self._guard = StepGuard(config.optim, self._optimizer, self.domains, self.accelerator.scaler is not None)
+        self._incidents = Incidents(self.folder.incidents, self.domains, self.accelerator.is_main_process)
+        self.idle_heads = IdleHeads(self.model, self._optimizer, config.optim, self.num_steps)
         if checkpoint:
             broken_before = self._restore(checkpoint, allow).extra["broken"]
-        self.idle_heads = IdleHeads(self.model, self._optimizer, config.optim, self.num_steps)
         wanted = config.loss.sampled_classes
         self.sampled_classes = SampledClasses(self.model, self._optimizer, self.idle_heads, wanted, config.seed)
         self._on_main(lambda: self.folder.prepare(self.domains, overwrite, self.step))
@@ -268,7 +272,8 @@ class Trainer:
         """Takes one optimiser step on one domain.
 
         Returns:
-            The total loss and its terms, of shape `(1 + num_terms,)`, of this process's share of the batch.
+            The total loss and its terms of this process's share of the batch, then what `StepGuard.judge` gives, of
+            shape `(1 + num_terms + 2,)`.
         """
         config, step = self.config, self.step
         # Dropout, where a backbone has it, depends on seed, step and process alone.
@@ -292,17 +297,20 @@ class Trainer:
                 output = self._wrapped(part, part_labels, batch.domain, bank)
                 self.accelerator.backward(output.loss / parts)
             losses += torch.stack([output.loss, *output.losses.values()]).detach().float() / parts
-        self._average_head_gradients(batch.domain)
+        ours = (*self._shared_heads, *self.model.domain_parameters(batch.domain).values())
+        faulty = average_gradients(ours, self.accelerator.num_processes, 1 - losses.isfinite().all().float())
+        norm = None
         if config.optim.max_grad_norm is not None:
-            self._clip_gradients(config.optim.max_grad_norm)
+            norm = self._clip_gradients(config.optim.max_grad_norm)
+        verdict = self._guard.judge(batch.domain, faulty, norm)
         self._wrapped_optimizer.step()
         self._wrapped_optimizer.zero_grad(set_to_none=True)
         self.sampled_classes.put_back(step)
-        return losses
+        return torch.cat([losses, verdict])
 
     def count_step(self, batch: DomainBatch, losses: torch.Tensor) -> None:
         """Moves sampler and progress on by one step."""
-        self._pending.append((batch.domain, losses))
+        self._pending.append((self.step, batch.domain, losses))
         self.broken.collect(batch, self.step + 1)
         if self.sampler.ends_interval:
             self._flush_losses()
@@ -357,10 +365,12 @@ class Trainer:
         self._clock += time.perf_counter() - started
 
     def save(self) -> None:
-        """Writes a checkpoint."""
+        """Writes a checkpoint, unless the losses have just ceased to be finite: the last one is worth more."""
         started = time.perf_counter()
         self._flush_losses()
         self._count_broken()
+        if self._incidents.in_a_row and self.step < self.num_steps:
+            return
         if self.accelerator.is_main_process:
             self.reporter.sync()
         best_weights = self.folder.best_weights if self.best else None
@@ -489,6 +499,8 @@ class Trainer:
         extra: dict[str, Any] = {
             "window": vars(self._window),
             "validated": self._validated,
+            "heads": self.idle_heads.steps_done,
+            "gradient_norms": self._guard.state_dict(),
             "processes": self.accelerator.num_processes,
             "broken": self.broken.counts,
         }
@@ -510,6 +522,9 @@ class Trainer:
         self._saved = state.step
         self._validated = state.extra["validated"]
         self._window = LossWindow(**state.extra["window"])
+        self._guard.load_state_dict(state.extra["gradient_norms"])
+        heads = state.extra["heads"]
+        self.idle_heads = IdleHeads(self.model, self._optimizer, self.config.optim, self.num_steps, heads)
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(state.extra["scaler"])
         return state
@@ -542,26 +557,12 @@ class Trainer:
         start = self.accelerator.process_index * size * len(pixel_parts)
         return [RelationalBank(student, teacher, start + number * size) for number in range(len(pixel_parts))]
 
-    def _average_head_gradients(self, domain: str) -> None:
-        """Averages over processes what is left to us: above all the active domain's gradients, in one message."""
-        if self.accelerator.num_processes == 1:
-            return
-        parameters = (*self._shared_heads, *self.model.domain_parameters(domain).values())
-        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        if not gradients:
-            return
-        flat = torch.cat([gradient.flatten() for gradient in gradients])
-        torch.distributed.all_reduce(flat)
-        flat /= self.accelerator.num_processes
-        for gradient, mean in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
-            gradient.copy_(mean.view_as(gradient))
-
-    def _clip_gradients(self, max_norm: float) -> None:
+    def _clip_gradients(self, max_norm: float) -> torch.Tensor:
         parameters = with_gradients(self._optimizer)
         if self._shared_heads:
-            clip_gradients(parameters, max_norm)
-        else:
-            self.accelerator.clip_grad_norm_(parameters, max_norm)
+            return clip_gradients(parameters, max_norm)
+        norm: torch.Tensor = self.accelerator.clip_grad_norm_(parameters, max_norm)
+        return norm
 
     def _count_broken(self) -> None:
         size = self.config.train.batch_size
@@ -572,22 +573,36 @@ class Trainer:
         """Brings the losses of the steps since the last time from the device, averaged over processes."""
         if not self._pending:
             return
-        names = [name for name, _ in self._pending]
-        stacked = torch.stack([losses for _, losses in self._pending])
+        stacked = torch.stack([losses for _, _, losses in self._pending])
         rows = self.accelerator.reduce(stacked, reduction="mean").tolist()
-        self._pending.clear()
         # Where no teacher learns, the weights of the domains do not go by its loss.
         signal = f"{self.config.sampling.signal}_classification"
         column = 1 + self.model.terms.index(signal) if signal in self.model.terms else 1
-        for name, row in zip(names, rows, strict=True):
-            if not all(math.isfinite(value) for value in row):
-                losses = dict(zip(self.model.terms, row[1:], strict=True))
-                raise TrainingError(
-                    f"The loss must be finite. Got {losses} for domain {name!r} at about step {self.step}; lower "
-                    "optim.lr or set optim.max_grad_norm, then go on with --resume."
-                )
-            self._window.add(name, row)
-            self.sampler.observe(name, row[column])
+        pending, self._pending = self._pending, []
+        for (step, name, _), (*losses, verdict, norm) in zip(pending, rows, strict=True):
+            self._incidents.count(Verdict(int(verdict)))
+            if verdict == Verdict.APPLIED:
+                self._window.add(name, losses)
+                self.sampler.observe(name, losses[column])
+            else:
+                self._window.skipped += 1
+                self._tell_incident(step, Verdict(int(verdict)), losses, norm)
+
+    def _tell_incident(self, step: int, verdict: Verdict, losses: list[float], norm: float) -> None:
+        values = {
+            "losses": dict(zip(("loss", *self.model.terms), losses, strict=True)),
+            "gradient_norm": norm,
+            "learning_rates": learning_rates(self.config.optim, step, self.num_steps),
+        }
+        draw = self.sampler.draw_at(step)
+        self._incidents.write(step, verdict, draw, values)
+        if self._incidents.in_a_row == self.config.train.max_nonfinite:
+            raise TrainingError(
+                f"The loss must be finite. Got {self._incidents.in_a_row} steps in a row where it or its gradient was "
+                f"not, the last for domain {draw.domain!r} at step {step}; their batches are in "
+                f"{self._incidents.folder}. Mend the data, or lower optim.lr or set optim.max_grad_norm and go on with "
+                "--resume --resume-allow lr,max_grad_norm."
+            )
 
     def _quality(self, scores: SplitScores) -> float:
         """What the best is chosen by: the student's mean R@1, or the teachers' where the student learns nothing."""

@@ -1,0 +1,143 @@
+"""One run in a folder at a time; a run goes on only with what it was started with, or with what is allowed by name."""
+
+import json
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hurt import at
+
+from modeling_udon.training import run_folder
+from modeling_udon.training.config import ConfigError
+from modeling_udon.training.resuming import check_changes
+from modeling_udon.training.trainer import Trainer
+
+Values = Callable[..., dict[str, Any]]
+
+
+def test_a_second_run_in_a_folder_is_refused_until_the_first_is_gone(
+    make_values: Values, write: Any, start: Any, tmp_path: Path
+) -> None:
+    config = write(make_values(tmp_path, data__num_workers=2))
+    first = start(config, before=at(Trainer, "train_step", 4, lambda: time.sleep(600)))
+    while not (tmp_path / "run" / "checkpoints" / "step-00000003").exists():
+        time.sleep(0.1)
+    for option in ("--resume", "--overwrite"):
+        second = start(config, option)
+        assert second.wait() == [2]
+        assert f"Got {tmp_path / 'run'}, which process {first.processes[0].pid} on " in second.said()
+    # Its workers outlive it by seconds, and hold nothing.
+    first.processes[0].kill()
+    assert first.wait() == [128 + signal.SIGKILL]
+    third = start(config, "--resume")
+    assert third.wait() == [0], third.said()
+    assert "going on from step 3 of 11" in third.said()
+
+
+@pytest.fixture(scope="module")
+def old_run(make_values: Values, run_train: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return run_train(make_values(tmp_path_factory.mktemp("old"), train__num_steps=2))
+
+
+@pytest.fixture
+def resume(
+    old_run: Path, make_values: Values, run_train: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., Path]:
+    """Goes on with a copy of an ended run: takes what is allowed, and changes."""
+    import shutil
+
+    from modeling_udon.training.config_file import load_config
+    from modeling_udon.training.trainer import train
+
+    shutil.copytree(old_run, tmp_path / "run")
+
+    def go_on(allow: list[str], **changes: Any) -> Path:
+        path = tmp_path / "changed.yaml"
+        path.write_text(yaml.safe_dump(make_values(tmp_path, train__num_steps=2, **changes), sort_keys=False))
+        train(load_config(path), resume=True, allow=allow)
+        return tmp_path / "run"
+
+    return go_on
+
+
+@pytest.mark.parametrize("name", ["lr", "optim.lr"])
+def test_a_change_is_allowed_by_name_and_recorded(resume: Callable[..., Path], name: str) -> None:
+    with pytest.raises(
+        ConfigError, match=r"Got optim.lr from 0.01 to 0.5; take it back, or allow it with --resume-allow optim.lr\."
+    ):
+        resume([], optim__lr=0.5)
+    run = resume([name], optim__lr=0.5)
+    assert json.loads((run / "changes.json").read_text()) == [
+        {"step": 2, "changes": {"optim.lr": {"before": 0.01, "now": 0.5}}}
+    ]
+    # What is allowed once is the run's own from then on.
+    resume([], optim__lr=0.5)
+    assert len(json.loads((run / "changes.json").read_text())) == 1
+
+
+def test_other_versions_are_refused_and_a_third_number_is_only_recorded(
+    resume: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = run_folder.versions()
+    major, minor, patch = now["torch"].partition("+")[0].split(".")[:3]
+    monkeypatch.setattr(run_folder, "versions", lambda: now | {"torch": f"{major}.{minor}.{int(patch) + 1}"})
+    run = resume([])
+    assert json.loads((run / "changes.json").read_text())[0]["changes"]["versions.torch"]["before"] == now["torch"]
+    monkeypatch.setattr(run_folder, "versions", lambda: now | {"torch": f"{major}.{int(minor) + 1}.0"})
+    with pytest.raises(ConfigError, match=r"versions.torch from .* or allow it with --resume-allow versions\."):
+        resume([])
+    resume(["versions"])
+
+
+def test_another_number_of_processes_is_refused_and_can_be_allowed() -> None:
+    changes = {"processes": (2, 1), "optim.lr": (1.0, 2.0)}
+    with pytest.raises(ConfigError, match="Got processes from 2 to 1, optim.lr .* --resume-allow processes,optim.lr"):
+        check_changes(changes, [])
+    with pytest.raises(ConfigError, match="Got optim.lr from 1.0 to 2.0; "):
+        check_changes(changes, ["processes"])
+    check_changes(changes, ["processes", "lr"])
+
+
+def test_other_images_can_be_allowed_and_other_classes_cannot(resume: Callable[..., Path], tmp_path: Path) -> None:
+    path = tmp_path / "run" / "domains.json"
+    saved = json.loads(path.read_text())
+    path.write_text(json.dumps(saved | {"blobs": saved["blobs"] | {"fingerprint": "0", "num_images": 9}}))
+    with pytest.raises(ConfigError, match="Its num_images changed: 9 then, 30 now"):
+        resume([])
+    changes = json.loads((resume(["data"]) / "changes.json").read_text())[0]["changes"]
+    assert changes["data.blobs.num_images"] == {"before": 9, "now": 30}
+    path.write_text(json.dumps(saved | {"blobs": saved["blobs"] | {"classes": ["a", "b", "c"]}}))
+    with pytest.raises(ConfigError, match="Its classes changed"):
+        resume(["data"])
+
+
+@pytest.mark.parametrize(
+    ("allow", "changes", "words"),
+    [
+        (["embedding_dim"], {"model__embedding_dim": 4}, "must have the weights of the config's model. Got student_pr"),
+        (["update_every"], {"sampling__update_every": 9}, "the run's own sampling. Got sampling.update_every from 4"),
+        (["lrr"], {}, "`--resume-allow` must name keys of the config. Got 'lrr'; did you mean `lr`?"),
+        (["xyz"], {}, "Got 'xyz'; further names are processes, versions, data."),
+    ],
+)
+def test_what_cannot_work_stays_refused(
+    resume: Callable[..., Path], allow: list[str], changes: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(ValueError, match="^.*") as caught:
+        resume(allow, **changes)
+    assert words in str(caught.value)
+
+
+def test_fewer_steps_than_were_taken_are_refused(old_run: Path, run_train: Any, make_values: Values) -> None:
+    values = make_values(old_run.parent, train__num_steps=1)
+    from modeling_udon.training.config_file import load_config
+    from modeling_udon.training.trainer import train
+
+    path = old_run.parent / "fewer.yaml"
+    path.write_text(yaml.safe_dump(values, sort_keys=False))
+    with pytest.raises(ConfigError, match="`train.num_steps` must be at least the steps taken, 2. Got 1; raise it."):
+        train(load_config(path), resume=True, allow=["num_steps"])

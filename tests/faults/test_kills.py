@@ -1,0 +1,61 @@
+"""A run that is killed anywhere and goes on ends as one that was not, bit for bit."""
+
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from hurt import at, die
+
+from modeling_udon.training import checkpoint, run_folder, trainer
+from modeling_udon.training.reporting import Reporter
+from modeling_udon.training.trainer import Trainer
+
+
+def die_within_a_row(rank: int) -> None:
+    def record(self: Reporter, step: int, **values: Any) -> None:
+        with self._path.open("a") as file:
+            file.write('{"step": 8, "lo')
+        die()
+
+    Reporter.record = record
+
+
+# In the order of the run, which goes on after each: checkpoints come after steps 3, 6, 9 and 11, validations after 0,
+# 5, 10 and 11, logs every 2 steps.
+KILLS = {
+    "at the very start": at(trainer, "open_domain", 1, die),
+    "while the folder is made": at(run_folder, "write_text", 2, die),
+    "in the first validation": at(trainer, "evaluate_model", 1, die),
+    "between the weights and the optimiser of the first checkpoint": at(checkpoint, "_flatten_optimizer", 1, die),
+    "in a step, before it is applied": at(trainer, "average_gradients", 5, die),
+    "after a step, before it is counted": at(Trainer, "count_step", 2, die),
+    "in a validation": at(trainer, "evaluate_model", 1, die, after=True),
+    "after the best was kept, before the next checkpoint": at(Trainer, "validate", 1, die, after=True),
+    "between the two names of the best": at(Path, "rename", 2, die),
+    "before the manifest of a checkpoint": at(shutil, "copyfile", 1, die, after=True),
+    "before the last checkpoint goes, after the new one stands": at(checkpoint, "list_checkpoints", 2, die),
+    "in the middle of a row": die_within_a_row,
+    "in the last validation": at(trainer, "evaluate_model", 2, die),
+    "before the last checkpoint": at(checkpoint, "save_file", 1, die),
+    "in the test": at(trainer, "search_model", 1, die),
+    "while the results are written": at(trainer, "write_report", 1, die),
+    "at the very end": at(Reporter, "close", 1, die),
+}
+
+
+def test_a_run_killed_at_every_kind_of_moment_ends_as_one_that_was_not(
+    whole: Any, make_values: Callable[..., dict[str, Any]], write: Any, start: Any, tmp_path: Path
+) -> None:
+    config = write(make_values(tmp_path, **whole.changes))
+    survived = [
+        moment
+        for moment, patch in KILLS.items()
+        if start(config, "--resume", before=patch).wait() != [128 + signal.SIGKILL]
+    ]
+    assert survived == []
+    assert start(config, "--resume").wait() == [0]
+    whole.compare(tmp_path / "run")
+    best = [row["validation"]["merged"]["mean"]["R@1"] for row in whole.outcome["rows"] if "validation" in row]
+    assert best[1] > best[0], "the kill after the best was kept must follow a best that is new"
