@@ -29,7 +29,7 @@ def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
     def run(config: Path, *options: str) -> str:
         with monkeypatch.context() as patch:
             patch.setattr(sys, "argv", ["train_udon.py", "--config", str(config), *options])
-            for verb in ("measure_start", "train_step", "finish"):
+            for verb in ("catch_up", "train_step", "finish"):
                 patch.setattr(Trainer, verb, no_work)
             capsys.readouterr()
             assert train_udon.main() == 2
