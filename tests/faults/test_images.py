@@ -22,8 +22,10 @@ from datasets import Dataset, Features
 from datasets import Image as ImageFeature
 from PIL import Image
 
-from modeling_udon.data.dataset import BrokenImageError, read_images
+from modeling_udon.data.dataset import EvaluationDataset, MultiDomainDataset
+from modeling_udon.data.domains import Domain
 from modeling_udon.data.files import MAX_FILE_BYTES
+from modeling_udon.data.sampling import BatchDraw
 from modeling_udon.data.transforms import EvalTransform, TrainTransform
 from modeling_udon.retrieval.embed_files import EmbedOptions, embed_source
 from modeling_udon.retrieval.models import load_embedding_model
@@ -288,23 +290,37 @@ def embedded(folder: Path, searchable) -> tuple[list[str], dict[str, str]]:
 each_kind = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
 
 
+@pytest.fixture(scope="module")
+def domain(folder: Path) -> Domain:
+    """A domain of all kinds, a row and a class each."""
+    entries = [{"bytes": None, "path": str(folder / kind.file)} for kind in KINDS]
+    images = Dataset.from_dict({"image": entries}, features=Features({"image": ImageFeature(decode=False)}))
+    return Domain("cars", images, np.arange(len(KINDS)), range(len(KINDS)), "", {})
+
+
 @each_kind
-def test_training_reads_an_image_or_names_it_in_one_line(folder: Path, kind: Kind) -> None:
-    path = str(folder / kind.file)
-    columns = Features({"image": ImageFeature(decode=False)})
-    entries = Dataset.from_dict({"image": [{"bytes": None, "path": path}]}, features=columns)
+def test_training_reads_an_image_or_names_it_and_takes_another(domain: Domain, kind: Kind) -> None:
+    row = KINDS.index(kind)
+    dataset = MultiDomainDataset({"cars": domain}, TrainTransform(16), seed=0, replace_broken=True)
     with unprivileged():
-        if kind.says:
-            with pytest.raises(BrokenImageError) as caught:
-                read_images(entries, np.array([0]), "cars")
-            message = str(caught.value)
-            assert message.startswith("`domains.cars` has a broken image in row 0 (") and kind.says in message
-            assert message.isprintable()
-            return
-        image = read_images(entries, np.array([0]), "cars")[0]
-    assert image.dtype == np.uint8 and image.shape[2] == 3 and 0 < image.size <= 3 * 65_000
-    for result in (TrainTransform(16)(image, np.random.default_rng(0)), EvalTransform(16)(image)):
-        assert result.shape == (16, 16, 3)
+        batch = dataset[BatchDraw("cars", np.array([row]), np.array([7]))]
+    assert batch.pixels.shape == (1, 16, 16, 3)
+    if not kind.says:
+        assert batch.broken == () and batch.labels.tolist() == [row]
+        return
+    (broken,) = batch.broken
+    assert (broken.row, broken.path) == (row, domain.images[row]["image"]["path"]) and kind.says in broken.reason
+    assert str(broken).isprintable()
+    assert not KINDS[int(batch.labels)].says  # the substitute's own class
+
+
+@each_kind
+def test_evaluation_reads_an_image_or_names_it(domain: Domain, kind: Kind) -> None:
+    row = KINDS.index(kind)
+    with unprivileged():
+        ((image, broken),) = EvaluationDataset(domain.images, EvalTransform(16), "cars", "test").__getitems__([row])
+    assert image.shape == (16, 16, 3)
+    assert (broken is None) == (not kind.says) and (broken is None or kind.says in broken.reason)
 
 
 @each_kind

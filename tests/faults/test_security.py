@@ -111,6 +111,7 @@ def test_a_pickle_of_a_stranger_is_not_run(form: str, searchable, trap: Path, tm
             with file.open("wb") as opened:
                 np.savez(opened, weight=array)
         else:
+            pytest.importorskip("msgpack", reason='flax files need msgpack: pip install "modeling-udon[convert]"')
             file.write_bytes(pickle.dumps(Trap(trap)))
         with pytest.raises(ValueError, match="^FILE must be whole and of --format"):
             read_arrays(file, kind)
