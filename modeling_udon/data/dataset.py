@@ -1,11 +1,13 @@
 """Batches of one domain from undecoded bytes: decoded and cropped in workers, handed over as uint8."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset as TorchDataset
+from torch.utils.data import get_worker_info
 
 from modeling_udon.data.domains import Domain, Images, encoded_bytes
 from modeling_udon.data.sampling import BatchDraw
@@ -104,7 +106,7 @@ class MultiDomainDataset(TorchDataset[DomainBatch]):
                 rows[place], found = self._substitute(number, domain, position, found)
             image = self._transform(found, np.random.default_rng((self._seed, number, position)))
             if pixels is None:
-                pixels = torch.empty((len(rows), *image.shape), dtype=torch.uint8)
+                pixels = _empty_pixels((len(rows), *image.shape))
             pixels[place] = torch.from_numpy(image)
         assert pixels is not None, "a draw has images"
         return DomainBatch(draw.domain, pixels, torch.from_numpy(domain.labels[rows]), tuple(broken))
@@ -116,6 +118,15 @@ class MultiDomainDataset(TorchDataset[DomainBatch]):
             if not isinstance(found, BrokenImage):
                 return int(row), found
         raise BrokenImageError(f"{broken}; {_MAX_SUBSTITUTES} others in its place are broken too")
+
+
+def _empty_pixels(shape: tuple[int, ...]) -> torch.Tensor:
+    """A uint8 tensor; in a worker, in the memory in which it is handed over, which saves a copy of the batch."""
+    if get_worker_info() is None:
+        return torch.empty(shape, dtype=torch.uint8)
+    # What torch's own `default_collate` does.
+    storage = torch.UntypedStorage._new_shared(math.prod(shape), device="cpu")
+    return torch.empty(0, dtype=torch.uint8).set_(storage).view(shape)
 
 
 class EvaluationDataset(TorchDataset[tuple[torch.Tensor, BrokenImage | None]]):

@@ -388,7 +388,10 @@ def _labels(name: str, spec: DomainSpec, rows: Dataset | ParquetSplit) -> Labels
             )
         return str(feature.int2str(number))
 
-    return Labels.from_arrow(column, name_of if isinstance(feature, ClassLabel) else None)
+    labels = Labels.from_arrow(column, name_of if isinstance(feature, ClassLabel) else None)
+    del column
+    pa.default_memory_pool().release_unused()  # Arrow would keep what the column took.
+    return labels
 
 
 def _evaluation_splits(name: str, spec: DomainSpec, splits: Splits) -> dict[str, EvaluationSplit]:
