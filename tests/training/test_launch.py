@@ -37,6 +37,20 @@ def test_a_launch_that_wraps_all_heads_is_refused_with_the_way_out(
         assert words in error
 
 
+def test_processes_that_do_not_find_each_other_are_refused(
+    tiny_config: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # What `accelerate launch` leaves to a process on a machine without GPUs.
+    monkeypatch.delenv("ACCELERATE_USE_CPU")
+    for name, value in {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sys, "argv", ["train_udon.py", "--config", str(tiny_config())])
+    assert train_udon.main() == 2
+    error = capsys.readouterr().err
+    assert "must start processes that find each other. Got 2, of which each is alone" in error
+    assert "ACCELERATE_USE_CPU=true" in error
+
+
 @pytest.mark.parametrize("changes", [{"train__mixed_precision": "fp16"}, {"train__compile": True}])
 def test_shards_with_what_they_were_not_tried_with_are_refused(
     changes: dict[str, object],
