@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from accelerate.commands.config.config_args import load_config_from_file
@@ -38,17 +39,15 @@ def test_a_launch_that_wraps_all_heads_is_refused_with_the_way_out(
 
 
 def test_processes_that_do_not_find_each_other_are_refused(
-    tiny_config: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    make_values: Callable[..., dict[str, Any]], run_script: Callable[..., Any], tmp_path: Path
 ) -> None:
-    # What `accelerate launch` leaves to a process on a machine without GPUs.
-    monkeypatch.delenv("ACCELERATE_USE_CPU")
-    for name, value in {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr(sys, "argv", ["train_udon.py", "--config", str(tiny_config())])
-    assert train_udon.main() == 2
-    error = capsys.readouterr().err
+    # What Accelerate makes of several processes on a machine without GPUs, if nobody names the CPU.
+    done = run_script(make_values(tmp_path), num_processes=2, check=False, ACCELERATE_USE_CPU="false")
+    assert done.returncode != 0
+    error = next(line for line in done.stderr.splitlines() if line.startswith("error: "))
     assert "must start processes that find each other. Got 2, of which each is alone" in error
     assert "ACCELERATE_USE_CPU=true" in error
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
 @pytest.mark.parametrize("changes", [{"train__mixed_precision": "fp16"}, {"train__compile": True}])
