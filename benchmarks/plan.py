@@ -26,10 +26,15 @@ def mean_classes(arguments: argparse.Namespace) -> float:
     return float(arguments.classes / arguments.domains)
 
 
+def all_heads(arguments: argparse.Namespace) -> float:
+    """Weights of the heads and prototypes of all domains."""
+    return float(arguments.domains * head_weights(mean_classes(arguments)))
+
+
 def memory(arguments: argparse.Namespace, gpus: int) -> dict[str, str]:
     """What lies on each GPU besides activations, in GB."""
     shared = BACKBONE / (gpus if arguments.shard_backbone else 1) + (HIDDEN + 1) * STUDENT
-    heads = arguments.domains * head_weights(0) + head_weights(arguments.classes) - head_weights(0)
+    heads = all_heads(arguments)
     active = head_weights(arguments.largest)
     logits = arguments.batch_size / gpus * arguments.largest
     parts = {
@@ -67,7 +72,6 @@ def plan(arguments: argparse.Namespace, gpus: int) -> dict[str, str]:
     compute = arguments.share * arguments.batch_size / gpus / arguments.images_per_second
     needed = sum(list(sent.values())[:3])
     waiting = needed / (arguments.bandwidth * 1e9)
-    weights = BACKBONE + arguments.domains * head_weights(mean_classes(arguments))
     return {
         "images of a GPU in a step": f"{arguments.batch_size / gpus:g}",
         **memory(arguments, gpus),
@@ -77,7 +81,7 @@ def plan(arguments: argparse.Namespace, gpus: int) -> dict[str, str]:
         "ms a step, sending": f"{waiting * 1000:.1f}",
         "hours, sending hidden": f"{steps * max(compute, waiting) / 3600:.1f}",
         "hours, sending not hidden": f"{steps * (compute + waiting) / 3600:.1f}",
-        "checkpoint, GB": f"{3 * FLOAT * weights / 1e9:.2f}",
+        "checkpoint, GB": f"{3 * FLOAT * (BACKBONE + all_heads(arguments)) / 1e9:.2f}",
     }
 
 
@@ -96,7 +100,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=128, help="global batch; the paper's 128 by default")
     parser.add_argument("--images-per-second", type=float, default=800, help="assumed, of one GPU, bare backbone")
     parser.add_argument("--share", type=float, default=1.07, help="full step over a bare one, of benchmarks/step.py")
-    parser.add_argument("--bandwidth", type=float, default=100, help="assumed GB/s out of one GPU")
+    parser.add_argument("--bandwidth", type=float, default=50, help="assumed GB/s out of one GPU")
     parser.add_argument("--shard-backbone", action="store_true", help="as train.shard_backbone")
     arguments = parser.parse_args()
     columns = [plan(arguments, gpus) for gpus in arguments.gpus]

@@ -7,7 +7,7 @@ from importlib.util import find_spec
 
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
-from accelerate.utils import parse_flag_from_env
+from accelerate.utils import get_int_from_env, parse_flag_from_env
 from transformers import AutoConfig, AutoModel, PretrainedConfig
 
 from modeling_udon.configuration_udon import UdonConfig
@@ -41,8 +41,8 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
     """Starts Accelerate with the run's precision and trackers.
 
     Raises:
-        ConfigError: If a tracker is not installed, which Accelerate would only warn of, or the launch wants the whole
-            model wrapped by FSDP, DeepSpeed or Megatron-LM.
+        ConfigError: If a tracker is not installed, which Accelerate would only warn of, the launch wants the whole
+            model wrapped by FSDP, DeepSpeed or Megatron-LM, or it started processes that do not know of each other.
     """
     for tracker in config.log.trackers:
         if find_spec(tracker) is None:
@@ -58,12 +58,20 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
                 f"ACCELERATE_USE_{name}=true; launch with configs/accelerate/multi_gpu.yaml and set "
                 "`train.shard_backbone` to shard the backbone."
             )
-    return Accelerator(
+    accelerator = Accelerator(
         mixed_precision=config.train.mixed_precision,
         kwargs_handlers=[InitProcessGroupKwargs(timeout=SILENCE)],
         log_with=list(config.log.trackers) or None,
         project_dir=str(config.run_dir) if config.log.trackers else None,
     )
+    started = get_int_from_env(["WORLD_SIZE"], 1)
+    if accelerator.num_processes != started:
+        # Without a GPU, Accelerate takes no notice of the others; each process would train by itself.
+        raise ConfigError(
+            f"`accelerate launch` must start processes that find each other. Got {started}, of which each is alone; "
+            "without GPUs set ACCELERATE_USE_CPU=true."
+        )
+    return accelerator
 
 
 def describe_prototypes(config: TrainConfig, domains: Mapping[str, Domain], accelerator: Accelerator) -> list[str]:

@@ -92,6 +92,6 @@ def clip_gradients(parameters: Sequence[nn.Parameter], max_norm: float) -> torch
     return norm
 
 
-def _split(parameters: Sequence[nn.Parameter]) -> tuple[list[DTensor], list[nn.Parameter]]:
+def _split(parameters: Sequence[nn.Parameter]) -> tuple[Sequence[DTensor], Sequence[nn.Parameter]]:
     shards = [parameter for parameter in parameters if isinstance(parameter, DTensor)]
     return shards, [parameter for parameter in parameters if not isinstance(parameter, DTensor)]

@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from accelerate.commands.config.config_args import load_config_from_file
@@ -35,6 +36,18 @@ def test_a_launch_that_wraps_all_heads_is_refused_with_the_way_out(
     assert error.count("\n") == 1
     for words in (f"must go without {wrapper}", f"Got ACCELERATE_USE_{wrapper}=true", "`train.shard_backbone`"):
         assert words in error
+
+
+def test_processes_that_do_not_find_each_other_are_refused(
+    make_values: Callable[..., dict[str, Any]], run_script: Callable[..., Any], tmp_path: Path
+) -> None:
+    # What Accelerate makes of several processes on a machine without GPUs, if nobody names the CPU.
+    done = run_script(make_values(tmp_path), num_processes=2, check=False, ACCELERATE_USE_CPU="false")
+    assert done.returncode != 0
+    error = next(line for line in done.stderr.splitlines() if line.startswith("error: "))
+    assert "must start processes that find each other. Got 2, of which each is alone" in error
+    assert "ACCELERATE_USE_CPU=true" in error
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
 @pytest.mark.parametrize("changes", [{"train__mixed_precision": "fp16"}, {"train__compile": True}])
