@@ -10,13 +10,13 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from PIL import Image
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, SequentialSampler
+from torch.utils.data import SequentialSampler
 from torch.utils.data import Subset as TorchSubset
 
 from modeling_udon.data.dataset import BrokenImage, EvaluationDataset, collate_images
 from modeling_udon.data.domains import Images
 from modeling_udon.data.transforms import ImageTransform, normalize
-from modeling_udon.data.workers import start_worker
+from modeling_udon.data.workers import WorkerLoader
 from modeling_udon.modeling_udon import UdonModel
 
 # Side of the thumbnails that are the raw-pixel baseline.
@@ -62,16 +62,13 @@ class ImageEmbedder:
         dataset = EvaluationDataset(images, self.transform, name, split)
         # Every process takes as many, so that they can gather; what is taken twice is cut off at the end.
         rows = np.arange(rank, rank + world * -(-len(dataset) // world), world) % len(dataset)
-        loader: DataLoader[Any] = DataLoader(
+        loader: WorkerLoader[Any] = WorkerLoader(
             TorchSubset(dataset, rows.tolist()),
             batch_size=self.batch_size,
             sampler=SequentialSampler(rows),
             num_workers=min(self.num_workers, -(-len(rows) // self.batch_size)),
-            worker_init_fn=start_worker,
             collate_fn=collate_images,
             pin_memory=self.accelerator.device.type == "cuda",
-            # Its own: the default one draws from the global generator, which training must not notice.
-            generator=torch.Generator(),
         )
         parts: dict[str, list[torch.Tensor]] = {}
         broken: list[BrokenImage] = []

@@ -19,14 +19,13 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
 from modeling_udon.data.dataset import DomainBatch, MultiDomainDataset
 from modeling_udon.data.domains import Domain
 from modeling_udon.data.sampling import BatchDraw
 from modeling_udon.data.transforms import EvalTransform, RandomTransform, normalize
-from modeling_udon.data.workers import start_worker
+from modeling_udon.data.workers import WorkerLoader
 from modeling_udon.modeling_udon import UdonModel
 from modeling_udon.training.config import TrainConfig
 
@@ -144,14 +143,12 @@ class FeatureCache:
         for block in blocks:
             positions = np.arange(block * BLOCK, min((block + 1) * BLOCK, last))
             draws.append(BatchDraw(name, positions % num_images, positions))
-        loader: DataLoader[torch.Tensor] = DataLoader(
+        loader: WorkerLoader[torch.Tensor] = WorkerLoader(
             data,
             batch_size=None,
             sampler=draws,
             num_workers=num_workers if blocks else 0,
-            worker_init_fn=start_worker,
             pin_memory=accelerator.device.type == "cuda",
-            generator=torch.Generator(),
         )
         for block, pixels in zip(blocks, loader, strict=True):
             with accelerator.autocast():

@@ -48,6 +48,8 @@ def explain(error: Exception) -> str | None:
         return f"{error.filename} must be writable ({error.strerror}): see to it, or choose another --output_dir."
     if isinstance(error, OSError) and error.errno in _BROKEN:
         return f"the system failed at {error.filename} ({error.strerror}); {_RESUME}"
+    if "did training diverge?" in text:
+        return "The embeddings must be finite, but training has diverged: lower optim.lr and start a new run."
     if found := _DEAD_WORKER.search(text):
         return (
             f"a process that decodes images (pid {found[1]}) was killed, often for want of memory: lower "

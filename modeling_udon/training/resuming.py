@@ -7,8 +7,8 @@ from typing import Any
 from modeling_udon.training.config import ConfigError, PushConfig
 
 # What may differ when a run goes on: where it is told of, and how fast data comes.
-_FREE = {"output_dir", "train.shard_backbone", "data.num_workers", "data.max_broken_share", "eval.batch_size"}
-_FREE |= {"log.every", "log.trackers", "log.project"} | {f"push.{name}" for name in PushConfig.model_fields}
+FREE = {"output_dir", "train.shard_backbone", "data.num_workers", "data.max_broken_share", "eval.batch_size"}
+FREE |= {"log.every", "log.trackers", "log.project"} | {f"push.{name}" for name in PushConfig.model_fields}
 # The sampler stands in the middle of a plan that it made of these.
 _FIXED = "sampling."
 # Names that are no key of the config.
@@ -82,7 +82,7 @@ def allow_name(key: str) -> str:
 
 def _is_free(key: str, values: tuple[Any, Any]) -> bool:
     """Python and the third number of a version decide nothing that we have seen, and are only recorded."""
-    if key == "versions.python" or key in _FREE:
+    if key == "versions.python" or key in FREE:
         return True
     return key.startswith("versions.") and len({_series(value) for value in values}) == 1
 

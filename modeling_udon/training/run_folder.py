@@ -14,7 +14,7 @@ from modeling_udon.training.checkpoint import find_checkpoint, list_checkpoints,
 from modeling_udon.training.config import ConfigError, TrainConfig
 from modeling_udon.training.config_file import dump_config
 from modeling_udon.training.files import recover_folder, write_text
-from modeling_udon.training.resuming import Changes, check_allowances, check_changes, differences
+from modeling_udon.training.resuming import FREE, Changes, check_allowances, check_changes, differences
 from modeling_udon.training.run_lock import LOCK_FILE, RunLock
 
 
@@ -111,7 +111,7 @@ class RunFolder:
             for what in ("num_images", "fingerprint"):
                 if saved_maps[name][what] != now[what]:
                     changes[f"data.{name}.{what}"] = saved_maps[name][what], now[what]
-        self._changes = changes
+        self._changes = {key: values for key, values in changes.items() if key not in FREE}
 
     def prepare(self, domains: Mapping[str, Domain], overwrite: bool, step: int) -> None:
         """Makes the folder with config and label maps; an old run goes only now that the new one is found right.

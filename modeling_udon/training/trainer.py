@@ -13,13 +13,12 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from safetensors.torch import load_file, save_file
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader
 from transformers.utils import logging as transformers_logging
 
 from modeling_udon.data.dataset import DomainBatch, MultiDomainDataset
 from modeling_udon.data.domains import find_known_classes, open_domain, with_images_as_classes
 from modeling_udon.data.transforms import EvalTransform, image_processor, normalize
-from modeling_udon.data.workers import start_worker
+from modeling_udon.data.workers import WorkerLoader
 from modeling_udon.hub.card import render_card
 from modeling_udon.hub.export import export_student
 from modeling_udon.hub.push import PushError, PushOptions, push
@@ -252,16 +251,14 @@ class Trainer:
         dataset = self._training_data()
         # Cached features need no decoding, and a worker would only hand them on.
         num_workers = 0 if self.config.train.heads_only else self.config.data.num_workers
-        loader: DataLoader[DomainBatch] = DataLoader(
+        loader: WorkerLoader[DomainBatch] = WorkerLoader(
             dataset,
             batch_size=None,
             sampler=self.sampler,
             num_workers=num_workers,
             persistent_workers=num_workers > 0,
-            worker_init_fn=start_worker,
             collate_fn=_as_it_is,
             pin_memory=self.accelerator.device.type == "cuda",
-            generator=torch.Generator(),
         )
         self._clock = time.perf_counter()
         # One pass over the loader is one interval of the sampler: the weights change between two passes.
@@ -341,10 +338,12 @@ class Trainer:
 
     def validate(self) -> None:
         """Scores the validation split and keeps the student if it is the best so far."""
+        # If the validation is broken off, no other process may be needed for what is saved then.
+        self._flush_losses()
+        if self._incidents.in_a_row and self.step < self.num_steps:
+            return
         validated = domains_with(self.domains, "validation")
         started = time.perf_counter()
-        # If the validation is broken off, no process may be needed for what is saved then.
-        self._flush_losses()
         with self.idle_heads.caught_up_for_reading(self.step):
             if validated:
                 with self.signals.interruptible():
