@@ -22,6 +22,8 @@ from PIL import Image as PILImage
 
 from modeling_udon.data.dataset import DomainBatch
 from modeling_udon.training.config import TrainConfig
+from modeling_udon.training.run_folder import RunFolder
+from modeling_udon.training.stopping import StopSignals
 from modeling_udon.training.trainer import Trainer
 
 IMAGE_SIZE, STORED_SIZE, BATCH_SIZE = 64, 128, 64
@@ -58,7 +60,8 @@ def make_trainer(folder: Path, name: str, heads_only: bool, num_workers: int) ->
         "optim": {"frozen_fraction": 0.0},
         "train": {"num_steps": 10_000, "batch_size": BATCH_SIZE, "heads_only": heads_only},
     }
-    return Trainer(TrainConfig.model_validate(values), resume=False, overwrite=False)
+    config = TrainConfig.model_validate(values)
+    return Trainer(config, RunFolder(config), StopSignals())
 
 
 class Loop:
@@ -78,7 +81,7 @@ class Loop:
         for _ in range(steps):
             batch = next(self._batches)
             losses = self._trainer.train_step(batch)
-            self._trainer.count_step(batch.domain, losses)
+            self._trainer.count_step(batch, losses)
         if self._trainer.accelerator.device.type == "cuda":
             torch.cuda.synchronize()
         return (time.perf_counter() - started) / steps

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -43,6 +43,8 @@ from modeling_udon.data.dataset import DomainBatch
 from modeling_udon.data.transforms import image_processor
 from modeling_udon.training.config import TrainConfig
 from modeling_udon.training.config_file import load_config
+from modeling_udon.training.run_folder import RunFolder
+from modeling_udon.training.stopping import StopSignals
 from modeling_udon.training.trainer import Trainer, train
 
 ROOT = Path(__file__).parent.parent
@@ -317,6 +319,13 @@ def serve_page(searchable: Searchable) -> Callable[..., AbstractContextManager[S
                 process.kill()
 
     return serving
+
+
+@pytest.fixture
+def open_trainer() -> Iterator[Callable[[TrainConfig], Trainer]]:
+    """Makes a trainer; its folder is free again after the test."""
+    with ExitStack() as folders:
+        yield lambda config: Trainer(config, folders.enter_context(RunFolder(config)), StopSignals())
 
 
 class Answer(NamedTuple):

@@ -112,8 +112,7 @@ class MultiDomainDataset(TorchDataset[DomainBatch]):
         return DomainBatch(draw.domain, pixels, torch.from_numpy(domain.labels[rows]), tuple(broken))
 
     def _substitute(self, number: int, domain: Domain, position: int, broken: BrokenImage) -> tuple[int, np.ndarray]:
-        rng = np.random.default_rng((self._seed, number, position, _SUBSTITUTE))
-        for row in rng.integers(len(domain.images), size=_MAX_SUBSTITUTES):
+        for row in substitutes(self._seed, number, position, len(domain.images)):
             (found,) = _try_images(domain.images, np.array([row]), domain.name, "train")
             if not isinstance(found, BrokenImage):
                 return int(row), found
@@ -127,6 +126,19 @@ def _empty_pixels(shape: tuple[int, ...]) -> torch.Tensor:
     # What torch's own `default_collate` does.
     storage = torch.UntypedStorage._new_shared(math.prod(shape), device="cpu")
     return torch.empty(0, dtype=torch.uint8).set_(storage).view(shape)
+
+
+def substitutes(seed: int, number: int, position: int, num_images: int) -> np.ndarray:
+    """Rows that are tried, one after the other, in the place of an image that cannot be read.
+
+    Args:
+        seed: Seed of the augmentation.
+        number: Place of the domain among all.
+        position: How many images had been drawn from the domain before.
+        num_images: Images of the domain.
+    """
+    rng = np.random.default_rng((seed, number, position, _SUBSTITUTE))
+    return rng.integers(num_images, size=_MAX_SUBSTITUTES)
 
 
 class EvaluationDataset(TorchDataset[tuple[torch.Tensor, BrokenImage | None]]):

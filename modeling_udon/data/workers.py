@@ -27,7 +27,8 @@ class WorkerLoader(DataLoader[Batch]):
     """
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
-        super().__init__(*arguments, **options, worker_init_fn=start_worker, generator=torch.Generator())
+        options |= {"worker_init_fn": start_worker, "generator": torch.Generator()}
+        super().__init__(*arguments, **options)
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
         # Workers inherit what is held back, so that no signal finds them before `start_worker` has run.

@@ -21,7 +21,7 @@ import torch
 from accelerate import Accelerator
 from torch.utils.data import Dataset as TorchDataset
 
-from modeling_udon.data.dataset import DomainBatch, MultiDomainDataset
+from modeling_udon.data.dataset import BrokenImage, BrokenImageError, DomainBatch, MultiDomainDataset, substitutes
 from modeling_udon.data.domains import Domain
 from modeling_udon.data.sampling import BatchDraw
 from modeling_udon.data.transforms import EvalTransform, RandomTransform, normalize
@@ -42,20 +42,44 @@ class FeatureDataset(TorchDataset[DomainBatch]):
 
     Args:
         domains: The opened domains by name.
-        features: For each domain, features of shape `(num_views * num_images, hidden_size)`, float32.
+        features: For each domain, features of shape `(num_views * num_images, hidden_size)`, float32; NaN for an image
+            that could not be read.
+        seed: Seed of what stands in for those.
+        replace_broken: Whether another image stands in for one of those; without, it is an error.
     """
 
-    def __init__(self, domains: Mapping[str, Domain], features: Mapping[str, np.ndarray]) -> None:
-        self._domains = domains
+    def __init__(
+        self, domains: Mapping[str, Domain], features: Mapping[str, np.ndarray], seed: int, replace_broken: bool
+    ) -> None:
+        self._domains = {name: (number, domain) for number, (name, domain) in enumerate(domains.items())}
         self._features = features
+        self._seed = seed
+        self._replace_broken = replace_broken
 
     def __getitem__(self, draw: BatchDraw) -> DomainBatch:
         """Gives the features in `pixels`; each pass over the images takes their next view."""
-        domain, features = self._domains[draw.domain], self._features[draw.domain]
-        num_images = len(domain.labels)
+        number, domain = self._domains[draw.domain]
+        features, num_images = self._features[draw.domain], len(domain.labels)
         views = draw.positions // num_images % (len(features) // num_images)
-        rows = torch.from_numpy(features[views * num_images + draw.rows])
-        return DomainBatch(draw.domain, rows, torch.from_numpy(domain.labels[draw.rows]))
+        rows, broken = draw.rows.copy(), []
+        values = features[views * num_images + rows]
+        for place in np.flatnonzero(np.isnan(values[:, 0])):
+            position = int(draw.positions[place])
+            image = BrokenImage(draw.domain, "train", int(rows[place]), "", "it has no features", position)
+            if not self._replace_broken:
+                raise BrokenImageError(str(image))
+            broken.append(image)
+            first = views[place] * num_images
+            rows[place] = self._substitute(number, features[first : first + num_images], position, image)
+            values[place] = features[first + rows[place]]
+        labels = torch.from_numpy(domain.labels[rows])
+        return DomainBatch(draw.domain, torch.from_numpy(values), labels, tuple(broken))
+
+    def _substitute(self, number: int, view: np.ndarray, position: int, image: BrokenImage) -> int:
+        for row in substitutes(self._seed, number, position, len(view)):
+            if not np.isnan(view[row, 0]):
+                return int(row)
+        raise BrokenImageError(f"{image}; so are all others that were drawn in its place")
 
 
 @dataclass(frozen=True)
@@ -90,6 +114,8 @@ class FeatureCache:
         say: Callable[[str], None],
     ) -> dict[str, np.ndarray]:
         """Computes what is missing and maps the features of some domains into memory.
+
+        An image that cannot be read gets NaN for features.
 
         Args:
             domains: All opened domains; their order decides random views, as it does in training.
@@ -143,17 +169,20 @@ class FeatureCache:
         for block in blocks:
             positions = np.arange(block * BLOCK, min((block + 1) * BLOCK, last))
             draws.append(BatchDraw(name, positions % num_images, positions))
-        loader: WorkerLoader[torch.Tensor] = WorkerLoader(
+        loader: WorkerLoader[tuple[torch.Tensor, list[int]]] = WorkerLoader(
             data,
             batch_size=None,
             sampler=draws,
             num_workers=num_workers if blocks else 0,
+            collate_fn=_as_it_is,
             pin_memory=accelerator.device.type == "cuda",
         )
-        for block, pixels in zip(blocks, loader, strict=True):
+        for block, (pixels, broken) in zip(blocks, loader, strict=True):
             with accelerator.autocast():
                 inputs = normalize(pixels.to(accelerator.device, non_blocking=True), self.mean, self.std)
-                yield block, model(inputs).backbone_embeds.float().cpu().numpy()
+                values = model(inputs).backbone_embeds.float().cpu().numpy()
+            values[broken] = np.nan
+            yield block, values
 
     def _settings(self, model: UdonModel, precision: str) -> dict[str, Any]:
         digest = hashlib.sha256()
@@ -186,23 +215,24 @@ def make_feature_cache(
     return FeatureCache(folder, config.train.feature_views, transform, plain, mean, std, config.seed)
 
 
-class _Views(TorchDataset[torch.Tensor]):
-    """The images of a domain, one view after the other; a draw's position says which."""
+class _Views(TorchDataset[tuple[torch.Tensor, list[int]]]):
+    """The images of a domain, one view after the other, as a draw's positions say; and places of broken ones."""
 
     def __init__(
         self, domains: Mapping[str, Domain], plain: EvalTransform, transform: RandomTransform, seed: int
     ) -> None:
         self._sizes = {name: len(domain.labels) for name, domain in domains.items()}
-        self._first = MultiDomainDataset(domains, _Plain(plain), seed)
-        self._others = MultiDomainDataset(domains, transform, seed)
+        self._first = MultiDomainDataset(domains, _Plain(plain), seed, replace_broken=True)
+        self._others = MultiDomainDataset(domains, transform, seed, replace_broken=True)
 
-    def __getitem__(self, draw: BatchDraw) -> torch.Tensor:
+    def __getitem__(self, draw: BatchDraw) -> tuple[torch.Tensor, list[int]]:
         first = draw.positions < self._sizes[draw.domain]
         parts = []
         for data, chosen in ((self._first, first), (self._others, ~first)):
             if chosen.any():
-                parts.append(data[BatchDraw(draw.domain, draw.rows[chosen], draw.positions[chosen])].pixels)
-        return torch.cat(parts)
+                parts.append(data[BatchDraw(draw.domain, draw.rows[chosen], draw.positions[chosen])])
+        broken = [image.position - int(draw.positions[0]) for part in parts for image in part.broken]
+        return torch.cat([part.pixels for part in parts]), broken
 
 
 @dataclass(frozen=True)
@@ -213,6 +243,10 @@ class _Plain:
 
     def __call__(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         return self.transform(image)
+
+
+def _as_it_is(item: Any) -> Any:
+    return item
 
 
 class _FeatureFile:

@@ -189,9 +189,7 @@ def format_extension(extension: Mapping[str, Any]) -> str:
 
 def write_extension(run_dir: Path, extension: Mapping[str, Any]) -> None:
     """Writes the table beside the other reports of the run."""
-    (run_dir / _REPORT).write_text(
-        f"# What was gained, what was forgotten\n\n{format_extension(extension)}\n", encoding="utf-8"
-    )
+    write_text(run_dir / _REPORT, f"# What was gained, what was forgotten\n\n{format_extension(extension)}\n")
 
 
 def _changes(old: Mapping[str, float], new: Mapping[str, float]) -> list[str]:

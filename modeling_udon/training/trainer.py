@@ -422,15 +422,15 @@ class Trainer:
     def _training_data(self) -> MultiDomainDataset | FeatureDataset:
         """The training images, or the features of a frozen backbone."""
         config, transform = self.config, training_transform(self.config.data)
+        replace_broken = config.data.max_broken_share > 0
         if not config.train.heads_only:
-            replace_broken = config.data.max_broken_share > 0
-            return MultiDomainDataset(self.domains, transform, config.seed, replace_broken=replace_broken)
+            return MultiDomainDataset(self.domains, transform, config.seed, replace_broken)
         plain = EvalTransform(config.data.image_size, config.data.eval_antialias)
         cache = make_feature_cache(config, transform, plain, self.mean, self.std)
         names, workers = self.sampler.names, config.data.num_workers
-        say = self.reporter.say
-        features = cache.open(self.domains, names, self.model.udon, self.accelerator, workers, say)
-        return FeatureDataset(self.domains, features)
+        with self.signals.interruptible():
+            features = cache.open(self.domains, names, self.model.udon, self.accelerator, workers, self.reporter.say)
+        return FeatureDataset(self.domains, features, config.seed, replace_broken)
 
     def _push(self, options: PushOptions) -> None:
         """Publishes the student; what goes wrong there takes nothing from the run."""

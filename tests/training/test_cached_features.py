@@ -1,26 +1,31 @@
 """Features are computed once, found again, mended, and train the same heads as the frozen backbone itself."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
-from modeling_udon.data.dataset import DomainBatch, MultiDomainDataset
+from modeling_udon.data.dataset import BrokenImageError, DomainBatch, MultiDomainDataset
 from modeling_udon.data.transforms import EvalTransform, normalize
 from modeling_udon.modeling_udon import UdonModel
 from modeling_udon.training import cached_features
-from modeling_udon.training.config import ConfigError
+from modeling_udon.training.cached_features import FeatureDataset
+from modeling_udon.training.config import ConfigError, TrainConfig
 from modeling_udon.training.config_file import load_config
 from modeling_udon.training.trainer import Trainer
 
 Values = Callable[..., dict[str, Any]]
 Run = Callable[..., Path]
+Open = Callable[[TrainConfig], Trainer]
 Told = pytest.CaptureFixture[str]
 
 HEADS_ONLY = {"train__heads_only": True}
@@ -72,8 +77,8 @@ def test_steps_run_no_backbone(
     run_train(make_values(tmp_path, **HEADS_ONLY, train__accumulation_steps=2))
 
 
-def test_the_first_view_is_the_evaluations(tiny_config: Callable[..., Path]) -> None:
-    trainer = Trainer(load_config(tiny_config(**HEADS_ONLY)), resume=False, overwrite=False)
+def test_the_first_view_is_the_evaluations(tiny_config: Callable[..., Path], open_trainer: Open) -> None:
+    trainer = open_trainer(load_config(tiny_config(**HEADS_ONLY)))
     batch = next(iter(trainer.batches()))
     domain = trainer.domains[batch.domain]
     plain = EvalTransform(16)
@@ -86,11 +91,11 @@ def test_the_first_view_is_the_evaluations(tiny_config: Callable[..., Path]) -> 
     assert torch.equal(batch.labels, torch.from_numpy(domain.labels[draw.rows]))
 
 
-def test_each_pass_over_the_images_takes_their_next_view(tiny_config: Callable[..., Path]) -> None:
+def test_each_pass_over_the_images_takes_their_next_view(tiny_config: Callable[..., Path], open_trainer: Open) -> None:
     config = load_config(
         tiny_config(**HEADS_ONLY, train__feature_views=3, train__num_steps=60, sampling__update_every=60)
     )
-    trainer = Trainer(config, resume=False, overwrite=False)
+    trainer = open_trainer(config)
     (file,) = [path for path in _fill(trainer) if path.name.startswith("blobs")]
     rows, size = np.load(file), 30
     views = rows.reshape(3, size, -1)
@@ -165,6 +170,44 @@ def test_what_is_missing_or_damaged_is_computed_again(
     assert all(path.read_bytes() == content for path, content in whole.items())
 
 
+def test_another_image_stands_in_for_one_that_has_no_features(
+    tiny_config: Callable[..., Path], open_trainer: Open
+) -> None:
+    trainer = open_trainer(load_config(tiny_config(**HEADS_ONLY)))
+    dataset, (draw, *_) = trainer._training_data(), list(trainer.sampler)
+    whole, place = dataset[draw], 3
+    features = dict(dataset._features)
+    features[draw.domain] = features[draw.domain].copy()
+    features[draw.domain][draw.rows[place]] = np.nan
+    batch = FeatureDataset(trainer.domains, features, seed=3, replace_broken=True)[draw]
+    assert [(image.row, image.position) for image in batch.broken] == [(draw.rows[place], draw.positions[place])]
+    others = np.arange(len(draw.rows)) != place
+    assert torch.equal(batch.pixels[others], whole.pixels[others]) and batch.pixels.isfinite().all()
+    (row,) = (features[draw.domain] == batch.pixels[place].numpy()).all(axis=1).nonzero()[0]
+    assert batch.labels[place] == trainer.domains[draw.domain].labels[row]
+    with pytest.raises(BrokenImageError, match=f"has a broken image in row {draw.rows[place]}: it has no features"):
+        FeatureDataset(trainer.domains, features, seed=3, replace_broken=False)[draw]
+
+
+def test_an_image_that_cannot_be_read_gets_no_features(
+    make_values: Values, tiny_domains: Path, run_train: Run, tmp_path: Path
+) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(tiny_domains / "blobs", broken)
+    (file,) = broken.glob("train*.parquet")
+    table = pq.read_table(file)
+    images = table["image"].to_pylist()
+    images[4] = {"bytes": b"<html>", "path": "page.jpg"}
+    column = pa.array(images, table.schema.field("image").type)
+    pq.write_table(table.set_column(table.schema.get_field_index("image"), "image", column), file)
+    changes = HEADS_ONLY | {"train__feature_views": 2, "data__max_broken_share": 0.5, "data__num_workers": 1}
+    run = run_train(make_values(tmp_path, **changes, domains__blobs__path=str(broken)))
+    (features,) = [np.load(path) for path in feature_files(run / "features") if path.name.startswith("blobs")]
+    assert np.flatnonzero(np.isnan(features).any(axis=1)).tolist() == [4, 34]
+    named = [json.loads(line) for line in (run / "broken.jsonl").read_text().splitlines()]
+    assert {(row["domain"], row["row"]) for row in named if row["split"] == "train"} == {("blobs", 4)}
+
+
 def test_a_cache_that_was_stopped_goes_on_where_it_was(
     make_values: Values, run_train: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Told
 ) -> None:
@@ -197,7 +240,7 @@ def test_a_cache_that_was_stopped_goes_on_where_it_was(
     ],
 )
 def test_features_of_another_backbone_or_view_are_another_file(
-    make_values: Values, tmp_path: Path, changes: dict[str, Any]
+    make_values: Values, tmp_path: Path, changes: dict[str, Any], open_trainer: Open
 ) -> None:
     names = []
     for folder, change in (("one", {}), ("two", changes)):
@@ -205,7 +248,7 @@ def test_features_of_another_backbone_or_view_are_another_file(
         path = tmp_path / f"{folder}.yaml"
         path.write_text(json.dumps(values))
         AcceleratorState._reset_state()
-        trainer = Trainer(load_config(path), resume=False, overwrite=False)
+        trainer = open_trainer(load_config(path))
         names.append([file.name for file in _fill(trainer)])
     assert not set(names[0]) & set(names[1])
 

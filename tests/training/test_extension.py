@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 import train_udon
 from modeling_udon.configuration_udon import UdonConfig
 from modeling_udon.modeling_udon import UdonModel
-from modeling_udon.training.config import ConfigError, LossConfig
+from modeling_udon.training.config import ConfigError, LossConfig, TrainConfig
 from modeling_udon.training.config_file import load_config
 from modeling_udon.training.distillation import UdonForDistillation
 from modeling_udon.training.extension import format_extension, old_student
@@ -23,6 +23,7 @@ from modeling_udon.training.trainer import Trainer
 
 Values = Callable[..., dict[str, Any]]
 Run = Callable[..., Path]
+Open = Callable[[TrainConfig], Trainer]
 
 
 def read_json(path: Path) -> Any:
@@ -33,8 +34,8 @@ def last_weights(run: Path) -> dict[str, torch.Tensor]:
     return load_file(run / "checkpoints" / "step-00000011" / "model.safetensors")
 
 
-def start_weights(config: Any) -> dict[str, torch.Tensor]:
-    return Trainer(config, resume=False, overwrite=False).model.state_dict()
+def start_weights(config: Any, open_trainer: Open) -> dict[str, torch.Tensor]:
+    return open_trainer(config).model.state_dict()
 
 
 @pytest.fixture(scope="module")
@@ -86,9 +87,11 @@ def test_domains_may_be_named_outright(old_run: Path, tiny_domains: Path, tmp_pa
         load_config(None, options, (), old_run)
 
 
-def test_old_weights_are_where_it_starts_and_the_new_domain_is_fresh(extend: Callable[..., Any], old_run: Path) -> None:
+def test_old_weights_are_where_it_starts_and_the_new_domain_is_fresh(
+    extend: Callable[..., Any], old_run: Path, open_trainer: Open
+) -> None:
     old = load_file(old_run / "checkpoints" / "best" / "model.safetensors")
-    start = start_weights(extend())
+    start = start_weights(extend(), open_trainer)
     new = {name for name in start if "noise" in name}
     assert {name.split(".noise")[0] for name in new} == {
         "udon.teacher_heads",
@@ -188,13 +191,15 @@ def test_the_retention_term_is_the_distance_to_the_old_student_and_weighted_with
     assert model.terms[-1] == "retention"
 
 
-def test_the_old_student_stays_while_the_new_one_moves(extend: Callable[..., Any], old_run: Path) -> None:
-    trainer = Trainer(extend("--init.retain", "2.0", "--optim.frozen_fraction", "0"), resume=False, overwrite=False)
+def test_the_old_student_stays_while_the_new_one_moves(
+    extend: Callable[..., Any], old_run: Path, open_trainer: Open
+) -> None:
+    trainer = open_trainer(extend("--init.retain", "2.0", "--optim.frozen_fraction", "0"))
     pixels = torch.randn(4, 3, 16, 16)
     before = UdonModel.from_pretrained(old_run / "best").eval()(pixels).image_embeds
     for batch, _ in zip(trainer.batches(), range(3), strict=False):
         trainer.train_step(batch)
-        trainer.count_step(batch.domain, torch.zeros(6))
+        trainer.count_step(batch, torch.zeros(6))
     old = trainer.model.old_student
     torch.testing.assert_close(old(pixels, of_features=False), before)
     assert (trainer.model.udon.eval()(pixels).image_embeds - before).abs().max() > 1e-4
