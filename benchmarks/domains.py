@@ -23,6 +23,8 @@ from PIL import Image as PILImage
 
 from modeling_udon.data.dataset import DomainBatch
 from modeling_udon.training.config import TrainConfig
+from modeling_udon.training.run_folder import RunFolder
+from modeling_udon.training.stopping import StopSignals
 from modeling_udon.training.trainer import Trainer
 
 FEW, MANY = 8, 512
@@ -61,7 +63,8 @@ def make_trainer(images: Path, num_domains: int, idle_heads: str) -> Trainer:
         "optim": {"idle_heads": idle_heads, "max_grad_norm": 10.0},
         "train": {"num_steps": 1_000_000, "batch_size": BATCH_SIZE},
     }
-    return Trainer(TrainConfig.model_validate(config), resume=False, overwrite=False)
+    checked = TrainConfig.model_validate(config)
+    return Trainer(checked, RunFolder(checked), StopSignals())
 
 
 def take_steps(trainer: Trainer, num_steps: int) -> float:
@@ -69,13 +72,15 @@ def take_steps(trainer: Trainer, num_steps: int) -> float:
     names = list(trainer.domains)
     pixels = torch.randint(256, (BATCH_SIZE, IMAGE_SIZE, IMAGE_SIZE, 3), dtype=torch.uint8)
     labels = torch.randint(NUM_CLASSES, (BATCH_SIZE,))
-    start = time.perf_counter()
+    on_gpu = trainer.accelerator.device.type == "cuda"
+    clock = time.perf_counter if on_gpu else time.process_time
+    start = clock()
     for _ in range(num_steps):
         batch = DomainBatch(names[trainer.step % len(names)], pixels, labels)
-        trainer.count_step(batch.domain, trainer.train_step(batch))
-    if trainer.accelerator.device.type == "cuda":
+        trainer.count_step(batch, trainer.train_step(batch))
+    if on_gpu:
         torch.cuda.synchronize()
-    return (time.perf_counter() - start) / num_steps
+    return (clock() - start) / num_steps
 
 
 def main() -> None:
