@@ -203,7 +203,7 @@ def tiny_config(make_values: Callable[..., dict[str, Any]], tmp_path: Path) -> C
 
 @pytest.fixture(scope="session")
 def run_train() -> Callable[..., Path]:
-    """Trains in this process: takes values of a config, `resume`, `overwrite` and `allow`, returns the run's folder."""
+    """Trains in this process: takes values of a config and what `train` takes, and returns the run's folder."""
 
     def run(
         values: dict[str, Any], *, resume: bool = False, overwrite: bool = False, allow: Sequence[str] = ()
