@@ -55,8 +55,16 @@ def raising(error: Exception) -> Callable[[], None]:
 
 
 def signalling(number: int) -> Callable[[], None]:
-    """A deed that sends a signal to this process and its workers, as Ctrl-C does."""
-    return lambda: os.killpg(os.getpgrp(), number)
+    """A deed that has another process send a signal to this one and its workers, as Ctrl-C does."""
+
+    def deed() -> None:
+        sender = os.fork()
+        if not sender:
+            os.killpg(os.getpgrp(), number)
+            os._exit(0)
+        os.waitpid(sender, 0)
+
+    return deed
 
 
 @dataclass

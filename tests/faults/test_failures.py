@@ -39,8 +39,8 @@ FAILURES: dict[str, tuple[Patch, str]] = {
     "full disk at the start": (at(files, "sync", 1, raising(FULL)), "the disk is full at /somewhere: free some"),
     "full disk in a checkpoint": (at(checkpoint, "save_file", 2, raising(FULL_BY_WORDS)), "the disk is full: free"),
     "no memory in a step": (at(Trainer, "train_step", 5, allocate), "the memory is full ("),
-    "no memory in a validation": (at(trainer, "evaluate_model", 2, raising(MemoryError())), "the memory is full (Mem"),
     "a worker is killed": (at(Trainer, "train_step", 2, kill_a_worker), "a process that decodes images (pid "),
+    "no memory in a validation": (at(trainer, "evaluate_model", 2, raising(MemoryError())), "the memory is full (Mem"),
     "full disk in a manifest": (at(checkpoint, "_write_json", 2, raising(FULL)), "the disk is full at /somewhere"),
     "full disk in a log": (at(Reporter, "record", 3, raising(FULL)), "the disk is full at /somewhere"),
     "full disk in the best": (at(trainer, "export_student", 1, raising(FULL)), "the disk is full at /somewhere"),
@@ -76,7 +76,7 @@ def test_a_process_whose_partner_dies_ends_within_a_minute_and_the_pair_goes_on(
         assert codes[rank] == 128 + signal.SIGKILL and codes[1 - rank] == 1, (moment, pair.said())
         assert time.monotonic() - died < 60
         assert "error: another process of this run has ended or gone silent" in pair.said(), (moment, pair.said())
-    assert start(config, "--resume", num_processes=2).wait() == [0]
+    assert start(config, "--resume", num_processes=2).wait() == [0, 0]
     whole_pair.compare(tmp_path / "run")
 
 
@@ -97,7 +97,7 @@ def test_a_disk_that_is_really_full_takes_nothing_from_the_run(
 ) -> None:
     values = make_values(tmp_path, **whole.changes) | {"output_dir": str(small_disk)}
     config = tmp_path / "config.yaml"
-    write(values).rename(config)
+    config.write_text(write(values).read_text())
     failed = start(config)
     assert failed.wait() == [1]
     assert "error: the disk is full" in failed.said() and "Traceback" not in failed.said(), failed.said()

@@ -28,7 +28,7 @@ KILLS = {
     "at the very start": at(trainer, "open_domain", 1, die),
     "while the folder is made": at(run_folder, "write_text", 2, die),
     "in the first validation": at(trainer, "evaluate_model", 1, die),
-    "between the weights and the optimiser of the first checkpoint": at(checkpoint, "_flatten_optimizer", 1, die),
+    "between the weights and the optimiser of the first checkpoint": at(checkpoint, "_flatten", 1, die),
     "in a step, before it is applied": at(trainer, "average_gradients", 5, die),
     "after a step, before it is counted": at(Trainer, "count_step", 2, die),
     "in a validation": at(trainer, "evaluate_model", 1, die, after=True),

@@ -32,7 +32,7 @@ def stop_and_go_on(
         assert (
             sorted(path.name for path in (run / "checkpoints").glob("step-*"))[-1:] == [checkpoint][: len(checkpoint)]
         )
-    assert start(config, "--resume", num_processes=num_processes).wait() == [0]
+    assert start(config, "--resume", num_processes=num_processes).wait() == [0] * num_processes
 
 
 def test_a_stopped_run_saves_its_step_and_goes_on_as_if_nothing_had_been(
