@@ -50,6 +50,23 @@ class Running:
 Start = Callable[..., Running]
 
 
+# What was done to runs, how often, and in how many of them something was lost.
+TOLD: list[tuple[str, int, int]] = []
+
+
+@pytest.fixture(scope="session")
+def tell() -> Callable[[str, int, int], None]:
+    """Adds a row to the table at the end: what was done, how often, and how often something was lost."""
+    return lambda *row: TOLD.append(row)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if TOLD:
+        terminalreporter.write_line("\n times   lost  what was done")
+    for what, times, lost in TOLD:
+        terminalreporter.write_line(f"{times:6} {lost:6}  {what}")
+
+
 @pytest.fixture
 def write() -> Callable[[dict[str, Any]], Path]:
     """Writes values of a config beside its runs."""

@@ -49,7 +49,7 @@ FAILURES: dict[str, tuple[Patch, str]] = {
 
 
 def test_a_run_that_fails_from_outside_says_so_and_goes_on_as_if_nothing_had_been(
-    whole: Any, make_values: Values, write: Any, start: Any, tmp_path: Path
+    whole: Any, make_values: Values, write: Any, start: Any, tmp_path: Path, tell: Any
 ) -> None:
     config = write(make_values(tmp_path, **whole.changes))
     for failure, (patch, words) in FAILURES.items():
@@ -61,10 +61,11 @@ def test_a_run_that_fails_from_outside_says_so_and_goes_on_as_if_nothing_had_bee
         assert not list((tmp_path / "run").rglob("*.new")), failure
     assert start(config, "--resume").wait() == [0]
     whole.compare(tmp_path / "run")
+    tell(", ".join(FAILURES), len(FAILURES), 0)
 
 
 def test_a_process_whose_partner_dies_ends_within_a_minute_and_the_pair_goes_on(
-    whole_pair: Any, make_values: Values, write: Any, start: Any, tmp_path: Path
+    whole_pair: Any, make_values: Values, write: Any, start: Any, tmp_path: Path, tell: Any
 ) -> None:
     config = write(make_values(tmp_path, **whole_pair.changes))
     moments = [("in a step", Trainer, "train_step", 5), ("in a validation", trainer, "evaluate_model", 1)]
@@ -78,6 +79,7 @@ def test_a_process_whose_partner_dies_ends_within_a_minute_and_the_pair_goes_on(
         assert "error: another process of this run has ended or gone silent" in pair.said(), (moment, pair.said())
     assert start(config, "--resume", num_processes=2).wait() == [0, 0]
     whole_pair.compare(tmp_path / "run")
+    tell("one of two processes is killed: " + ", ".join(moment for moment, *_ in moments), len(moments), 0)
 
 
 @pytest.fixture
@@ -93,7 +95,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def test_a_disk_that_is_really_full_takes_nothing_from_the_run(
-    whole: Any, make_values: Values, write: Any, start: Any, small_disk: Path, tmp_path: Path
+    whole: Any, make_values: Values, write: Any, start: Any, small_disk: Path, tmp_path: Path, tell: Any
 ) -> None:
     values = make_values(tmp_path, **whole.changes) | {"output_dir": str(small_disk)}
     config = tmp_path / "config.yaml"
@@ -104,6 +106,7 @@ def test_a_disk_that_is_really_full_takes_nothing_from_the_run(
     subprocess.run(["mount", "-o", "remount,size=40m", small_disk], check=True)
     assert start(config, "--resume").wait() == [0]
     whole.compare(small_disk / "run")
+    tell("a disk of 400 kB, mounted for it, is full", 1, 0)
 
 
 def test_a_folder_that_cannot_be_written_is_one_line(

@@ -46,7 +46,7 @@ KILLS = {
 
 
 def test_a_run_killed_at_every_kind_of_moment_ends_as_one_that_was_not(
-    whole: Any, make_values: Callable[..., dict[str, Any]], write: Any, start: Any, tmp_path: Path
+    whole: Any, make_values: Callable[..., dict[str, Any]], write: Any, start: Any, tmp_path: Path, tell: Any
 ) -> None:
     config = write(make_values(tmp_path, **whole.changes))
     survived = [
@@ -57,5 +57,6 @@ def test_a_run_killed_at_every_kind_of_moment_ends_as_one_that_was_not(
     assert survived == []
     assert start(config, "--resume").wait() == [0]
     whole.compare(tmp_path / "run")
+    tell("kill -9 at chosen moments: " + ", ".join(KILLS), len(KILLS), 0)
     best = [row["validation"]["merged"]["mean"]["R@1"] for row in whole.outcome["rows"] if "validation" in row]
     assert best[1] > best[0], "the kill after the best was kept must follow a best that is new"

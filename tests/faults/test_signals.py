@@ -36,7 +36,7 @@ def stop_and_go_on(
 
 
 def test_a_stopped_run_saves_its_step_and_goes_on_as_if_nothing_had_been(
-    whole: Any, make_values: Values, write: Any, start: Any, tmp_path: Path
+    whole: Any, make_values: Values, write: Any, start: Any, tmp_path: Path, tell: Any
 ) -> None:
     stops = [
         (TERM, at(trainer, "evaluate_model", 1, signalling(TERM)), ""),
@@ -47,10 +47,11 @@ def test_a_stopped_run_saves_its_step_and_goes_on_as_if_nothing_had_been(
     ]
     stop_and_go_on(start, write(make_values(tmp_path, **whole.changes)), stops, 1, tmp_path / "run")
     whole.compare(tmp_path / "run")
+    tell("SIGTERM or Ctrl-C in a step, a validation, the test", len(stops), 0)
 
 
 def test_two_processes_stop_after_the_same_step_when_one_of_them_is_asked(
-    whole_pair: Any, make_values: Values, write: Any, start: Any, tmp_path: Path
+    whole_pair: Any, make_values: Values, write: Any, start: Any, tmp_path: Path, tell: Any
 ) -> None:
     stops = [
         # The others learn of it with the next step.
@@ -60,6 +61,7 @@ def test_two_processes_stop_after_the_same_step_when_one_of_them_is_asked(
     ]
     stop_and_go_on(start, write(make_values(tmp_path, **whole_pair.changes)), stops, 2, tmp_path / "run")
     whole_pair.compare(tmp_path / "run")
+    tell("SIGTERM or Ctrl-C of two processes, to one or to both", len(stops), 0)
 
 
 def test_a_second_signal_ends_a_run_at_once(make_values: Values, write: Any, start: Any, tmp_path: Path) -> None:

@@ -1,0 +1,119 @@
+"""Fifty kills at random moments, in one process and in two; each followed by `--resume` to the end."""
+
+import multiprocessing
+import signal
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from multiprocessing import util
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hurt import die
+
+from modeling_udon.training import trainer
+from modeling_udon.training.trainer import Trainer
+
+NUM_KILLS = 50
+STAGES = ("start", "step", "validation", "best", "checkpoint", "end")
+# Function calls between two notes of where a run is.
+EVERY = 100
+
+
+class Clock:
+    """Counts the function calls of a process: a time that does not depend on how busy the machine is.
+
+    Args:
+        stage: Where the process is, a shared number of `STAGES`, which outlives it.
+        deadline: Call at which the process kills itself; 0 for never.
+    """
+
+    def __init__(self, stage: Any, deadline: int = 0) -> None:
+        self.notes: list[int] = []
+        self._calls = 0
+        self._stage = stage
+        self._deadline = deadline
+
+    def __call__(self, frame: Any, event: str, argument: Any) -> None:
+        self._calls += 1
+        if self._calls == self._deadline:
+            die()
+        if self._calls % EVERY == 0:
+            self.notes.append(self._stage.value)
+
+    def start(self) -> None:
+        self._enter(Trainer, "catch_up", "start", then="step")
+        self._enter(trainer, "evaluate_model", "validation")
+        self._enter(Trainer, "_keep_best", "best")
+        self._enter(trainer, "save_checkpoint", "checkpoint")
+        self._enter(Trainer, "finish", "end", then="end")
+        sys.setprofile(self)
+
+    def _enter(self, owner: Any, name: str, stage: str, then: str | None = None) -> None:
+        function = getattr(owner, name)
+
+        def run(*values: Any, **options: Any) -> Any:
+            before, self._stage.value = self._stage.value, STAGES.index(stage)
+            result = function(*values, **options)
+            self._stage.value = before if then is None else STAGES.index(then)
+            return result
+
+        setattr(owner, name, run)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("num_processes", [1, 2])
+def test_fifty_kills_at_random_moments_lose_nothing(
+    num_processes: int,
+    make_whole: Callable[..., Any],
+    make_values: Callable[..., dict[str, Any]],
+    write: Any,
+    start: Any,
+    tmp_path: Path,
+    tell: Callable[..., None],
+) -> None:
+    changes = {"train__keep_checkpoints": 1, "data__num_workers": 1, "seed": 5}
+    whole = make_whole(num_processes=num_processes, **changes)
+    context = multiprocessing.get_context("fork")
+    stage, notes = context.Value("i", 0), context.SimpleQueue()
+
+    def count(rank: int) -> None:
+        if rank == 0:
+            clock = Clock(stage)
+            util.Finalize(None, lambda: (sys.setprofile(None), notes.put(clock.notes)), exitpriority=100)
+            clock.start()
+
+    counted = start(write(make_values(tmp_path / "counted", **changes)), num_processes=num_processes, before=count)
+    stages = np.asarray(notes.get())
+    assert counted.wait() == [0] * num_processes
+
+    rng, killed, lost = np.random.default_rng(num_processes), Counter[str](), []
+    for number in range(NUM_KILLS):
+        wanted = number % len(STAGES)
+        moment = int(rng.choice(np.flatnonzero(stages == wanted))) * EVERY + int(rng.integers(1, EVERY + 1))
+        config = write(make_values(tmp_path / f"{number}", **changes))
+        stage.value = 0
+        hurt = start(
+            config,
+            num_processes=num_processes,
+            before=lambda rank, moment=moment: Clock(stage, moment).start() if rank == 0 else None,
+        )
+        hurt.processes[0].join()
+        died = time.monotonic()
+        codes = hurt.wait()
+        assert time.monotonic() - died < 60, "the other process hangs"
+        killed["ended before" if codes[0] == 0 else f"in: {STAGES[stage.value]}"] += 1
+        assert codes[0] in (0, 128 + signal.SIGKILL), hurt.said()
+        resumed = start(config, "--resume", num_processes=num_processes)
+        assert resumed.wait() == [0] * num_processes, (moment, resumed.said())
+        try:
+            whole.compare(config.parent / "run")
+        except AssertionError as error:
+            lost.append((STAGES[stage.value], moment, str(error)[:500]))
+    where = ", ".join(f"{count} {name.removeprefix('in: ')}" for name, count in sorted(killed.items()))
+    tell(f"kill -9 at a random moment, {num_processes} process(es): {where}", NUM_KILLS, len(lost))
+    assert lost == []
+    assert killed["ended before"] <= NUM_KILLS // 10
