@@ -209,7 +209,8 @@ def test_a_resumed_run_knows_how_far_each_head_is():
     for step in range(9):
         for one in (ways, again):
             one.take_step(step, f"d{step % 2 if step < 5 else 0}")
-    again.idle_heads = IdleHeads(again.lazy, again.lazy_optimizer, optim, num_steps=20)
+    done = again.idle_heads.steps_done
+    again.idle_heads = IdleHeads(again.lazy, again.lazy_optimizer, optim, num_steps=20, steps_done=done)
     for one in (ways, again):
         one.take_step(9, "d1")
     pairs = zip(ways.lazy.parameters(), again.lazy.parameters(), strict=True)
