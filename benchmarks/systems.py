@@ -261,7 +261,8 @@ def format_tables(table: Mapping[str, Any], titles: Mapping[str, str]) -> str:
 def draw(table: Mapping[str, Any], path: Path) -> None:
     """R@1 and mMP@5 of each row with its interval, and every seed as a dot."""
     names = list(table["rows"])[::-1]
-    figure, axes = pyplot.subplots(1, 2, figsize=(10, 1.2 + 0.34 * len(names)), sharey=True, layout="constrained")
+    size = (10, 1.6 + 0.34 * len(names))
+    figure, axes = pyplot.subplots(1, 2, figsize=size, sharey=True, layout="constrained")
     for axis, metric in zip(axes, METRICS, strict=True):
         for place, name in enumerate(names):
             found = table["rows"][name]
@@ -271,11 +272,11 @@ def draw(table: Mapping[str, Any], path: Path) -> None:
             seeds = found["merged"][metric]["mean"]["seeds"]
             axis.plot([100 * value for value in seeds], [place] * len(seeds), "o", color=colour, markersize=5)
         start = table["baselines"]["untrained"][metric]["mean"]
-        axis.axvline(100 * start, color="#777777", linestyle=":", linewidth=1, label="the start, frozen")
-        axis.set(title=f"{metric}, mean over the domains, merged index, in percent", yticks=range(len(names)))
+        line = axis.axvline(100 * start, color="#777777", linestyle=":", linewidth=1)
+        axis.set(title=metric, xlabel="percent, mean over the domains, merged index", yticks=range(len(names)))
         axis.set_yticklabels(names)
         axis.grid(axis="x", alpha=0.3)
-    axes[0].legend(loc="lower left", fontsize=8)
+    figure.legend([line], ["the start, frozen"], loc="outside lower right", fontsize=8)
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
 
