@@ -101,11 +101,12 @@ class Agreement:
         self._group = distributed.new_group(backend="gloo", timeout=timeout) if num_processes > 1 else None
         self._under_way: tuple[torch.Tensor, distributed.Work] | None = None
 
-    def reached(self, wish: bool) -> bool:
-        """Says at the end of a step whether it is the last one.
+    def reached(self, wish: bool, last: bool) -> bool:
+        """Says at the end of a step whether to stop after it.
 
         Args:
             wish: Whether this process has been asked to end.
+            last: Whether no step follows.
         """
         if self._group is None:
             return wish
@@ -118,7 +119,10 @@ class Agreement:
         work = distributed.all_reduce(number, distributed.ReduceOp.MAX, group=self._group, async_op=True)
         assert work is not None, "an asynchronous message can be waited for"
         self._under_way = number, work
-        return answer
+        if answer or last:
+            # A message that nobody waits for would hold up the end of the process for seconds.
+            work.wait()
+        return answer or (last and bool(number.item()))
 
 
 def resume_command() -> str:

@@ -237,7 +237,7 @@ class Trainer:
 
     def stop_if_asked(self) -> None:
         """Raises `Stopped` if any process was asked to end, in all of them after the same step."""
-        if self._agreement.reached(self.signals.requested):
+        if self._agreement.reached(self.signals.requested, last=self.step == self.num_steps):
             self.signals.raise_now()
 
     def stop(self) -> None:
