@@ -1,6 +1,7 @@
 """Fifty kills at random moments, in one process and in two; each followed by `--resume` to the end."""
 
 import multiprocessing
+import os
 import signal
 import sys
 import time
@@ -50,6 +51,8 @@ class Clock:
         self._enter(Trainer, "_keep_best", "best")
         self._enter(trainer, "save_checkpoint", "checkpoint")
         self._enter(Trainer, "finish", "end", then="end")
+        # A worker has a life of its own.
+        os.register_at_fork(after_in_child=lambda: sys.setprofile(None))
         sys.setprofile(self)
 
     def _enter(self, owner: Any, name: str, stage: str, then: str | None = None) -> None:
