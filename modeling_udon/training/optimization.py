@@ -79,8 +79,6 @@ def average_gradients(parameters: Iterable[nn.Parameter], num_processes: int, nu
     Returns:
         The sum of the processes' numbers.
     """
-    if num_processes == 1:
-        return number
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     flat = torch.cat([gradient.flatten() for gradient in (*gradients, number)])
     torch.distributed.all_reduce(flat)

@@ -294,8 +294,10 @@ class Trainer:
                 output = self._wrapped(part, part_labels, batch.domain, bank)
                 self.accelerator.backward(output.loss / parts)
             losses += torch.stack([output.loss, *output.losses.values()]).detach().float() / parts
-        ours = (*self._shared_heads, *self.model.domain_parameters(batch.domain).values())
-        faulty = average_gradients(ours, self.accelerator.num_processes, 1 - losses.isfinite().all().float())
+        faulty = 1 - losses.isfinite().all().float()
+        if self.accelerator.num_processes > 1:
+            ours = (*self._shared_heads, *self.model.domain_parameters(batch.domain).values())
+            faulty = average_gradients(ours, self.accelerator.num_processes, faulty)
         norm = None
         if config.optim.max_grad_norm is not None:
             norm = self._clip_gradients(config.optim.max_grad_norm)

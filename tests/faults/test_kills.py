@@ -9,6 +9,7 @@ from typing import Any
 from hurt import at, die
 
 from modeling_udon.training import checkpoint, run_folder, trainer
+from modeling_udon.training.incidents import StepGuard
 from modeling_udon.training.reporting import Reporter
 from modeling_udon.training.trainer import Trainer
 
@@ -29,7 +30,7 @@ KILLS = {
     "while the folder is made": at(run_folder, "write_text", 2, die),
     "in the first validation": at(trainer, "evaluate_model", 1, die),
     "between the weights and the optimiser of the first checkpoint": at(checkpoint, "_flatten", 1, die),
-    "in a step, before it is applied": at(trainer, "average_gradients", 5, die),
+    "in a step, before it is applied": at(StepGuard, "judge", 5, die),
     "after a step, before it is counted": at(Trainer, "count_step", 2, die),
     "in a validation": at(trainer, "evaluate_model", 1, die, after=True),
     "between the two names of the best": at(Path, "rename", 2, die),
