@@ -4,6 +4,7 @@ import os
 import shlex
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -32,7 +33,7 @@ class Stopped(BaseException):  # noqa: N818, it is no error, and no `except Exce
 
 
 class StopSignals:
-    """Listens for signals while it is entered as a context.
+    """Listens for signals while it is entered as a context; in the main thread, for no other may listen.
 
     A first one is remembered, and the loop asks for it; within `interruptible` it raises `Stopped` at once. A second
     one within seconds ends the process on the spot, a third one where a launcher repeats the first.
@@ -45,7 +46,8 @@ class StopSignals:
         self._enough = 3 if "TORCHELASTIC_RUN_ID" in os.environ else 2
 
     def __enter__(self) -> Self:
-        self._before = {number: signal.signal(number, self._receive) for number in SIGNALS}
+        in_main_thread = threading.current_thread() is threading.main_thread()
+        self._before = {number: signal.signal(number, self._receive) for number in SIGNALS if in_main_thread}
         return self
 
     def __exit__(self, *error: object) -> None:
