@@ -382,8 +382,8 @@ def test_bombs_are_refused_without_the_memory_that_they_ask_for(folder: Path) ->
 def test_the_largest_image_that_is_read_takes_bounded_memory(tmp_path: Path) -> None:
     largest = tmp_path / "largest.png"
     largest.write_bytes(flat_png(9459, 9459))
-    # 256 MiB of RGB, and Pillow's own copies on the way.
-    assert 250 < megabytes_to_decode(largest) < 1500
+    # 256 MiB of RGB, less what the imports had taken at their peak, and Pillow's own copies on the way.
+    assert 100 < megabytes_to_decode(largest) < 1500
 
 
 def test_the_table_in_the_docs_is_what_was_tested() -> None:

@@ -225,12 +225,13 @@ def test_tensorboard_gets_the_numbers_of_the_run(make_values: Values, run_train:
 
 def test_dropout_draws_from_seed_step_and_process_alone(tiny_config: Callable[..., Path]) -> None:
     config = load_config(tiny_config())
-    trainer = Trainer(config, RunFolder(config), StopSignals())
-    trainer.model.train()
-    batch = next(iter(trainer.batches()))
-    torch.manual_seed(99)
-    trainer.train_step(batch)
-    first = torch.rand(3)
-    torch.manual_seed(7)
-    trainer.train_step(batch)
+    with RunFolder(config) as folder:
+        trainer = Trainer(config, folder, StopSignals())
+        trainer.model.train()
+        batch = next(iter(trainer.batches()))
+        torch.manual_seed(99)
+        trainer.train_step(batch)
+        first = torch.rand(3)
+        torch.manual_seed(7)
+        trainer.train_step(batch)
     assert torch.equal(first, torch.rand(3))
