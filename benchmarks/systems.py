@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,16 +34,18 @@ CONFIGS = ROOT / "configs" / "miniuned"
 DOMAINS = ("food", "produce", "packaged", "clothes", "objects", "pomology", "omniglot", "emoji")
 METRICS = ("R@1", "mMP@5")
 
-# What each budget changes in the configs; `pretrain` is the common start.
+# What each budget changes in the configs: of the common start, of all runs after it, of those without teachers.
 BUDGETS: dict[str, dict[str, list[str]]] = {
-    "cpu": {"pretrain": [], "systems": []},
+    "cpu": {"pretrain": [], "systems": [], "classifiers": []},
     "gpu": {
-        "pretrain": ["--train.num_steps", "40000", "--train.batch_size", "256", "--train.mixed_precision", "bf16"],
-        "systems": ["--train.num_steps", "8000", "--train.batch_size", "256", "--train.mixed_precision", "bf16"],
+        "pretrain": ["--train.num_steps", "4000", "--train.batch_size", "256", "--train.mixed_precision", "bf16"],
+        "systems": ["--train.num_steps", "1000", "--train.mixed_precision", "bf16"],
+        "classifiers": [],
     },
 }
 
-CORE = ("uscrr", "uscds", "ujcrr", "ujcds", "specialists", "separate_teachers", "separate_student", "udon")
+CLASSIFIERS = ("uscrr", "uscds", "ujcrr", "ujcds")
+CORE = (*CLASSIFIERS, "specialists", "separate_teachers", "separate_student", "udon")
 # Rows whose runs learn from those of another.
 TEACHERS = {"separate_teachers": "specialists", "separate_student": "shared_teacher"}
 
@@ -58,6 +60,7 @@ class Settings:
         start: Config of the common start.
         budget: One of `BUDGETS`.
         jobs: Runs at the same time, which share the cores.
+        options: More options of every run but the start.
     """
 
     data: Path
@@ -65,6 +68,7 @@ class Settings:
     start: str
     budget: str
     jobs: int
+    options: tuple[str, ...] = ()
 
     @property
     def start_dir(self) -> Path:
@@ -103,17 +107,45 @@ def train(settings: Settings, seed: int, run: str) -> None:
     config, *domain = run.split("-")
     words = ["--config", str(CONFIGS / f"{config}.yaml"), "--name", run, "--output_dir", str(folder.parent)]
     words += ["--seed", str(seed), "--model.backbone", str(settings.start_dir / "best")]
-    words += ["--data.image_size", str(_image_size(settings.start))]
+    words += ["--data.image_size", str(_image_size(settings))]
     words += BUDGETS[settings.budget]["systems"]
+    words += BUDGETS[settings.budget]["classifiers"] if run in CLASSIFIERS else []
+    words += settings.options
     if domain:
         words += ["--domains", yaml.safe_dump({domain[0]: str(settings.data / domain[0])}, default_flow_style=True)]
-        words += ["--train.num_steps", str(_num_steps(settings) // len(DOMAINS))]
+        words += ["--train.num_steps", str(num_steps(settings) // len(DOMAINS))]
     if config == "separate_teachers":
         for name in DOMAINS:
             words += [f"--teachers.{name}", str(settings.run_dir(seed, f"specialist-{name}"))]
     if config == "separate_student":
         words += ["--teachers", str(settings.run_dir(seed, "shared_teacher"))]
     launch(settings, folder, words)
+
+
+def train_all(settings: Settings, seeds: Sequence[int], systems: Sequence[str]) -> None:
+    """Trains the runs of all rows, `jobs` at a time; what learns from others waits for them."""
+    teachers = [TEACHERS[row] for row in systems if row in TEACHERS]
+    # Teachers come first and what they teach last, so that nothing waits for what has not begun.
+    order = sorted(dict.fromkeys([*teachers, *systems]), key=lambda row: (row in TEACHERS, row not in teachers))
+    with ThreadPoolExecutor(settings.jobs) as pool:
+        begun: dict[tuple[int, str], Future[None]] = {}
+        for seed in seeds:
+            for row in order:
+                before = [begun[seed, run] for run in runs_of(TEACHERS[row])] if row in TEACHERS else []
+                for run in runs_of(row):
+                    begun[seed, run] = pool.submit(_train_after, before, settings, seed, run)
+        try:
+            for future in begun.values():
+                future.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _train_after(before: Sequence[Future[None]], settings: Settings, seed: int, run: str) -> None:
+    for future in before:
+        future.result()
+    train(settings, seed, run)
 
 
 def train_start(settings: Settings) -> None:
@@ -128,7 +160,8 @@ def launch(settings: Settings, folder: Path, words: Sequence[str]) -> None:
     """Runs `train_udon.py` to its end, with its time, its processors' time and its peak memory."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     threads = str(max(1, (os.cpu_count() or 1) // settings.jobs))
-    variables = {"UDON_BENCHMARK_DIR": str(settings.data), "OMP_NUM_THREADS": threads, "PYTHONPATH": str(ROOT)}
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    variables = {"UDON_BENCHMARK_DIR": str(settings.data), "OMP_NUM_THREADS": threads, "PYTHONPATH": path}
     log = folder.with_suffix(".log")
     say(f"{folder}: training, log in {log.name}")
     began = time.perf_counter()
@@ -147,6 +180,7 @@ def launch(settings: Settings, folder: Path, words: Sequence[str]) -> None:
     nothing = {"seconds": 0.0, "cpu_seconds": 0.0, "peak_mib": 0.0}
     before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else nothing
     cost = {
+        **count_weights(folder),
         "seconds": before["seconds"] + time.perf_counter() - began,
         # Of all its threads and workers: what other work on the machine does not lengthen.
         "cpu_seconds": before["cpu_seconds"] + usage.ru_utime + usage.ru_stime,
@@ -154,6 +188,14 @@ def launch(settings: Settings, folder: Path, words: Sequence[str]) -> None:
     }
     path.write_text(json.dumps(cost), encoding="utf-8")
     say(f"{folder}: done after {cost['seconds']:.0f} s")
+
+
+def count_weights(folder: Path) -> dict[str, int]:
+    """How many weights a run trained, and how many its student has; with them a table needs no weights any more."""
+    return {
+        "trained": _num_weights(folder / "checkpoints" / "best" / "model.safetensors"),
+        "shipped": _num_weights(folder / "best" / "model.safetensors"),
+    }
 
 
 def read_row(settings: Settings, row: str, seeds: Sequence[int]) -> dict[str, Any]:
@@ -173,13 +215,10 @@ def read_row(settings: Settings, row: str, seeds: Sequence[int]) -> dict[str, An
     first = folders[seeds[0]]
     teachers = [settings.run_dir(seeds[0], run) for run in runs_of(TEACHERS[row])] if row in TEACHERS else []
     found["images_per_second"] = statistics.median(speed for folder in first for speed in _speeds(folder))
-    for cost in ("seconds", "cpu_seconds"):
+    for cost in ("seconds", "cpu_seconds", "trained"):
         found[cost] = sum(_cost(folder)[cost] for folder in (*first, *teachers))
     found["peak_mib"] = max(_cost(folder)["peak_mib"] for folder in (*first, *teachers))
-    found["trained"] = sum(
-        _num_weights(folder / "checkpoints" / "best" / "model.safetensors") for folder in (*first, *teachers)
-    )
-    found["shipped"] = sum(_num_weights(folder / "best" / "model.safetensors") for folder in first)
+    found["shipped"] = sum(_cost(folder)["shipped"] for folder in first)
     return found
 
 
@@ -295,18 +334,17 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--budget", choices=list(BUDGETS), default="cpu")
     parser.add_argument("--out", type=Path, default=Path("runs/systems"))
     parser.add_argument("--jobs", type=int, default=1, help="runs at the same time; default: 1")
-    arguments = parser.parse_args(words)
+    arguments, options = parser.parse_known_args(words)
     settings = Settings(
-        arguments.data.resolve(), arguments.out.resolve(), arguments.start, arguments.budget, arguments.jobs
+        arguments.data.resolve(),
+        arguments.out.resolve(),
+        arguments.start,
+        arguments.budget,
+        arguments.jobs,
+        tuple(options),
     )
     train_start(settings)
-    helpers = [TEACHERS[row] for row in arguments.systems if row in TEACHERS]
-    first = [row for row in dict.fromkeys([*helpers, *arguments.systems]) if row not in TEACHERS]
-    with ThreadPoolExecutor(settings.jobs) as pool:
-        for seed in arguments.seeds:
-            for stage in (first, [row for row in arguments.systems if row in TEACHERS]):
-                runs = [run for row in stage for run in runs_of(row)]
-                list(pool.map(lambda run, seed=seed: train(settings, seed, run), runs))
+    train_all(settings, arguments.seeds, arguments.systems)
     table = {
         "start": arguments.start,
         "budget": arguments.budget,
@@ -333,15 +371,16 @@ def _first_line(path: Path) -> str:
     return path.read_text(encoding="utf-8").partition("\n")[0].removeprefix("# ")
 
 
-def _image_size(start: str) -> int:
-    values = yaml.safe_load((CONFIGS / f"{start}.yaml").read_text(encoding="utf-8"))
-    return values["model"]["backbone_config"]["image_size"]
+def _image_size(settings: Settings) -> int:
+    path = settings.start_dir / "config.yaml"
+    return yaml.safe_load(path.read_text(encoding="utf-8"))["data"]["image_size"]
 
 
-def _num_steps(settings: Settings) -> int:
-    words = BUDGETS[settings.budget]["systems"]
+def num_steps(settings: Settings) -> int:
+    """Steps of every run on all domains."""
+    words = [*BUDGETS[settings.budget]["systems"], *settings.options]
     if "--train.num_steps" in words:
-        return int(words[words.index("--train.num_steps") + 1])
+        return int(words[len(words) - words[::-1].index("--train.num_steps")])
     return yaml.safe_load((CONFIGS / "udon.yaml").read_text(encoding="utf-8"))["train"]["num_steps"]
 
 

@@ -62,12 +62,13 @@ def in_process(systems: ModuleType, tiny_benchmark: Path, monkeypatch: pytest.Mo
     def launch(settings: Any, folder: Path, words: Sequence[str]) -> None:
         assert words[0] == "--config"
         train(load_config(words[1], words[2:]), resume=True)
-        (folder / "cost.json").write_text(json.dumps({"seconds": 60.0, "cpu_seconds": 90.0, "peak_mib": 512.0}))
+        cost = {"seconds": 60.0, "cpu_seconds": 90.0, "peak_mib": 512.0}
+        (folder / "cost.json").write_text(json.dumps(cost | systems.count_weights(folder)))
         trained.append(folder.name)
 
     monkeypatch.setenv("UDON_BENCHMARK_DIR", str(tiny_benchmark))
     monkeypatch.setattr(systems, "launch", launch)
-    monkeypatch.setitem(systems.BUDGETS, "cpu", {"pretrain": TINY, "systems": TINY})
+    monkeypatch.setitem(systems.BUDGETS, "cpu", {"pretrain": TINY, "systems": TINY, "classifiers": []})
     return trained
 
 
@@ -129,9 +130,9 @@ def test_every_config_says_what_it_is_in_its_first_line(path: Path, tiny_config:
 
 def test_every_start_is_a_config_of_its_size(systems: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("UDON_BENCHMARK_DIR", "miniuned")
-    assert systems.starts() == ["pretrain", *(f"pretrain_vit_{size}" for size in ("b", "l", "s", "ti"))]
+    assert systems.starts() == ["pretrain", *(f"pretrain_vit_{size}" for size in ("b", "l", "s", "s_images", "ti"))]
     for start in systems.starts():
         config = load_config(ROOT / "configs" / "miniuned" / f"{start}.yaml")
         backbone = config.model.backbone_config
         assert backbone is not None and config.system == "uscds"
-        assert config.data.image_size == backbone["image_size"] == systems._image_size(start)
+        assert config.data.image_size == backbone["image_size"]

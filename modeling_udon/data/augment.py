@@ -41,12 +41,12 @@ class StrongTransform:
     def __call__(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """`(H, W, 3)` -> `(image_size, image_size, 3)`, uint8."""
         crop = self._crop(self._shrink(image), rng)
-        changed = self._change_colours(crop.astype(np.float32), rng)
+        changed = self._change_colours(crop, rng)
         if rng.random() < self.erase:
             height, width = rng.integers(self.image_size // 8, self.image_size // 2, 2)
             top, left = rng.integers(self.image_size - height), rng.integers(self.image_size - width)
-            changed[top : top + height, left : left + width] = rng.uniform(0, 255, 3)
-        return np.round(changed.clip(0, 255)).astype(np.uint8)
+            changed[top : top + height, left : left + width] = np.round(rng.uniform(0, 255, 3))
+        return changed
 
     def _shrink(self, image: np.ndarray) -> np.ndarray:
         factor = self.image_size / math.sqrt(self.min_area) / min(image.shape[:2])
@@ -83,8 +83,9 @@ class StrongTransform:
 
     def _change_colours(self, pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         brightness, contrast, saturation = rng.uniform(1 - self.colour, 1 + self.colour, 3)
-        channels = rng.uniform(1 - self.colour / 3, 1 + self.colour / 3, 3).astype(np.float32)
-        mean = pixels.mean()
-        pixels = ((pixels - mean) * np.float32(contrast) + mean) * (np.float32(brightness) * channels)
-        grey = pixels.mean(axis=2, keepdims=True)
-        return (pixels - grey) * np.float32(saturation) + grey
+        channels = brightness * rng.uniform(1 - self.colour / 3, 1 + self.colour / 3, 3)
+        mean = sum(cv2.mean(pixels)) / 3
+        # Contrast about the mean, light of each channel, saturation about grey: one affine map of colours.
+        saturate = saturation * np.eye(3) + (1 - saturation) / 3
+        matrix = np.column_stack([saturate * (contrast * channels), saturate @ ((1 - contrast) * mean * channels)])
+        return cv2.transform(pixels, matrix)

@@ -62,6 +62,20 @@ def test_colours_change_within_their_bounds() -> None:
     assert (results.max(axis=1) != results.min(axis=1)).mean() > 0.9
 
 
+def test_colours_change_by_contrast_then_light_then_saturation() -> None:
+    image = np.random.default_rng(0).integers(60, 180, (40, 40, 3)).astype(np.uint8)
+    plain = StrongTransform(32, **PLAIN)(image, np.random.default_rng(3)).astype(float)
+    changed = StrongTransform(32, **PLAIN | {"colour": 0.4})(image, np.random.default_rng(3))
+    rng = np.random.default_rng(3)
+    rng.uniform(size=5)  # What the crop draws.
+    brightness, contrast, saturation = rng.uniform(0.6, 1.4, 3)
+    channels = rng.uniform(1 - 0.4 / 3, 1 + 0.4 / 3, 3)
+    expected = ((plain - plain.mean()) * contrast + plain.mean()) * brightness * channels
+    grey = expected.mean(axis=2, keepdims=True)
+    expected = ((expected - grey) * saturation + grey).clip(0, 255)
+    assert np.abs(expected - changed).max() < 1 and np.abs(expected - changed).mean() < 0.3
+
+
 def test_a_rectangle_is_erased_as_often_as_said() -> None:
     black = np.zeros((40, 40, 3), np.uint8)
     transform = StrongTransform(32, **PLAIN | {"erase": 0.25})
