@@ -48,7 +48,8 @@ def tiny_benchmark(systems: ModuleType, tmp_path_factory: pytest.TempPathFactory
                 PILImage.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(buffer, "PNG")
                 images.append({"bytes": buffer.getvalue(), "path": None})
             data = Dataset.from_dict(
-                {"image": images, "label": labels}, features=Features({"image": Image(), "label": Value("int32")})
+                {"image": images, "class_name": [f"class {label}" for label in labels]},
+                features=Features({"image": Image(), "class_name": Value("string")}),
             )
             data.to_parquet(folder / name / f"{split}-00000.parquet")
     return folder
@@ -68,7 +69,7 @@ def in_process(systems: ModuleType, tiny_benchmark: Path, monkeypatch: pytest.Mo
 
     monkeypatch.setenv("UDON_BENCHMARK_DIR", str(tiny_benchmark))
     monkeypatch.setattr(systems, "launch", launch)
-    monkeypatch.setitem(systems.BUDGETS, "cpu", {"pretrain": TINY, "systems": TINY, "classifiers": []})
+    monkeypatch.setitem(systems.BUDGETS, "cpu", {"pretrain": TINY, "systems": TINY, "joint": []})
     return trained
 
 
