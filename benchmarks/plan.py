@@ -1,7 +1,8 @@
 """A run on paper: memory, traffic, steps and hours of UDON with ViT-B/16 on so many GPUs.
 
-Arithmetic on what is given; nothing is measured here. Given are the sizes of the data and, as assumptions that decide
-the hours, the images that a GPU trains on in a second and the bytes that go in and out of it. For example:
+Arithmetic on what is given; nothing is measured here. Given are the sizes of the data and, deciding the hours, the
+images that a GPU trains on in a second and its shortest step, both as `benchmarks/step.py` gave them for an H100, and
+the bytes that go in and out of it, an assumption. For example:
 `python benchmarks/plan.py --gpus 1 8 64`,
 `python benchmarks/plan.py --gpus 64 --images 100e6 --classes 10e6 --domains 1000 --largest 1e6 --batch-size 8192`.
 """
@@ -69,7 +70,7 @@ def plan(arguments: argparse.Namespace, gpus: int) -> dict[str, str]:
     """All rows of one column."""
     sent = traffic(arguments, gpus)
     steps = math.ceil(arguments.epochs * arguments.images / arguments.batch_size)
-    compute = arguments.share * arguments.batch_size / gpus / arguments.images_per_second
+    compute = max(arguments.batch_size / gpus / arguments.images_per_second, arguments.shortest_step / 1000)
     needed = sum(list(sent.values())[:3])
     waiting = needed / (arguments.bandwidth * 1e9)
     return {
@@ -98,8 +99,8 @@ def main() -> None:
     )
     parser.add_argument("--epochs", type=float, default=10, help="the paper's 10 by default")
     parser.add_argument("--batch-size", type=int, default=128, help="global batch; the paper's 128 by default")
-    parser.add_argument("--images-per-second", type=float, default=800, help="assumed, of one GPU, bare backbone")
-    parser.add_argument("--share", type=float, default=1.07, help="full step over a bare one, of benchmarks/step.py")
+    parser.add_argument("--images-per-second", type=float, default=2318, help="of one GPU, full steps in bf16")
+    parser.add_argument("--shortest-step", type=float, default=26, help="ms that twelve layers take at any batch")
     parser.add_argument("--bandwidth", type=float, default=50, help="assumed GB/s out of one GPU")
     parser.add_argument("--shard-backbone", action="store_true", help="as train.shard_backbone")
     arguments = parser.parse_args()
