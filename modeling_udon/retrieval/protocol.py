@@ -122,6 +122,11 @@ class SplitScores:
     teachers: Scores | None = None
     left_out: Mapping[str, int] = field(default_factory=dict)
 
+    def as_dict(self) -> dict[str, Scores]:
+        """The scores as a row of `metrics.jsonl` holds them."""
+        teachers = {} if self.teachers is None else {"teachers": self.teachers}
+        return {"merged": self.merged, "separate": self.separate, **teachers}
+
 
 def search_merged(
     domains: Mapping[str, EmbeddedDomain], metrics: Sequence[str] = METRICS, **search: Any

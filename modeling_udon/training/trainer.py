@@ -1,6 +1,5 @@
 """`train(config)`: domains are interleaved, teachers and student learn together, the best student goes out."""
 
-import json
 import math
 import time
 from collections.abc import Callable, Collection, Iterator
@@ -11,28 +10,15 @@ from typing import Any, TypeVar
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch.nn.parallel import DistributedDataParallel
 from transformers.utils import logging as transformers_logging
 
 from modeling_udon.data.dataset import DomainBatch, MultiDomainDataset
 from modeling_udon.data.domains import find_known_classes, open_domain, with_images_as_classes
-from modeling_udon.data.transforms import EvalTransform, image_processor, normalize
+from modeling_udon.data.transforms import EvalTransform, normalize
 from modeling_udon.data.workers import WorkerLoader
-from modeling_udon.hub.card import render_card
-from modeling_udon.hub.export import export_student
-from modeling_udon.hub.push import PushError, PushOptions, push
-from modeling_udon.retrieval.embed import ImageEmbedder
-from modeling_udon.retrieval.evaluate import domains_with, evaluate_baselines, evaluate_model, search_model
-from modeling_udon.retrieval.gallery import GALLERY_FOLDER, make_gallery, write_sheets
-from modeling_udon.retrieval.measure import analyse
-from modeling_udon.retrieval.protocol import (
-    SplitScores,
-    build_results,
-    write_results,
-)
-from modeling_udon.retrieval.report import write_report
-from modeling_udon.retrieval.tables import format_table
+from modeling_udon.training.assessment import Assessment
 from modeling_udon.training.broken import BrokenImages
 from modeling_udon.training.cached_features import FeatureDataset, make_feature_cache
 from modeling_udon.training.checkpoint import (
@@ -47,15 +33,8 @@ from modeling_udon.training.config import ConfigError, TrainConfig
 from modeling_udon.training.config_file import dump_config
 from modeling_udon.training.data_wait import DataWait
 from modeling_udon.training.distillation import RelationalBank
-from modeling_udon.training.extension import (
-    compare_with_old,
-    format_extension,
-    keep_old_scores,
-    trained_domains,
-    write_extension,
-)
+from modeling_udon.training.extension import trained_domains
 from modeling_udon.training.failures import TrainingError
-from modeling_udon.training.files import replaced_folder, write_text
 from modeling_udon.training.incidents import Incidents, StepGuard, Verdict
 from modeling_udon.training.optimization import (
     IdleHeads,
@@ -66,7 +45,7 @@ from modeling_udon.training.optimization import (
     set_learning_rates,
     with_gradients,
 )
-from modeling_udon.training.reporting import LossWindow, Reporter, format_changes, format_validation, format_weights
+from modeling_udon.training.reporting import LossWindow, Reporter, format_validation
 from modeling_udon.training.resuming import check_allowances, leaves
 from modeling_udon.training.run_folder import RunFolder
 from modeling_udon.training.run_lock import FolderInUseError
@@ -80,7 +59,7 @@ from modeling_udon.training.setup import (
     make_sampler,
     training_transform,
 )
-from modeling_udon.training.sharding import clip_gradients, gather_shards, load_weights, shard_backbone, unsharded
+from modeling_udon.training.sharding import clip_gradients, load_weights, shard_backbone
 from modeling_udon.training.stopping import Agreement, Stopped, StopSignals
 
 
@@ -183,18 +162,23 @@ class Trainer:
         wanted = config.loss.sampled_classes
         self.sampled_classes = SampledClasses(self.model, self._optimizer, self.idle_heads, wanted, config.seed)
         self._on_main(lambda: self.folder.prepare(self.domains, overwrite, self.step))
-        if checkpoint and self.best:
-            self._restore_best(checkpoint)
         self.reporter = Reporter(config.run_dir, self.accelerator, self.num_steps, self.step, self._owes_validation)
         share = config.data.max_broken_share
         self.broken = BrokenImages(self.folder.broken, share, self.accelerator, broken_before, self.step)
-        self._start_trackers()
-        self._embedder = ImageEmbedder(
-            EvalTransform(config.data.image_size, config.data.eval_antialias),
-            config.eval.batch_size,
-            config.data.num_workers,
+        self.assessment = Assessment(
+            config,
+            folder,
+            self.model,
+            self.domains,
+            (self.mean, self.std),
             self.accelerator,
+            signals,
+            self.reporter,
+            self.broken,
         )
+        if checkpoint and self.best:
+            self._restore_best(checkpoint)
+        self._start_trackers()
         self._clock = time.perf_counter()
 
     @property
@@ -228,7 +212,7 @@ class Trainer:
     def catch_up(self) -> None:
         """Measures the start, or does what was left out where the run was stopped."""
         if self.step == 0:
-            self._measure_start()
+            self.assessment.measure_start()
             self.validate()
         elif self._owes_validation:
             self.validate()
@@ -344,24 +328,19 @@ class Trainer:
         self._flush_losses()
         if self._incidents.in_a_row and self.step < self.num_steps:
             return
-        validated = domains_with(self.domains, "validation")
         started = time.perf_counter()
         with self.idle_heads.caught_up_for_reading(self.step):
-            if validated:
-                with self.signals.interruptible():
-                    scores = evaluate_model(
-                        self.model.udon, validated, "validation", self._embedder, self.mean, self.std
-                    )
-                recall = self._quality(scores)
+            scores = self.assessment.validate(self.step)
+            if scores is not None:
+                recall = self.assessment.quality(scores)
                 better = self.best is None or recall > self.best["R@1"]
                 self.reporter.say(format_validation(self.step, scores, better))
-                self.reporter.record(self.step, validation=_as_dict(scores))
-                self.broken.leave_out(self._embedder.broken, self.step)
+                self.reporter.record(self.step, validation=scores.as_dict())
             else:
                 recall, better = math.nan, self.step == self.num_steps
             if better:
                 self.best = {"step": self.step, "R@1": recall}
-                self._keep_best()
+                self.assessment.keep_best()
         self._validated = self.step
         self._clock += time.perf_counter() - started
 
@@ -384,40 +363,11 @@ class Trainer:
         self._clock += time.perf_counter() - started
 
     def finish(self) -> dict[str, Any] | None:
-        """Tests the best student and its teachers and writes `results.json` and `report.html`."""
-        load_weights(self.model, load_file(self.folder.best_weights))
-        results = None
-        tested = domains_with(self.domains, "test")
-        if tested:
-            with self.signals.interruptible():
-                found = search_model(self.model.udon, tested, "test", self._embedder, self.mean, self.std)
-            scores = found.scores()
-            self.broken.leave_out(self._embedder.broken, self.step)
-            baseline = json.loads(self.folder.baseline.read_text(encoding="utf-8"))
-            results = build_results({"test": scores}, baseline=baseline, config=dump_config(self.config))
-            results["analysis"] = {"test": analyse(found)}
-            if self.config.init is not None:
-                results["extension"] = compare_with_old(self.config, scores)
-            if self.accelerator.is_main_process:
-                write_results(self.folder.results, results)
-                if self.config.init is not None:
-                    write_extension(self.folder.path, results["extension"])
-                gallery = make_gallery(found.merged, tested, "test")
-                write_report(self.folder.path, results, {"test": gallery})
-                write_sheets(self.folder.path / GALLERY_FOLDER, gallery)
-            self._export_best(results)
-            self.reporter.say("\n" + format_table(results))
-            self.reporter.say("\n" + format_changes(baseline["untrained"], scores.merged))
-            if self.config.init is not None:
-                self.reporter.say("\n" + format_extension(results["extension"]))
-            if self.accelerator.is_main_process and (weights := format_weights(self.folder.metrics)):
-                self.reporter.say("\n" + weights)
+        """Tests the best student and its teachers, tells the results and publishes the student if that is wanted."""
+        results = self.assessment.test(self.step)
         assert self.best is not None, "the last step is always validated"
         self.reporter.say(f"\nbest student, of step {self.best['step']}: {self.folder.best}")
-        self.accelerator.wait_for_everyone()
-        if self.config.push.repo is not None and self.accelerator.is_main_process:
-            with self.signals.interruptible():
-                self._push(PushOptions(**self.config.push.model_dump()))
+        self.assessment.push()
         self.reporter.close()
         return results
 
@@ -433,13 +383,6 @@ class Trainer:
         with self.signals.interruptible():
             features = cache.open(self.domains, names, self.model.udon, self.accelerator, workers, self.reporter.say)
         return FeatureDataset(self.domains, features, config.seed, replace_broken)
-
-    def _push(self, options: PushOptions) -> None:
-        """Publishes the student; what goes wrong there takes nothing from the run."""
-        try:
-            push(self.folder.path, options, say=self.reporter.say)
-        except (PushError, ValueError) as error:
-            self.reporter.say(f"WARNING: the run has ended well, but its student is not on the Hub: {error}")
 
     def _prepare_processes(self) -> None:
         sharded = self.config.train.shard_backbone and self.accelerator.num_processes > 1
@@ -482,20 +425,6 @@ class Trainer:
             raise fault
         return found
 
-    def _measure_start(self) -> None:
-        """Scores the baselines on the test split, and the old student where the run starts from another."""
-        tested = domains_with(self.domains, "test")
-        if not tested:
-            return
-        measured = (self.model.udon, tested, "test", self._embedder, self.mean, self.std)
-        with self.signals.interruptible():
-            scores = evaluate_baselines(*measured)
-            old = evaluate_model(*measured) if self.config.init is not None else None
-        if self.accelerator.is_main_process:
-            write_text(self.folder.baseline, json.dumps(scores, indent=1))
-            if old is not None:
-                keep_old_scores(self.folder.path, old)
-
     def _state(self) -> TrainState:
         extra: dict[str, Any] = {
             "window": vars(self._window),
@@ -534,7 +463,7 @@ class Trainer:
         """Takes back a best student that is of a later step than the checkpoint."""
         trained = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
         load_weights(self.model, load_file(checkpoint / BEST_FILE))
-        self._keep_best()
+        self.assessment.keep_best()
         self.model.load_state_dict(trained)
 
     def _start_trackers(self) -> None:
@@ -605,42 +534,6 @@ class Trainer:
                 "--resume --resume-allow lr,max_grad_norm."
             )
 
-    def _quality(self, scores: SplitScores) -> float:
-        """What the best is chosen by: the student's mean R@1, or the teachers' where the student learns nothing."""
-        learned = {term for term, weight in self.config.loss.weights().items() if weight}
-        if learned == {"teacher_classification"} and scores.teachers is not None:
-            return scores.teachers["mean"]["R@1"]
-        return scores.merged["mean"]["R@1"]
-
-    def _keep_best(self) -> None:
-        """Writes the best weights with the teachers, for the test, and the student, for the Hub."""
-        weights = gather_shards(self.model.state_dict(), self.accelerator.is_main_process)
-        if self.accelerator.is_main_process:
-            with replaced_folder(self.folder.checkpoints / "best") as folder:
-                save_file(weights, folder / self.folder.best_weights.name)
-        self._export_best(None)
-        self.accelerator.wait_for_everyone()
-
-    def _export_best(self, results: dict[str, Any] | None) -> None:
-        udon = unsharded(self.model.udon, self.accelerator.is_main_process)
-        if not self.accelerator.is_main_process:
-            return
-        best = self.folder.best
-        config = dump_config(self.config)
-        with replaced_folder(best) as folder:
-            export_student(
-                udon,
-                image_processor(self.config.data.image_size, self.mean, self.std),
-                render_card(self.config.name, str(best), config, results),
-                folder,
-                self.config.train.keep_teachers,
-            )
-
 
 def _as_it_is(batch: Any) -> Any:
     return batch
-
-
-def _as_dict(scores: SplitScores) -> dict[str, Any]:
-    teachers = {} if scores.teachers is None else {"teachers": scores.teachers}
-    return {"merged": scores.merged, "separate": scores.separate, **teachers}

@@ -15,7 +15,7 @@ import torch
 from hurt import Patch, at, die, raising
 from safetensors import SafetensorError
 
-from modeling_udon.training import checkpoint, files, trainer
+from modeling_udon.training import assessment, checkpoint, files
 from modeling_udon.training.failures import explain
 from modeling_udon.training.reporting import Reporter
 from modeling_udon.training.trainer import Trainer
@@ -40,11 +40,14 @@ FAILURES: dict[str, tuple[Patch, str]] = {
     "full disk in a checkpoint": (at(checkpoint, "save_file", 2, raising(FULL_BY_WORDS)), "the disk is full: free"),
     "no memory in a step": (at(Trainer, "train_step", 5, allocate), "the memory is full ("),
     "a worker is killed": (at(Trainer, "train_step", 2, kill_a_worker), "a process that decodes images (pid "),
-    "no memory in a validation": (at(trainer, "evaluate_model", 2, raising(MemoryError())), "the memory is full (Mem"),
+    "no memory in a validation": (
+        at(assessment, "evaluate_model", 2, raising(MemoryError())),
+        "the memory is full (Mem",
+    ),
     "full disk in a manifest": (at(checkpoint, "_write_json", 2, raising(FULL)), "the disk is full at /somewhere"),
     "full disk in a log": (at(Reporter, "record", 3, raising(FULL)), "the disk is full at /somewhere"),
-    "full disk in the best": (at(trainer, "export_student", 1, raising(FULL)), "the disk is full at /somewhere"),
-    "full disk in the report": (at(trainer, "write_report", 1, raising(FULL)), "the disk is full at /somewhere"),
+    "full disk in the best": (at(assessment, "export_student", 1, raising(FULL)), "the disk is full at /somewhere"),
+    "full disk in the report": (at(assessment, "write_report", 1, raising(FULL)), "the disk is full at /somewhere"),
 }
 
 
@@ -68,7 +71,7 @@ def test_a_process_whose_partner_dies_ends_within_a_minute_and_the_pair_goes_on(
     whole_pair: Any, make_values: Values, write: Any, start: Any, tmp_path: Path, tell: Any
 ) -> None:
     config = write(make_values(tmp_path, **whole_pair.changes))
-    moments = [("in a step", Trainer, "train_step", 5), ("in a validation", trainer, "evaluate_model", 1)]
+    moments = [("in a step", Trainer, "train_step", 5), ("in a validation", assessment, "evaluate_model", 1)]
     for (moment, owner, name, call), rank in zip(moments, (1, 0), strict=True):
         pair = start(config, "--resume", num_processes=2, before=at(owner, name, call, die, ranks=(rank,)))
         pair.processes[rank].join()

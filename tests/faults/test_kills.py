@@ -8,7 +8,7 @@ from typing import Any
 
 from hurt import at, die
 
-from modeling_udon.training import checkpoint, run_folder, trainer
+from modeling_udon.training import assessment, checkpoint, run_folder, trainer
 from modeling_udon.training.incidents import StepGuard
 from modeling_udon.training.reporting import Reporter
 from modeling_udon.training.trainer import Trainer
@@ -28,20 +28,20 @@ def die_within_a_row(rank: int) -> None:
 KILLS = {
     "at the very start": at(trainer, "open_domain", 1, die),
     "while the folder is made": at(run_folder, "write_text", 2, die),
-    "in the first validation": at(trainer, "evaluate_model", 1, die),
+    "in the first validation": at(assessment, "evaluate_model", 1, die),
     "between the weights and the optimiser of the first checkpoint": at(checkpoint, "_flatten", 1, die),
     "in a step, before it is applied": at(StepGuard, "judge", 5, die),
     "after a step, before it is counted": at(Trainer, "count_step", 2, die),
-    "in a validation": at(trainer, "evaluate_model", 1, die, after=True),
+    "in a validation": at(assessment, "evaluate_model", 1, die, after=True),
     "between the two names of the best": at(Path, "rename", 2, die),
     "before the manifest of a checkpoint": at(shutil, "copyfile", 1, die, after=True),
     "before the last checkpoint goes, after the new one stands": at(checkpoint, "list_checkpoints", 2, die),
     "in the middle of a row": die_within_a_row,
     "after the best was kept, before the next checkpoint": at(Trainer, "validate", 1, die, after=True),
-    "in the last validation": at(trainer, "evaluate_model", 2, die),
+    "in the last validation": at(assessment, "evaluate_model", 2, die),
     "before the last checkpoint": at(checkpoint, "save_file", 1, die),
-    "in the test": at(trainer, "search_model", 1, die),
-    "while the results are written": at(trainer, "write_report", 1, die),
+    "in the test": at(assessment, "search_model", 1, die),
+    "while the results are written": at(assessment, "write_report", 1, die),
     "at the very end": at(Reporter, "close", 1, die),
 }
 

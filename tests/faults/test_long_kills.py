@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 from hurt import die
 
-from modeling_udon.training import trainer
+from modeling_udon.training import assessment, trainer
+from modeling_udon.training.assessment import Assessment
 from modeling_udon.training.trainer import Trainer
 
 NUM_KILLS = 50
@@ -47,8 +48,8 @@ class Clock:
 
     def start(self) -> None:
         self._enter(Trainer, "catch_up", "start", then="step")
-        self._enter(trainer, "evaluate_model", "validation")
-        self._enter(Trainer, "_keep_best", "best")
+        self._enter(assessment, "evaluate_model", "validation")
+        self._enter(Assessment, "keep_best", "best")
         self._enter(trainer, "save_checkpoint", "checkpoint")
         self._enter(Trainer, "finish", "end", then="end")
         # A worker has a life of its own.
