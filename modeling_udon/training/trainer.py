@@ -399,13 +399,15 @@ class Trainer:
             if self.config.init is not None:
                 results["extension"] = compare_with_old(self.config, scores)
             if self.accelerator.is_main_process:
-                write_results(self.folder.results, results)
                 if self.config.init is not None:
                     write_extension(self.folder.path, results["extension"])
                 gallery = make_gallery(found.merged, tested, "test")
                 write_report(self.folder.path, results, {"test": gallery})
                 write_sheets(self.folder.path / GALLERY_FOLDER, gallery)
             self._export_best(results)
+            if self.accelerator.is_main_process:
+                # Last: job scripts ask for this file, to know whether a run has come to its end.
+                write_results(self.folder.results, results)
             self.reporter.say("\n" + format_table(results))
             self.reporter.say("\n" + format_changes(baseline["untrained"], scores.merged))
             if self.config.init is not None:
