@@ -2,7 +2,12 @@
 
 import argparse
 import os
+import signal
 import sys
+
+if __name__ == "__main__":
+    # The libraries take seconds to import, and would answer Ctrl-C with their traceback. `train` listens by itself.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 from modeling_udon.training.config import ConfigError
 from modeling_udon.training.config_file import load_config

@@ -132,8 +132,12 @@ def test_changed_data_and_labels_are_named_on_resume(
     saved = json.loads(kept)
     for key, value, words in (
         ("num_classes", 9, "Its num_classes changed: 9 then, 3 now; bring the old data back"),
-        ("num_images", 31, "Its num_images changed: 31 then, 30 now"),
-        ("classes", ["cat", "cow", "dog"], "Its classes changed; bring the old data back or start a new run."),
+        ("num_images", 31, "changed: 31 then, 30 now; bring the old data back or allow it with --resume-allow data."),
+        (
+            "classes",
+            [0, "cow", 2],
+            "Its classes changed: 'cow' then, 1 now; bring the old data back or start a new run.",
+        ),
         ("fingerprint", "0", "Its fingerprint changed: 0 then, "),
     ):
         (old_run / "domains.json").write_text(json.dumps(saved | {"blobs": saved["blobs"] | {key: value}}))

@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -253,6 +254,7 @@ def check_label_maps(
     domains: Mapping[str, Domain],
     path: Path,
     compared: Sequence[str] = ("num_classes", "num_images", "classes", "fingerprint"),
+    way_out: str = "start a new run",
 ) -> None:
     """Compares opened domains with those a run was started with.
 
@@ -260,6 +262,7 @@ def check_label_maps(
         domains: The domains as they are now.
         path: The run's `domains.json`.
         compared: What of each domain must be the same.
+        way_out: What else to do than to bring the old data back.
 
     Raises:
         ValueError: If a domain came, went, or has other classes or images.
@@ -272,12 +275,18 @@ def check_label_maps(
         )
     for name, now in current.items():
         for what in compared:
-            if saved[name][what] != now[what]:
-                detail = "" if what == "classes" else f": {saved[name][what]} then, {now[what]} now"
+            then = saved[name].get(what)
+            if then != now[what]:
+                before, after = _first_difference(then, now[what]) if what == "classes" else (then, now[what])
                 raise ValueError(
-                    f"`domains.{name}` must hold the data the run was started with. Its {what} changed{detail}; "
-                    "bring the old data back or start a new run."
+                    f"`domains.{name}` must hold the data the run was started with. Its {what} changed: {before} then, "
+                    f"{after} now; bring the old data back or {way_out}."
                 )
+
+
+def _first_difference(then: Sequence[Label] | None, now: Sequence[Label]) -> tuple[str, str]:
+    before, after = next(pair for pair in zip_longest(then or (), now) if pair[0] != pair[1])
+    return repr(before), repr(after)
 
 
 def _open_splits(name: str, spec: DomainSpec, seed: int) -> Splits:

@@ -85,10 +85,15 @@ def read_run(folder: str | Path) -> Run:
     for needed in ("config.yaml", "best/config.json"):
         if not (folder / needed).is_file():
             raise ValueError(f"--run must be the folder of a run with a best student, got {folder} without {needed}")
-    config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-    config.pop("versions", None)
-    domains = {name: DomainSpec.model_validate(spec) for name, spec in config["domains"].items()}
-    return Run(folder, config, domains, config["seed"])
+    try:
+        config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+        config.pop("versions", None)
+        domains = {name: DomainSpec.model_validate(spec) for name, spec in config["domains"].items()}
+        return Run(folder, config, domains, config["seed"])
+    except (yaml.YAMLError, ValueError, KeyError, AttributeError, TypeError):
+        raise ValueError(
+            f"--run must be the folder of a run as it was written, got {folder} with a damaged config.yaml"
+        ) from None
 
 
 def open_run(run: Run) -> Encoder:

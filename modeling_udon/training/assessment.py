@@ -141,6 +141,9 @@ class Assessment:
         if self._accelerator.is_main_process:
             self._write(results, found, tested)
         self._export_best(results)
+        if self._accelerator.is_main_process:
+            # Last: job scripts ask for this file, to know whether a run has come to its end.
+            write_results(self._folder.results, results)
         self._tell(results, baseline, scores)
         return results
 
@@ -156,7 +159,6 @@ class Assessment:
             self._reporter.say(f"WARNING: the run has ended well, but its student is not on the Hub: {error}")
 
     def _write(self, results: dict[str, Any], found: SplitNeighbours, tested: dict[str, Domain]) -> None:
-        write_results(self._folder.results, results)
         if "extension" in results:
             write_extension(self._folder.path, results["extension"])
         gallery = make_gallery(found.merged, tested, "test")

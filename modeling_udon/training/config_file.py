@@ -53,15 +53,16 @@ def load_config(
         taken_over = take_over(init)
         old = taken_over["domains"]
         values = _merge(taken_over, values)
-        values["init"] = {**values.get("init", {}), "run": str(init)}
     if domains:
         values["domains"] = dict(_named("--domain", domain) for domain in domains)
     for key, value in _pairs(overrides):
         _set(values, key, value)
+    if init is not None:
+        _set(values, "init.run", str(init))
     if added:
         _add_domains(values, init, added)
     if init is not None and not domains and values["init"].get("old_data") == "none":
-        values["domains"] = {name: spec for name, spec in values["domains"].items() if name not in old}
+        values["domains"] = {name: spec for name, spec in _section(values, "domains").items() if name not in old}
     values = _expand_variables(values)
     _apply_system(values)
     try:
@@ -158,12 +159,20 @@ def _add_domains(values: dict[str, Any], init: str | Path | None, added: Sequenc
     if init is None:
         raise ConfigError("`--add-domain` must go with `--init`, the run that gets the domain. Got no run.")
     new = dict(_named("--add-domain", domain) for domain in added)
+    known = _section(values, "domains")
     for name in new:
-        if name in values["domains"]:
+        if name in known:
             raise ConfigError(
                 f"`--add-domain` must name a new domain. Got {name!r}, which {init} has already; choose another name."
             )
-    values["domains"] = {**values["domains"], **new}
+    values["domains"] = {**known, **new}
+
+
+def _section(values: dict[str, Any], name: str) -> dict[str, Any]:
+    section = values.get(name)
+    if not isinstance(section, dict):
+        raise ConfigError(f"`{name}` must hold keys with values. Got {_short(section)}.")
+    return section
 
 
 def _pairs(overrides: Sequence[str]) -> list[tuple[str, Any]]:
@@ -187,7 +196,9 @@ def _pairs(overrides: Sequence[str]) -> list[tuple[str, Any]]:
 def _set(values: dict[str, Any], key: str, value: Any) -> None:
     *parents, last = key.split(".")
     for parent in parents:
-        nested = values.setdefault(parent, {})
+        if values.get(parent) is None:
+            values[parent] = {}
+        nested = values[parent]
         if parents[0] == "domains" and isinstance(nested, str):
             nested = values[parent] = {"path": nested}
         if not isinstance(nested, dict):

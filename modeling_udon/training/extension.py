@@ -20,7 +20,7 @@ from modeling_udon.training.distillation import UdonForDistillation
 from modeling_udon.training.files import write_text
 from modeling_udon.training.frozen import OldStudent
 
-_OLD_SCORES = "old_student.json"
+OLD_SCORES_FILE = "old_student.json"
 _REPORT = "extension.md"
 # What is a run's own: not where its student goes, nor what it itself started from.
 _NOT_TAKEN_OVER = ("init", "push", "teachers")
@@ -138,7 +138,7 @@ def old_student(udon: UdonModel, weight: float, shares_backbone: bool) -> OldStu
 def keep_old_scores(run_dir: Path, scores: SplitScores) -> None:
     """Writes down what the old student scores on the test split of all domains, before the first step."""
     values = {"merged": scores.merged, "separate": scores.separate}
-    write_text(run_dir / _OLD_SCORES, json.dumps(values, indent=1))
+    write_text(run_dir / OLD_SCORES_FILE, json.dumps(values, indent=1))
 
 
 def compare_with_old(config: TrainConfig, scores: SplitScores) -> dict[str, Any]:
@@ -153,7 +153,7 @@ def compare_with_old(config: TrainConfig, scores: SplitScores) -> dict[str, Any]
         and the separate index, `old` and `new`.
     """
     assert config.init is not None
-    old = json.loads((config.run_dir / _OLD_SCORES).read_text(encoding="utf-8"))
+    old = json.loads((config.run_dir / OLD_SCORES_FILE).read_text(encoding="utf-8"))
     known = _read(config.init.run).domains
     return {
         **config.init.model_dump(mode="json"),

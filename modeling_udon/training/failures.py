@@ -21,7 +21,7 @@ _LESS_MEMORY = (
 # What a worker's traceback ends with, before the message.
 _WORKERS_PREFIX = f"{BrokenImageError.__module__}.{BrokenImageError.__name__}: "
 
-_NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
+_NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP)
 _BROKEN = (errno.EIO, errno.ENOLCK, errno.EMFILE, errno.ESTALE)
 
 # Libraries say these things in words alone.

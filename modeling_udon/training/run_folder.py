@@ -1,8 +1,9 @@
 """A run's folder: what lies where in it, when it may be used, and whether a run may go on from it."""
 
 import json
+import os
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -10,12 +11,25 @@ import yaml
 
 from modeling_udon.data.domains import Domain, check_label_maps, label_maps
 from modeling_udon.retrieval.protocol import versions
-from modeling_udon.training.checkpoint import find_checkpoint, list_checkpoints, read_state, recover_checkpoints
+from modeling_udon.training.checkpoint import (
+    CheckpointError,
+    find_checkpoint,
+    list_checkpoints,
+    read_state,
+    recover_checkpoints,
+)
 from modeling_udon.training.config import ConfigError, TrainConfig
 from modeling_udon.training.config_file import dump_config
+from modeling_udon.training.extension import OLD_SCORES_FILE
 from modeling_udon.training.files import recover_folder, write_text
 from modeling_udon.training.resuming import FREE, Changes, check_allowances, check_changes, differences
 from modeling_udon.training.run_lock import LOCK_FILE, RunLock
+
+# What of a domain may change where `data` is allowed.
+_IMAGES = ("num_images", "fingerprint")
+_NOT_AS_WRITTEN = (
+    "`--resume` must find {} as the run wrote it. Got {}, which {}; bring it back, or start anew with --overwrite."
+)
 
 
 class RunFolder:
@@ -48,6 +62,8 @@ class RunFolder:
         self.incidents = self.path / "incidents"
         self.results = self.path / "results.json"
         self._lock = RunLock(self.path)
+        # Checkpoints of a run that is being overwritten.
+        self._cleared = self.path / ".cleared"
         self._changes: Changes = {}
 
     def __enter__(self) -> Self:
@@ -63,7 +79,8 @@ class RunFolder:
             The newest whole checkpoint, if any, and a line for each damaged one after it.
 
         Raises:
-            ConfigError: If the folder holds a run and is to be neither resumed nor overwritten.
+            ConfigError: If the folder holds a run and is to be neither resumed nor overwritten, holds something else
+                and is to be overwritten, or is a file.
             FolderInUseError: If another run is using it.
             CheckpointError: If all checkpoints are damaged.
         """
@@ -72,8 +89,14 @@ class RunFolder:
                 f"`output_dir`/`name` must be a new folder. Got {self.path}, which holds a run; go on with --resume, "
                 "start anew with --overwrite, or choose another --name."
             )
+        if overwrite:
+            self._check_overwritten()
         if self.path.is_dir():
             self._lock.acquire()
+        elif os.path.lexists(self.path):
+            raise ConfigError(
+                f"`output_dir`/`name` must be a new folder. Got {self.path}, which is a file; choose another --name."
+            )
         if not resume:
             return None, []
         recover_checkpoints(self.checkpoints)
@@ -92,25 +115,28 @@ class RunFolder:
 
         Raises:
             ConfigError: If something else has changed that decides the result.
+            CheckpointError: If a file that the run needs is missing or damaged.
         """
         check_allowances(allow, dump_config(self._config))
-        maps = self.path / "domains.json"
-        saved_maps = json.loads(maps.read_text(encoding="utf-8"))
+        maps, path = self._read("domains.json", json.loads), self.path / "domains.json"
         try:
-            if "data" in allow:
-                check_label_maps(domains, maps, ("num_classes", "classes"))
-            else:
-                check_label_maps(domains, maps)
+            check_label_maps(domains, path, ("num_classes", "classes"))
+            if "data" not in allow:
+                check_label_maps(domains, path, _IMAGES, "allow it with --resume-allow data")
         except ValueError as error:
             raise ConfigError(str(error)) from None
-        before = yaml.safe_load((self.path / "config.yaml").read_text(encoding="utf-8"))
+        if any("test" in domain.evaluation for domain in domains.values()):
+            # Else they would be missed when all steps are done.
+            for name in (self.baseline.name, *([OLD_SCORES_FILE] if self._config.init else [])):
+                self._read(name, json.loads)
+        before = self._read("config.yaml", yaml.safe_load)
         before["processes"] = read_state(checkpoint).extra["processes"]
         changes = differences(before, self._described() | {"processes": processes})
         check_changes(changes, allow)
         for name, now in label_maps(domains).items():
-            for what in ("num_images", "fingerprint"):
-                if saved_maps[name][what] != now[what]:
-                    changes[f"data.{name}.{what}"] = saved_maps[name][what], now[what]
+            for what in _IMAGES:
+                if maps[name][what] != now[what]:
+                    changes[f"data.{name}.{what}"] = maps[name][what], now[what]
         self._changes = {key: values for key, values in changes.items() if key not in FREE}
 
     def prepare(self, domains: Mapping[str, Domain], overwrite: bool, step: int) -> None:
@@ -124,7 +150,7 @@ class RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         self._lock.acquire()
         self._lock.sign()
-        if overwrite:
+        if overwrite or self._cleared.exists():
             self._clear()
         recover_folder(self.best)
         recover_folder(self.checkpoints / "best")
@@ -136,12 +162,42 @@ class RunFolder:
         return dump_config(self._config) | {"versions": versions()}
 
     def _clear(self) -> None:
-        """Empties the folder; the lock stays, or another run could take a new one of the same name."""
-        for path in self.path.iterdir():
+        """Empties the folder; the lock stays, or another run could take a new one of the same name.
+
+        The checkpoints go at once, by their name: if this is killed, `--resume` goes on with none of them, but here.
+        """
+        if not self._cleared.exists():
+            self.checkpoints.mkdir(exist_ok=True)
+            self.checkpoints.rename(self._cleared)
+        for path in sorted(self.path.iterdir(), key=lambda path: path == self._cleared):
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
             elif path.name != LOCK_FILE:
                 path.unlink()
+
+    def _check_overwritten(self) -> None:
+        ours = (self.path / "config.yaml", self.metrics, self._cleared)
+        found = {path.name for path in self.path.iterdir()} if self.path.is_dir() else set()
+        # A run that was killed before it had written its config leaves no more than these.
+        others = found - {LOCK_FILE, ".config.yaml.tmp"}
+        if others and not any(path.exists() for path in ours):
+            raise ConfigError(
+                f"`--overwrite` must find a run. Got {self.path}, which holds other things, such as "
+                f"{min(others)}; move them away, or choose another --name."
+            )
+
+    def _read(self, name: str, parse: Callable[[str], Any]) -> dict[str, Any]:
+        """Reads values that the run has written beside its checkpoints."""
+        path = self.path / name
+        try:
+            values = parse(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise CheckpointError(_NOT_AS_WRITTEN.format(name, path, "is missing")) from None
+        except (ValueError, yaml.YAMLError):
+            values = None
+        if not isinstance(values, dict):
+            raise CheckpointError(_NOT_AS_WRITTEN.format(name, path, "is damaged"))
+        return values
 
     def _record_changes(self, step: int) -> None:
         if not self._changes:

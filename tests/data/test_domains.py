@@ -225,7 +225,7 @@ def test_the_label_maps_of_the_same_data_agree(tmp_path: Path) -> None:
     [
         (["a", "b", "c"], 0, "num_classes changed: 2 then, 3 now"),
         (["a", "b"], 0, "num_images changed: 3 then, 2 now"),
-        (["a", "c", "c"], 0, "classes changed;"),
+        (["a", "c", "c"], 0, "classes changed: 'b' then, 'c' now; bring the old data back or start a new run."),
         (["a", "a", "b"], 0, "fingerprint changed: "),
         (["a", "b", "b"], 50, "fingerprint changed: "),
     ],

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 import train_udon
@@ -183,6 +183,9 @@ KINDS: dict[str, tuple[Make, str]] = {
     "labels that are NaN": (data(labels(lambda label: float("nan"))), "must hold integers, ClassLabel or strings. Got"),
     "labels that are missing": (data(labels(lambda label: label or None)), "must hold a label for every image. Got 10"),
     "training labels in lists": (data(labels(lambda label: [label, 9])), "must hold one class for each training image"),
+    "no column of labels": (data(lambda table: table.drop_columns(["label"])), "must be a column of split 'train'"),
+    "no column of images": (data(lambda table: table.drop_columns(["image"])), "must be a column of split 'train'"),
+    "no validation split": (data(lambda table: None, "validation"), "`domains.blobs.validation_split` must be a split"),
     "a split without labels": (data(lambda table: table.drop_columns(["label"]), "test"), "must hold a label for"),
     "a batch larger than a domain": (values(train__batch_size=32), "Got 32 with 30 images in 'blobs'"),
 }  # fmt: skip
@@ -282,6 +285,47 @@ def test_whatever_a_config_holds_only_a_config_error_leaves_the_loader(
 ) -> None:
     path = place.tiny_config(**sections)
     load_or_refuse(path, overrides)
+
+
+@pytest.fixture
+def trained(place: Place) -> Path:
+    """As much of a trained run as is looked at before its weights are."""
+    run = place.folder / "trained"
+    for file in ("best/config.json", "checkpoints/best/model.safetensors"):
+        (run / file).parent.mkdir(parents=True, exist_ok=True)
+        (run / file).touch()
+    (run / "config.yaml").write_text(place.tiny_config().read_text())
+    return run
+
+
+@FUZZ
+@given(sections=st.dictionaries(st.sampled_from(sorted(SECTIONS)), ANYTHING, max_size=4), overrides=OVERRIDES)
+@example(sections={"init": None}, overrides=[])
+@example(sections={"init": 3}, overrides=[])
+@example(sections={"domains": 3}, overrides=["--init.old_data=none"])
+def test_whatever_goes_with_a_run_to_start_from_only_a_config_error_leaves_the_loader(
+    place: Place, trained: Path, sections: dict[str, Any], overrides: list[str]
+) -> None:
+    path = place.folder / "more.yaml"
+    path.write_text(yaml.safe_dump(sections))
+    for added in ([], ["more=somewhere"]):
+        load_or_refuse(path, overrides, [], trained, added)
+
+
+@FUZZ
+@given(content=st.text(max_size=60) | ANYTHING.map(repr))
+@example(content="")
+@example(content="domains: {a: {}}")
+def test_whatever_the_config_of_a_run_to_start_from_holds_only_a_config_error_leaves_the_loader(
+    place: Place, trained: Path, content: str
+) -> None:
+    (trained / "config.yaml").write_bytes(content.encode("utf-8", "surrogatepass"))
+    load_or_refuse(None, ["--name", "new"], [], trained, ["more=somewhere"])
+
+
+def test_a_section_of_the_run_to_start_from_may_be_empty(place: Place, trained: Path) -> None:
+    path = text("name: new\ninit:")(place)
+    assert load_config(path, (), (), trained).init.run == trained
 
 
 @FUZZ

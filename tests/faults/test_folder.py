@@ -1,6 +1,7 @@
 """One run in a folder at a time; a run goes on only with what it was started with, or with what is allowed by name."""
 
 import json
+import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -9,14 +10,34 @@ from typing import Any
 
 import pytest
 import yaml
-from hurt import at
+from hurt import at, die
 
 from modeling_udon.training import run_folder
+from modeling_udon.training.checkpoint import CheckpointError
 from modeling_udon.training.config import ConfigError
+from modeling_udon.training.config_file import load_config
 from modeling_udon.training.resuming import check_changes
-from modeling_udon.training.trainer import Trainer
+from modeling_udon.training.trainer import Trainer, train
 
 Values = Callable[..., dict[str, Any]]
+Call = Callable[..., str]
+
+
+def flip_bits(path: Path) -> None:
+    path.write_bytes(bytes(byte ^ 128 for byte in path.read_bytes()))
+
+
+@pytest.fixture
+def call(start: Any) -> Call:
+    """Runs the script with a config and options that it refuses; gives its one line."""
+
+    def refuse(config: Path, *options: str) -> str:
+        refused = start(config, *options)
+        assert refused.wait() == [2]
+        assert refused.said().startswith("error: ") and refused.said().count("\n") == 1, refused.said()
+        return refused.said()
+
+    return refuse
 
 
 def test_a_second_run_in_a_folder_is_refused_until_the_first_is_gone(
@@ -38,6 +59,33 @@ def test_a_second_run_in_a_folder_is_refused_until_the_first_is_gone(
     assert "going on from step 3 of 11" in third.said()
 
 
+def test_what_is_no_run_is_not_overwritten(call: Call, make_values: Values, write: Any, tmp_path: Path) -> None:
+    config = write(make_values(tmp_path))
+    (tmp_path / "run").write_text("kept")
+    for option in ("--resume", "--overwrite"):
+        assert f"must be a new folder. Got {tmp_path / 'run'}, which is a file" in call(config, option)
+    (tmp_path / "run").unlink()
+    (tmp_path / "run" / "photos").mkdir(parents=True)
+    (tmp_path / "run" / "thesis.tex").write_text("kept")
+    assert "`--overwrite` must find a run. Got " in (said := call(config, "--overwrite")) and "such as photos" in said
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["photos", "thesis.tex"]
+
+
+def test_a_run_that_is_killed_while_it_overwrites_goes_on_as_the_new_one(
+    old_run: Path, make_values: Values, write: Any, start: Any, tmp_path: Path
+) -> None:
+    shutil.copytree(old_run, tmp_path / "run")
+    (tmp_path / "run" / "incidents").mkdir()
+    (tmp_path / "run" / "incidents" / "step-00000001.json").write_text("{}")
+    config = write(make_values(tmp_path, train__num_steps=1))
+    killed = start(config, "--overwrite", before=at(shutil, "rmtree", 1, die))
+    assert killed.wait() == [128 + signal.SIGKILL] and (tmp_path / "run" / ".cleared").exists()
+    resumed = start(config, "--resume")
+    assert resumed.wait() == [0] and "going on" not in resumed.said(), resumed.said()
+    assert not (tmp_path / "run" / ".cleared").exists() and not (tmp_path / "run" / "incidents").exists()
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").glob("step-*")] == ["step-00000001"]
+
+
 @pytest.fixture(scope="module")
 def old_run(make_values: Values, run_train: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run_train(make_values(tmp_path_factory.mktemp("old"), train__num_steps=2))
@@ -48,11 +96,6 @@ def resume(
     old_run: Path, make_values: Values, run_train: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[..., Path]:
     """Goes on with a copy of an ended run: takes what is allowed, and changes."""
-    import shutil
-
-    from modeling_udon.training.config_file import load_config
-    from modeling_udon.training.trainer import train
-
     shutil.copytree(old_run, tmp_path / "run")
 
     def go_on(allow: list[str], **changes: Any) -> Path:
@@ -102,11 +145,36 @@ def test_another_number_of_processes_is_refused_and_can_be_allowed() -> None:
     check_changes(changes, ["processes", "lr"])
 
 
+def test_a_run_goes_on_with_more_processes_where_that_is_allowed(
+    old_run: Path, make_values: Values, write: Any, start: Any, tmp_path: Path
+) -> None:
+    shutil.copytree(old_run, tmp_path / "run")
+    config = write(make_values(tmp_path, train__num_steps=4))
+    for allowed, refused in (("num_steps", "processes from 1 to 2"), ("processes", "train.num_steps from 2 to 4")):
+        pair = start(config, "--resume", "--resume-allow", allowed, num_processes=2)
+        assert pair.wait() == [2, 2] and f"Got {refused}; take it back, or allow it with" in pair.said()
+    pair = start(config, "--resume", "--resume-allow", "processes,num_steps", num_processes=2)
+    assert pair.wait() == [0, 0], pair.said()
+    (change,) = json.loads((tmp_path / "run" / "changes.json").read_text())
+    assert change["step"] == 2 and change["changes"]["processes"] == {"before": 1, "now": 2}
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_bytes(b""), flip_bits], ids=str)
+@pytest.mark.parametrize("name", ["config.yaml", "domains.json", "baseline.json"])
+def test_a_file_of_the_run_that_is_missing_or_damaged_is_named_before_any_step(
+    resume: Callable[..., Path], tmp_path: Path, name: str, damage: Callable[[Path], Any]
+) -> None:
+    damage(tmp_path / "run" / name)
+    what = f"`--resume` must find {name} as the run wrote it. Got .*/{name}, which is (missing|damaged); bring it back"
+    with pytest.raises(CheckpointError, match=what):
+        resume([])
+
+
 def test_other_images_can_be_allowed_and_other_classes_cannot(resume: Callable[..., Path], tmp_path: Path) -> None:
     path = tmp_path / "run" / "domains.json"
     saved = json.loads(path.read_text())
     path.write_text(json.dumps(saved | {"blobs": saved["blobs"] | {"fingerprint": "0", "num_images": 9}}))
-    with pytest.raises(ConfigError, match="Its num_images changed: 9 then, 30 now"):
+    with pytest.raises(ConfigError, match="changed: 9 then, 30 now; .* or allow it with --resume-allow data"):
         resume([])
     changes = json.loads((resume(["data"]) / "changes.json").read_text())[0]["changes"]
     assert changes["data.blobs.num_images"] == {"before": 9, "now": 30}
@@ -134,9 +202,6 @@ def test_what_cannot_work_stays_refused(
 
 def test_fewer_steps_than_were_taken_are_refused(old_run: Path, run_train: Any, make_values: Values) -> None:
     values = make_values(old_run.parent, train__num_steps=1)
-    from modeling_udon.training.config_file import load_config
-    from modeling_udon.training.trainer import train
-
     path = old_run.parent / "fewer.yaml"
     path.write_text(yaml.safe_dump(values, sort_keys=False))
     with pytest.raises(ConfigError, match="`train.num_steps` must be at least the steps taken, 2. Got 1; raise it."):

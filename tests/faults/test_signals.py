@@ -1,7 +1,10 @@
 """SIGTERM and Ctrl-C end a run with a state to go on from, in every process after the same step."""
 
+import functools
 import os
+import shutil
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -11,6 +14,7 @@ from typing import Any
 import pytest
 from hurt import Patch, at, signalling
 
+import train_udon
 from modeling_udon.training import assessment, stopping
 from modeling_udon.training.stopping import Stopped, StopSignals, resume_command
 from modeling_udon.training.trainer import Trainer
@@ -64,16 +68,32 @@ def test_two_processes_stop_after_the_same_step_when_one_of_them_is_asked(
     tell("SIGTERM or Ctrl-C of two processes, to one or to both", len(stops), 0)
 
 
-def test_a_second_signal_ends_a_run_at_once(make_values: Values, write: Any, start: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [TERM, INT])
+def test_a_second_signal_ends_a_run_at_once(
+    make_values: Values, write: Any, start: Any, tmp_path: Path, number: int
+) -> None:
     def hang() -> None:
-        os.kill(os.getpid(), TERM)
-        os.kill(os.getpid(), TERM)
+        os.kill(os.getpid(), number)
+        os.kill(os.getpid(), number)
         time.sleep(600)
 
     config = write(make_values(tmp_path))
     started = time.monotonic()
-    assert start(config, before=at(Trainer, "train_step", 2, hang)).wait() == [143]
+    assert start(config, before=at(Trainer, "train_step", 2, hang)).wait() == [128 + number]
     assert time.monotonic() - started < 300
+
+
+def test_ctrl_c_while_the_libraries_are_imported_is_no_traceback(tmp_path: Path) -> None:
+    # In place of the package, one that is interrupted while it is imported.
+    script = Path(shutil.copy(train_udon.__file__, tmp_path))
+    (tmp_path / "modeling_udon").mkdir()
+    (tmp_path / "modeling_udon" / "__init__.py").write_text(
+        "import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(60)\n"
+    )
+    # pytest in the background would hand down that Ctrl-C is ignored.
+    listen = functools.partial(signal.signal, INT, signal.SIG_DFL)
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, preexec_fn=listen)
+    assert (done.returncode, done.stdout + done.stderr) == (-INT, "")
 
 
 def test_a_signal_breaks_off_only_what_can_be_done_again() -> None:
