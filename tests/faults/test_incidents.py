@@ -106,7 +106,7 @@ def test_the_batch_that_is_written_down_is_the_one_that_was_trained_on(
 
 
 def test_a_run_with_steps_left_out_that_is_killed_goes_on_bit_for_bit(
-    make_values: Values, write: Any, start: Any, tmp_path: Path
+    make_values: Values, write: Any, start: Any, tmp_path: Path, tell: Any
 ) -> None:
     changes = {"optim__skip_spikes": 1.5, "train__max_nonfinite": 2}
     bad = poison(2, 4, 7)
@@ -125,10 +125,11 @@ def test_a_run_with_steps_left_out_that_is_killed_goes_on_bit_for_bit(
         sorted(p.name for p in (tmp_path / name / "run" / "incidents").iterdir()) for name in ("whole", "killed")
     ]
     assert incidents[0] == incidents[1] and len(incidents[0]) == 3
+    tell("steps whose loss is not finite, in a run that is killed between them", len(incidents[0]), 0)
 
 
 def test_losses_that_stay_infinite_end_the_run_with_the_state_before_them(
-    make_values: Values, write: Any, start: Any, tmp_path: Path
+    make_values: Values, write: Any, start: Any, tmp_path: Path, tell: Any
 ) -> None:
     changes = {"train__max_nonfinite": 3, "log__every": 1}
     config = write(make_values(tmp_path, **changes))
@@ -141,6 +142,7 @@ def test_losses_that_stay_infinite_end_the_run_with_the_state_before_them(
     ]
     assert sorted(p.name for p in (tmp_path / "run" / "checkpoints").glob("step-*")) == ["step-00000003"]
     assert start(config, "--resume", "--resume-allow", "lr", "--optim.lr", "1e-4").wait() == [0]
+    tell("losses that stay infinite: the run ends, and goes on with another learning rate", 1, 0)
 
 
 def make_guard(factor: float | None) -> tuple[StepGuard, torch.nn.Parameter, torch.optim.Optimizer]:

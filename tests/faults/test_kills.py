@@ -61,3 +61,13 @@ def test_a_run_killed_at_every_kind_of_moment_ends_as_one_that_was_not(
     tell("kill -9 at chosen moments: " + ", ".join(KILLS), len(KILLS), 0)
     best = [row["validation"]["merged"]["mean"]["R@1"] for row in whole.outcome["rows"] if "validation" in row]
     assert best[2] > max(best[:2]), "the best that was kept before a kill must be a new one"
+
+
+def test_where_the_results_lie_the_run_has_come_to_its_end(
+    make_values: Callable[..., dict[str, Any]], write: Any, start: Any, tmp_path: Path
+) -> None:
+    config = write(make_values(tmp_path, train__num_steps=1))
+    assert start(config, before=at(trainer, "write_results", 1, die)).wait() == [128 + signal.SIGKILL]
+    run = tmp_path / "run"
+    assert not (run / "results.json").exists() and (run / "report.html").exists()
+    assert "raw pixels" in (run / "best" / "README.md").read_text(), "the card has its table"

@@ -58,11 +58,14 @@ def test_memory_files_and_threads_stay_flat_over_twenty_thousand_steps(
     second, last = slice(tenth, 2 * tenth), slice(-tenth, None)
     steps = np.arange(tenth, len(rows)) * 100
     slopes = {name: np.polyfit(steps, held[name][tenth:], 1)[0] * 1000 for name in ("memory", "files", "threads")}
-    slower = {name: held[name][last].mean() / held[name][second].mean() - 1 for name in ("processor", "wall")}
+    middle = {name: (np.median(held[name][last]), np.median(held[name][second])) for name in ("processor", "wall")}
+    slower = {name: now / then - 1 for name, (now, then) in middle.items()}
     memory = f"{slopes['memory'] / 1024:.1f} kB to {held['memory'][-1] / 2**20:.0f} MiB of memory"
     adds = f"a thousand steps add {memory}, {slopes['files']:.3f} files, {slopes['threads']:.3f} threads"
     takes = f"{100 * slower['processor']:+.1f} % processor time, {100 * slower['wall']:+.1f} % time"
     tell(f"soak of {NUM_STEPS} steps: {adds}; steps of the last tenth against the second's: {takes}", 1, 0)
     assert np.median(held["memory"][last]) <= 1.02 * np.median(held["memory"][second])
+    # By the processor's time: what else the machine does is no fault of the run's.
+    assert slower["processor"] <= 0.03
     for name in ("files", "threads"):
         assert held[name][last].max() <= held[name][second].max()
