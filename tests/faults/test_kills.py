@@ -67,7 +67,7 @@ def test_where_the_results_lie_the_run_has_come_to_its_end(
     make_values: Callable[..., dict[str, Any]], write: Any, start: Any, tmp_path: Path
 ) -> None:
     config = write(make_values(tmp_path, train__num_steps=1))
-    assert start(config, before=at(trainer, "write_results", 1, die)).wait() == [128 + signal.SIGKILL]
+    assert start(config, before=at(assessment, "write_results", 1, die)).wait() == [128 + signal.SIGKILL]
     run = tmp_path / "run"
     assert not (run / "results.json").exists() and (run / "report.html").exists()
     assert "raw pixels" in (run / "best" / "README.md").read_text(), "the card has its table"
