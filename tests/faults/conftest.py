@@ -5,6 +5,7 @@ import os
 import signal
 import socket
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,9 +15,16 @@ import pytest
 import torch
 import yaml
 from accelerate.state import AcceleratorState, PartialState
+from huggingface_hub.utils import tqdm as hub_tqdm
 from hurt import Whole, read_outcome
+from tqdm import tqdm
 
 import train_udon
+
+# tqdm's own lock is one for all forks of a process: a run that is killed while it holds it would stop all later ones.
+# Runs that a shell starts share none.
+for kind_of_bar in (tqdm, hub_tqdm):
+    kind_of_bar.set_lock(threading.RLock())
 
 # A crowded machine may be slow; nothing here is known to hang.
 PATIENCE = 300

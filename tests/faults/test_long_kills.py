@@ -82,7 +82,8 @@ def test_fifty_kills_at_random_moments_lose_nothing(
     changes = {"train__keep_checkpoints": 1, "data__num_workers": 1, "seed": 5}
     whole = make_whole(num_processes=num_processes, **changes)
     context = multiprocessing.get_context("fork")
-    stage, notes = context.Value("i", 0), context.SimpleQueue()
+    # Without a lock, which a killed process could not let go.
+    stage, notes = context.RawValue("i", 0), context.SimpleQueue()
 
     def count(rank: int) -> None:
         if rank == 0:
