@@ -58,20 +58,26 @@ class Running:
 Start = Callable[..., Running]
 
 
-# What was done to runs, how often, and in how many of them something was lost.
-TOLD: list[tuple[str, int, int]] = []
+# What was done, how often, and in how many cases something was lost.
+TOLD: dict[str, list[int]] = {}
 
 
 @pytest.fixture(scope="session")
 def tell() -> Callable[[str, int, int], None]:
-    """Adds a row to the table at the end: what was done, how often, and how often something was lost."""
-    return lambda *row: TOLD.append(row)
+    """Adds to the table at the end: what was done, how often, and how often something was lost."""
+
+    def add(what: str, times: int, lost: int) -> None:
+        row = TOLD.setdefault(what, [0, 0])
+        row[0] += times
+        row[1] += lost
+
+    return add
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     if TOLD:
         terminalreporter.write_line("\n times   lost  what was done")
-    for what, times, lost in TOLD:
+    for what, (times, lost) in TOLD.items():
         terminalreporter.write_line(f"{times:6} {lost:6}  {what}")
 
 
