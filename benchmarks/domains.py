@@ -4,7 +4,10 @@ Both trainers take whole steps (`Trainer.train_step`, `Trainer.count_step`) one 
 as many classes. Measuring starts when every domain has had its turn, so that a head is caught up over as many steps as
 there are domains. The backbone is so small that a step is about as short as one of ViT-B/16 on a GPU: what Python does
 for each domain weighs as much here as there. Run by hand:
-`python benchmarks/domains.py [--idle-heads hold] [--rounds 20] [--json FILE]`.
+`python benchmarks/domains.py [--idle-heads hold] [--rounds 20] [--json FILE]`; other options go to both runs. On a GPU:
+`--train.mixed_precision bf16 --data.image_size 224 --model.backbone_config.image_size 224` and, each of them below
+`--model.backbone_config`, `patch_size 16`, `hidden_size 768`, `num_hidden_layers 12`, `num_attention_heads 12` and
+`intermediate_size 3072`.
 """
 
 import argparse
@@ -13,16 +16,18 @@ import os
 import statistics
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 os.environ |= {"HF_DATASETS_OFFLINE": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
 
 import numpy as np
 import torch
+import yaml
 from PIL import Image as PILImage
 
 from modeling_udon.data.dataset import DomainBatch
-from modeling_udon.training.config import TrainConfig
+from modeling_udon.training.config_file import load_config
 from modeling_udon.training.run_folder import RunFolder
 from modeling_udon.training.stopping import StopSignals
 from modeling_udon.training.trainer import Trainer
@@ -41,8 +46,8 @@ def write_images(folder: Path) -> Path:
     return folder / "images"
 
 
-def make_trainer(images: Path, num_domains: int, idle_heads: str) -> Trainer:
-    """Starts a run of many domains that all have the same images."""
+def make_trainer(images: Path, num_domains: int, idle_heads: str, options: Sequence[str]) -> Trainer:
+    """Starts a run of many domains that all have the same images, with what the command line says of it."""
     domain = {"path": str(images), "validation_split": None, "test_split": None}
     config = {
         "name": f"{num_domains}-domains",
@@ -63,15 +68,18 @@ def make_trainer(images: Path, num_domains: int, idle_heads: str) -> Trainer:
         "optim": {"idle_heads": idle_heads, "max_grad_norm": 10.0},
         "train": {"num_steps": 1_000_000, "batch_size": BATCH_SIZE},
     }
-    checked = TrainConfig.model_validate(config)
+    path = images.parent / f"{num_domains}-domains.yaml"
+    path.write_text(yaml.safe_dump(config), encoding="utf-8")
+    checked = load_config(path, options)
     return Trainer(checked, RunFolder(checked), StopSignals())
 
 
 def take_steps(trainer: Trainer, num_steps: int) -> float:
     """Takes steps, one domain after the other, and returns the seconds of one."""
     names = list(trainer.domains)
-    pixels = torch.randint(256, (BATCH_SIZE, IMAGE_SIZE, IMAGE_SIZE, 3), dtype=torch.uint8)
-    labels = torch.randint(NUM_CLASSES, (BATCH_SIZE,))
+    batch_size, side = trainer.config.train.batch_size, trainer.config.data.image_size
+    pixels = torch.randint(256, (batch_size, side, side, 3), dtype=torch.uint8)
+    labels = torch.randint(NUM_CLASSES, (batch_size,))
     on_gpu = trainer.accelerator.device.type == "cuda"
     clock = time.perf_counter if on_gpu else time.process_time
     start = clock()
@@ -89,10 +97,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=20, help="measurements of each; the median counts")
     parser.add_argument("--idle-heads", choices=("coast", "hold"), default="coast", help="heads outside the batch")
     parser.add_argument("--json", type=Path, help="file for the figures")
-    arguments = parser.parse_args()
+    arguments, options = parser.parse_known_args()
     with tempfile.TemporaryDirectory() as folder:
         images = write_images(Path(folder))
-        few, many = (make_trainer(images, number, arguments.idle_heads) for number in (FEW, MANY))
+        few, many = (make_trainer(images, number, arguments.idle_heads, options) for number in (FEW, MANY))
         take_steps(few, STEPS_A_ROUND)
         take_steps(many, MANY + 1)
         times = []
