@@ -213,10 +213,7 @@ def _explain(error: ValidationError, path: str | Path) -> str:
     where = ".".join(str(part) for part in first["loc"])
     more = f" ({len(others)} more)" if others else ""
     if first["type"] == "extra_forbidden":
-        known = _known_keys(first["loc"][:-1])
-        close = difflib.get_close_matches(str(first["loc"][-1]), known, n=1)
-        hint = f"did you mean `{close[0]}`?" if close else f"known here: {', '.join(known)}."
-        return f"`{where}` is not a key of {path}; {hint}{more}"
+        return f"`{where}` is not a key of {path}; {_hint(first['loc'])}{more}"
     message = first["msg"].removeprefix("Value error, ")
     if first["type"] == "missing":
         return f"`{where}` is missing in {path}.{more}"
@@ -233,6 +230,19 @@ def _fault(error: yaml.YAMLError) -> str:
 def _short(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}..."
+
+
+def _hint(location: tuple[str | int, ...]) -> str:
+    """What an unknown key may have been meant to be."""
+    *parents, key = location
+    known = _known_keys(location[:-1])
+    within = [
+        f"{section}.{key}"
+        for section, field in TrainConfig.model_fields.items()
+        if not parents and key in getattr(field.annotation, "model_fields", {})
+    ]
+    meant = within or difflib.get_close_matches(str(key), known, n=1)
+    return f"did you mean `{'` or `'.join(meant)}`?" if meant else f"known here: {', '.join(known)}."
 
 
 def _known_keys(location: tuple[str | int, ...]) -> list[str]:

@@ -146,8 +146,18 @@ class RunFolder:
             domains: The opened domains.
             overwrite: Whether an old run goes.
             step: Step that the run goes on from, 0 at its start.
+
+        Raises:
+            ConfigError: If there can be no folder.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except (FileNotFoundError, FileExistsError) as error:
+            # A link that leads nowhere, such as to a disk that is not mounted, or a place of the system's own.
+            raise ConfigError(
+                f"`output_dir` must lead to where folders can be made. Got {self.path}, where {error.filename} cannot "
+                f"be one ({error.strerror}); mount what it leads to, or choose another --output_dir."
+            ) from None
         self._lock.acquire()
         self._lock.sign()
         if overwrite or self._cleared.exists():

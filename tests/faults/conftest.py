@@ -5,6 +5,7 @@ import os
 import signal
 import socket
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,9 +15,16 @@ import pytest
 import torch
 import yaml
 from accelerate.state import AcceleratorState, PartialState
+from huggingface_hub.utils import tqdm as hub_tqdm
 from hurt import Whole, read_outcome
+from tqdm import tqdm
 
 import train_udon
+
+# tqdm's own lock is one for all forks of a process: a run that is killed while it holds it would stop all later ones.
+# Runs that a shell starts share none.
+for kind_of_bar in (tqdm, hub_tqdm):
+    kind_of_bar.set_lock(threading.RLock())
 
 # A crowded machine may be slow; nothing here is known to hang.
 PATIENCE = 300
@@ -50,20 +58,26 @@ class Running:
 Start = Callable[..., Running]
 
 
-# What was done to runs, how often, and in how many of them something was lost.
-TOLD: list[tuple[str, int, int]] = []
+# What was done, how often, and in how many cases something was lost.
+TOLD: dict[str, list[int]] = {}
 
 
 @pytest.fixture(scope="session")
 def tell() -> Callable[[str, int, int], None]:
-    """Adds a row to the table at the end: what was done, how often, and how often something was lost."""
-    return lambda *row: TOLD.append(row)
+    """Adds to the table at the end: what was done, how often, and how often something was lost."""
+
+    def add(what: str, times: int, lost: int) -> None:
+        row = TOLD.setdefault(what, [0, 0])
+        row[0] += times
+        row[1] += lost
+
+    return add
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     if TOLD:
         terminalreporter.write_line("\n times   lost  what was done")
-    for what, times, lost in TOLD:
+    for what, (times, lost) in TOLD.items():
         terminalreporter.write_line(f"{times:6} {lost:6}  {what}")
 
 

@@ -27,6 +27,7 @@ BACKBONE = "model__backbone_config"
 DOMAIN = "domains__blobs"
 
 Edit = Callable[[pa.Table], pa.Table | None]
+Tell = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -198,7 +199,7 @@ def place(tmp_path: Path, tiny_domains: Path, tiny_config: Callable[..., Path]) 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_bad_config_is_one_line_and_exit_code_2_before_any_work(
-    kind: str, place: Place, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    kind: str, place: Place, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tell: Tell
 ) -> None:
     def no_work(self: Trainer, *values: Any) -> None:
         raise AssertionError("work was started")
@@ -213,6 +214,7 @@ def test_a_bad_config_is_one_line_and_exit_code_2_before_any_work(
     line = capsys.readouterr().err
     assert line.startswith("error: ") and line.count("\n") == 1 and words in line and "hf_secret" not in line
     assert not (place.folder / "runs").exists()
+    tell("kinds of bad configs and data sets, each refused before any work", 1, 0)
 
 
 def test_60_kinds_are_tried() -> None:
@@ -270,6 +272,8 @@ OVERRIDES = st.lists(
 )
 FUZZ = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
+FUZZED = "random configs, command lines and old runs, each read or refused in a line"
+
 
 def load_or_refuse(path: Path, *more: Any) -> None:
     try:
@@ -281,10 +285,11 @@ def load_or_refuse(path: Path, *more: Any) -> None:
 @FUZZ
 @given(sections=st.dictionaries(st.sampled_from(sorted(SECTIONS)), ANYTHING, max_size=4), overrides=OVERRIDES)
 def test_whatever_a_config_holds_only_a_config_error_leaves_the_loader(
-    place: Place, sections: dict[str, Any], overrides: list[str]
+    place: Place, tell: Tell, sections: dict[str, Any], overrides: list[str]
 ) -> None:
     path = place.tiny_config(**sections)
     load_or_refuse(path, overrides)
+    tell(FUZZED, 1, 0)
 
 
 @pytest.fixture
@@ -304,12 +309,13 @@ def trained(place: Place) -> Path:
 @example(sections={"init": 3}, overrides=[])
 @example(sections={"domains": 3}, overrides=["--init.old_data=none"])
 def test_whatever_goes_with_a_run_to_start_from_only_a_config_error_leaves_the_loader(
-    place: Place, trained: Path, sections: dict[str, Any], overrides: list[str]
+    place: Place, trained: Path, tell: Tell, sections: dict[str, Any], overrides: list[str]
 ) -> None:
     path = place.folder / "more.yaml"
     path.write_text(yaml.safe_dump(sections))
     for added in ([], ["more=somewhere"]):
         load_or_refuse(path, overrides, [], trained, added)
+    tell(FUZZED, 1, 0)
 
 
 @FUZZ
@@ -317,10 +323,11 @@ def test_whatever_goes_with_a_run_to_start_from_only_a_config_error_leaves_the_l
 @example(content="")
 @example(content="domains: {a: {}}")
 def test_whatever_the_config_of_a_run_to_start_from_holds_only_a_config_error_leaves_the_loader(
-    place: Place, trained: Path, content: str
+    place: Place, trained: Path, tell: Tell, content: str
 ) -> None:
     (trained / "config.yaml").write_bytes(content.encode("utf-8", "surrogatepass"))
     load_or_refuse(None, ["--name", "new"], [], trained, ["more=somewhere"])
+    tell(FUZZED, 1, 0)
 
 
 def test_a_section_of_the_run_to_start_from_may_be_empty(place: Place, trained: Path) -> None:
@@ -330,6 +337,7 @@ def test_a_section_of_the_run_to_start_from_may_be_empty(place: Place, trained: 
 
 @FUZZ
 @given(content=st.text(max_size=60) | ANYTHING.map(repr) | st.text("{}[]:,-&*!|>%@#?'\" \n\tab0.~", max_size=60))
-def test_whatever_a_file_holds_only_a_config_error_leaves_the_loader(place: Place, content: str) -> None:
+def test_whatever_a_file_holds_only_a_config_error_leaves_the_loader(place: Place, tell: Tell, content: str) -> None:
     load_or_refuse(text(content.encode("utf-8", "surrogatepass"))(place))
     load_or_refuse(place.tiny_config(), [f"--model.backbone={content}"], [content])
+    tell(FUZZED, 1, 0)

@@ -71,6 +71,16 @@ def test_what_is_no_run_is_not_overwritten(call: Call, make_values: Values, writ
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["photos", "thesis.tex"]
 
 
+def test_where_no_folder_can_be_made_is_one_line(make_values: Values, write: Any, start: Any, tmp_path: Path) -> None:
+    config = write(make_values(tmp_path))
+    (tmp_path / "scratch").symlink_to("/mnt/not/mounted")
+    for folder, reason in ((tmp_path / "scratch", "File exists"), (Path("/proc/runs"), "No such file or directory")):
+        refused = start(config, "--output_dir", str(folder))
+        assert refused.wait() == [2] and "Traceback" not in refused.said()
+        line = refused.said().splitlines()[-1]
+        assert f"Got {folder}/run, where {folder} cannot be one ({reason}); mount what it leads to" in line
+
+
 def test_a_run_that_is_killed_while_it_overwrites_goes_on_as_the_new_one(
     old_run: Path, make_values: Values, write: Any, start: Any, tmp_path: Path
 ) -> None:

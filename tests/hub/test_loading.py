@@ -28,14 +28,14 @@ TOLERANCE = 2e-6
 Values = Callable[..., dict[str, Any]]
 
 # Run in a process of its own, in another folder, where `import modeling_udon` fails: arguments are the repository, its
-# revision, the way of loading, a Parquet file of images, and the file for the embeddings.
+# revision or nothing, the way of loading, a Parquet file of images, and the file for the embeddings.
 STRANGER = """
 import io, sys
 sys.modules["modeling_udon"] = None
 import numpy as np, pyarrow.parquet as pq, torch
 from PIL import Image
 
-repo, revision, way, parquet, out = sys.argv[1:]
+repo, revision, way, parquet, out = (value or None for value in sys.argv[1:])
 images = [Image.open(io.BytesIO(row["bytes"])) for row in pq.read_table(parquet)["image"].to_pylist()]
 if way == "auto":
     from transformers import AutoImageProcessor, AutoModel
@@ -63,7 +63,8 @@ Stranger = Callable[..., np.ndarray]
 
 def run_stranger(
     repo: str, revision: str, way: str, parquet: Path, folder: Path, variables: dict[str, str]
-) -> np.ndarray:
+) -> tuple[np.ndarray, str]:
+    """Gives the embeddings and what was said."""
     folder.mkdir(exist_ok=True)
     out = folder / f"{way}.npy"
     done = subprocess.run(
@@ -75,7 +76,7 @@ def run_stranger(
         timeout=240,
     )
     assert done.returncode == 0, done.stderr
-    return np.load(out)
+    return np.load(out), done.stderr
 
 
 def embed_ourselves(best: Path, folder: Path) -> np.ndarray:
@@ -109,27 +110,30 @@ def test_a_pushed_student_embeds_the_same_without_the_package_and_again_offline(
         pytest.skip("sentence-transformers is not installed: it embeds images from 6.2 on, with transformers 5")
     parquet = tiny_domains / "blobs" / "test.parquet"
     variables = hub_with_students.environment(tmp_path / "home", token=None)
-    theirs = run_stranger(REPO, "v1", way, parquet, tmp_path / "elsewhere", variables)
+    theirs, said = run_stranger(REPO, "v1", way, parquet, tmp_path / "elsewhere", variables)
     ours = embed_ourselves(trained["student"] / "best", tiny_domains)
     assert theirs.shape == ours.shape == (40, 8)
     np.testing.assert_allclose(theirs, ours, atol=TOLERANCE)
+    assert "pin a revision" not in said
     asked = len(hub_with_students.requests)
-    offline = run_stranger(REPO, "v1", way, parquet, tmp_path / "elsewhere", variables | {"HF_HUB_OFFLINE": "1"})
+    offline, _ = run_stranger(REPO, "v1", way, parquet, tmp_path / "elsewhere", variables | {"HF_HUB_OFFLINE": "1"})
     np.testing.assert_array_equal(offline, theirs)
     assert len(hub_with_students.requests) == asked
 
 
-def test_a_pinned_revision_is_not_the_newest(
+def test_a_pinned_revision_is_not_the_newest_whose_code_transformers_warns_of(
     hub_with_students: LoopbackHub, trained: dict[str, Path], tiny_domains: Path, tmp_path: Path
 ) -> None:
     parquet = tiny_domains / "blobs" / "test.parquet"
     variables = hub_with_students.environment(tmp_path / "home", token=None)
-    newest = run_stranger(REPO, "main", "auto", parquet, tmp_path / "elsewhere", variables)
+    newest, said = run_stranger(REPO, "", "auto", parquet, tmp_path / "elsewhere", variables)
+    assert "you can pin a revision" in said and "modeling_udon.py" in said
     ours = embed_ourselves(trained["student"] / "best", tiny_domains)
     assert np.abs(newest - ours).max() > 0.01
     commit = hub_with_students.model(REPO).tags["v1"]
-    pinned = run_stranger(REPO, commit, "auto", parquet, tmp_path / "elsewhere", variables)
+    pinned, said = run_stranger(REPO, commit, "auto", parquet, tmp_path / "elsewhere", variables)
     np.testing.assert_allclose(pinned, ours, atol=TOLERANCE)
+    assert "pin a revision" not in said
 
 
 def test_the_snippets_of_the_card_run_as_they_stand(

@@ -95,6 +95,8 @@ def test_a_number_that_yaml_reads_as_text_becomes_a_number(tiny_config: Write) -
         (["--optim.lr", "[1"], "`optim.lr` must have a YAML value. Got '[1'; put it in quotes."),
         (["--name.first", "x"], "`name.first` must lead through sections. Got the value 'run' at `name`."),
         (["--optim.lrr", "1"], "`optim.lrr` is not a key of "),
+        (["--lr", "1"], "; did you mean `optim.lr`?"),
+        (["--batch_size", "1"], "; did you mean `train.batch_size` or `eval.batch_size`?"),
     ],
 )
 def test_a_wrong_override_is_named(tiny_config: Write, overrides: list[str], words: str) -> None:
