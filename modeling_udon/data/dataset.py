@@ -2,14 +2,15 @@
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset as TorchDataset
-from torch.utils.data import get_worker_info
 
 from modeling_udon.data.domains import Domain, Images, encoded_bytes
+from modeling_udon.data.handover import Slots, contents, receive
 from modeling_udon.data.sampling import BatchDraw
 from modeling_udon.data.text import printable
 from modeling_udon.data.transforms import ImageTransform, RandomTransform, decode_image
@@ -58,16 +59,33 @@ class DomainBatch:
         pixels: Images of shape `(batch_size, height, width, 3)`, uint8, RGB.
         labels: Classes of shape `(batch_size,)`, int64.
         broken: Images that were drawn and could not be read; others of the domain stand in their places.
+        slot: In a worker, the shared memory that holds the pixels.
     """
 
     domain: str
     pixels: torch.Tensor
     labels: torch.Tensor
     broken: tuple[BrokenImage, ...] = ()
+    slot: torch.Tensor | None = field(default=None, repr=False)
 
     def pin_memory(self) -> "DomainBatch":
         """Returns the batch in page-locked memory; the DataLoader calls it where a GPU is used."""
         return replace(self, pixels=self.pixels.pin_memory(), labels=self.labels.pin_memory())
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Labels travel within the message: in shared memory of their own, they would cost more than they weigh.
+        pixels = self.pixels if self.slot is None else (self.slot, self.pixels.shape)
+        return _receive_batch, (self.domain, pixels, self.labels.numpy(), self.broken)
+
+
+def _receive_batch(
+    domain: str,
+    pixels: torch.Tensor | tuple[torch.Tensor, tuple[int, ...]],
+    labels: np.ndarray,
+    broken: tuple[BrokenImage, ...],
+) -> DomainBatch:
+    received = pixels if isinstance(pixels, torch.Tensor) else receive(*pixels)
+    return DomainBatch(domain, received, torch.from_numpy(labels), broken)
 
 
 class MultiDomainDataset(TorchDataset[DomainBatch]):
@@ -92,10 +110,12 @@ class MultiDomainDataset(TorchDataset[DomainBatch]):
         self._transform = transform
         self._seed = seed
         self._replace_broken = replace_broken
+        self._generators = {name: PositionGenerator(seed, number) for name, (number, _) in self._domains.items()}
+        self._slots = Slots()
 
     def __getitem__(self, draw: BatchDraw) -> DomainBatch:
         number, domain = self._domains[draw.domain]
-        pixels: torch.Tensor | None = None
+        slot, pixels = None, np.empty(0, np.uint8)
         rows, broken = draw.rows.copy(), []
         for place, found in enumerate(_try_images(domain.images, draw.rows, domain.name, "train")):
             position = int(draw.positions[place])
@@ -104,12 +124,14 @@ class MultiDomainDataset(TorchDataset[DomainBatch]):
                     raise BrokenImageError(str(found))
                 broken.append(replace(found, position=position))
                 rows[place], found = self._substitute(number, domain, position, found)
-            image = self._transform(found, np.random.default_rng((self._seed, number, position)))
-            if pixels is None:
-                pixels = _empty_pixels((len(rows), *image.shape))
-            pixels[place] = torch.from_numpy(image)
-        assert pixels is not None, "a draw has images"
-        return DomainBatch(draw.domain, pixels, torch.from_numpy(domain.labels[rows]), tuple(broken))
+            image = self._transform(found, self._generators[draw.domain].at(position))
+            if place == 0:
+                shape = (len(rows), *image.shape)
+                slot = self._slots.take(math.prod(shape))
+                pixels = np.empty(shape, np.uint8) if slot is None else contents(slot, shape).numpy()
+            pixels[place] = image
+        labels = torch.from_numpy(domain.labels[rows])
+        return DomainBatch(draw.domain, torch.from_numpy(pixels), labels, tuple(broken), slot)
 
     def _substitute(self, number: int, domain: Domain, position: int, broken: BrokenImage) -> tuple[int, np.ndarray]:
         for row in substitutes(self._seed, number, position, len(domain.images)):
@@ -119,13 +141,23 @@ class MultiDomainDataset(TorchDataset[DomainBatch]):
         raise BrokenImageError(f"{broken}; {_MAX_SUBSTITUTES} others in its place are broken too")
 
 
-def _empty_pixels(shape: tuple[int, ...]) -> torch.Tensor:
-    """A uint8 tensor; in a worker, in the memory in which it is handed over, which saves a copy of the batch."""
-    if get_worker_info() is None:
-        return torch.empty(shape, dtype=torch.uint8)
-    # What torch's own `default_collate` does.
-    storage = torch.UntypedStorage._new_shared(math.prod(shape), device="cpu")
-    return torch.empty(0, dtype=torch.uint8).set_(storage).view(shape)
+class PositionGenerator:
+    """Random numbers for each position, of a generator that counts and need not be seeded anew.
+
+    Args:
+        key: What the numbers depend on besides the position.
+    """
+
+    def __init__(self, *key: int) -> None:
+        self._generator = np.random.Generator(np.random.Philox(np.random.SeedSequence(key)))
+        self._state = self._generator.bit_generator.state
+
+    def at(self, position: int) -> np.random.Generator:
+        """Gives the generator as it begins at a position; there is one, which the next call moves."""
+        # The lowest of the four words counts what is drawn at one position.
+        self._state["state"]["counter"][:] = 0, position, 0, 0
+        self._generator.bit_generator.state = self._state
+        return self._generator
 
 
 def substitutes(seed: int, number: int, position: int, num_images: int) -> np.ndarray:

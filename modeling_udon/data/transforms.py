@@ -235,8 +235,14 @@ class TrainTransform:
         """
         size = self.image_size
         side = round(size * 256 / 224) if self.resize_size is None else self.resize_size
-        resized = cv2.resize(image, (side, side), interpolation=cv2.INTER_LINEAR)
-        top, left = rng.integers(side - size + 1), rng.integers(side - size + 1)
+        top, left = int(rng.integers(side - size + 1)), int(rng.integers(side - size + 1))
+        # A side that has its length already is cut before, which gives the same pixels and spares some of the resize.
+        height, width = side, side
+        if image.shape[0] == side:
+            image, top, height = image[top : top + size], 0, size
+        if image.shape[1] == side:
+            image, left, width = image[:, left : left + size], 0, size
+        resized = cv2.resize(image, (width, height), interpolation=cv2.INTER_LINEAR)
         crop = resized[top : top + size, left : left + size]
         return cv2.flip(crop, 1) if self.flip and rng.random() < 0.5 else crop
 

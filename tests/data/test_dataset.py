@@ -1,5 +1,6 @@
 """Batches hold the drawn images, augmented by their position alone; a broken image is named."""
 
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,13 @@ import torch
 from datasets import Dataset, Features, Image
 from torch.utils.data import DataLoader
 
-from modeling_udon.data.dataset import EvaluationDataset, MultiDomainDataset, collate_images, read_images
+from modeling_udon.data.dataset import (
+    EvaluationDataset,
+    MultiDomainDataset,
+    PositionGenerator,
+    collate_images,
+    read_images,
+)
 from modeling_udon.data.domains import Domain, DomainSpec, open_domain
 from modeling_udon.data.sampling import BatchDraw, DomainBatchSampler
 from modeling_udon.data.transforms import EvalTransform, TrainTransform, decode_image
@@ -37,7 +44,9 @@ def test_an_item_is_the_drawn_images_of_one_domain(domains: dict[str, Domain]) -
     assert batch.labels.tolist() == [0, 2, 0]
     for pixels, row, position in zip(batch.pixels, rows, positions, strict=True):
         image = decode_image(read_bytes(domains["blobs"], int(row)))
-        expected = transform(image, np.random.default_rng((5, 1, int(position))))
+        # A position is as far from the next as 2**64 steps of the counter.
+        bits = np.random.Philox(np.random.SeedSequence((5, 1))).advance(int(position) << 64)
+        expected = transform(image, np.random.Generator(bits))
         assert np.array_equal(pixels.numpy(), expected)
     assert not torch.equal(batch.pixels[0], batch.pixels[2])
 
@@ -59,6 +68,27 @@ def test_batches_do_not_depend_on_workers_or_on_the_global_generator(
         assert batch.domain == wanted.domain
         assert torch.equal(batch.pixels, wanted.pixels)
         assert torch.equal(batch.labels, wanted.labels)
+
+
+def test_numbers_at_a_position_do_not_depend_on_what_was_drawn_before() -> None:
+    at_seven = PositionGenerator(3, 0).at(7).random(5)
+    generator = PositionGenerator(3, 0)
+    generator.at(2).integers(10, size=3, dtype=np.int32)
+    for again in (generator, pickle.loads(pickle.dumps(generator))):
+        assert np.array_equal(again.at(7).random(5), at_seven)
+    others = (generator.at(8), PositionGenerator(3, 1).at(7), PositionGenerator(4, 0).at(7))
+    assert all(not np.isin(other.random(100), at_seven).any() for other in others)
+
+
+def test_batches_that_are_kept_are_not_written_over(domains: dict[str, Domain]) -> None:
+    dataset = MultiDomainDataset(domains, TrainTransform(16), seed=1)
+    sampler = DomainBatchSampler({name: len(domain.images) for name, domain in domains.items()}, 40, batch_size=4)
+    loader = DataLoader(dataset, batch_size=None, sampler=sampler, num_workers=1, collate_fn=lambda batch: batch)
+    # Of some all, of some a view, of some nothing: more than the memory that a worker uses again.
+    kept = [batch.pixels if number % 3 else batch.pixels[1:] for number, batch in enumerate(loader) if number % 4]
+    expected = [dataset[draw].pixels[number % 3 == 0 :] for number, draw in enumerate(sampler) if number % 4]
+    assert len(kept) == 30
+    assert all(torch.equal(*pair) for pair in zip(kept, expected, strict=True))
 
 
 def test_evaluation_items_are_the_rows_asked_for(domains: dict[str, Domain]) -> None:

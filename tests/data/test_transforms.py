@@ -382,6 +382,17 @@ def test_training_resizes_to_a_square_crops_and_flips_as_drawn(size):
         assert np.abs(result - (expected[:, ::-1] if flipped else expected)).max() <= 1
 
 
+@pytest.mark.parametrize("size", [(28, 60), (60, 28), (28, 28), (27, 29)])
+def test_what_the_crop_leaves_out_changes_nothing_when_it_is_cut_before_the_resize(size):
+    image, transform = picture(*size), TrainTransform(24, resize_size=28, flip=False)
+    square = cv2.resize(image, (28, 28), interpolation=cv2.INTER_LINEAR)
+    for seed in range(20):
+        draws = np.random.default_rng(seed)
+        top, left = draws.integers(5), draws.integers(5)
+        result = transform(image, np.random.default_rng(seed))
+        np.testing.assert_array_equal(result, square[top : top + 24, left : left + 24])
+
+
 def positions() -> np.ndarray:
     """An image of 10 x 10 whose pixels hold their row and column."""
     return np.stack([*np.mgrid[:10, :10], np.zeros((10, 10))], axis=-1).astype(np.uint8)
