@@ -23,6 +23,7 @@ os.environ |= {"HF_DATASETS_OFFLINE": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": 
 
 import numpy as np
 import torch
+import yaml
 from PIL import Image as PILImage
 
 from modeling_udon.data.dataset import DomainBatch
@@ -68,8 +69,7 @@ def make_trainer(images: Path, num_domains: int, idle_heads: str, options: Seque
         "train": {"num_steps": 1_000_000, "batch_size": BATCH_SIZE},
     }
     path = images.parent / f"{num_domains}-domains.yaml"
-    # JSON is YAML, without the aliases that a dump of equal domains would have.
-    path.write_text(json.dumps(config), encoding="utf-8")
+    path.write_text(yaml.safe_dump(config), encoding="utf-8")
     checked = load_config(path, options)
     return Trainer(checked, RunFolder(checked), StopSignals())
 
