@@ -3,7 +3,8 @@
 import csv
 import hashlib
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -152,12 +153,21 @@ def split_by_class(
 
 
 def drop_duplicates(
-    splits: Mapping[str, Sequence[Picture]], read: Read
+    splits: Mapping[str, Sequence[Picture]],
+    read: Read,
+    num_workers: int = 0,
+    advance: Callable[[int], object] = lambda num_images: None,
 ) -> tuple[dict[str, list[Picture]], list[tuple[str, str]]]:
     """Drops pictures whose file has the content of an earlier one in another class or split.
 
     A picture that is trained on must not be searched for, and a picture of two classes is right for neither. Copies
     inside a class of one split stay.
+
+    Args:
+        splits: Pictures by split.
+        read: Gives the bytes of a picture by its path, in several threads.
+        num_workers: Threads that read; 0 for one.
+        advance: Called with the number of pictures read since the last call.
 
     Returns:
         The splits that are left, and for each dropped picture its path and that of the picture it repeats.
@@ -167,11 +177,8 @@ def drop_duplicates(
     dropped: list[tuple[str, str]] = []
     for split, pictures in splits.items():
         kept[split] = []
-        for picture in pictures:
-            try:
-                digest = hashlib.sha256(read(picture.path)).hexdigest()
-            except (OSError, ValueError):  # It is named when it is to be written.
-                digest = picture.path
+        for picture, digest in zip(pictures, _digests(pictures, read, num_workers), strict=True):
+            advance(1)
             known_split, known_label, known_path = first.setdefault(digest, (split, picture.label, picture.path))
             # Query and index of one test may share pictures: the benchmark's own choice.
             together = known_split == split or {known_split, split} == {"test", "index"}
@@ -180,6 +187,18 @@ def drop_duplicates(
             else:
                 dropped.append((picture.path, known_path))
     return kept, dropped
+
+
+def _digests(pictures: Sequence[Picture], read: Read, num_workers: int) -> Iterator[str]:
+    def digest(picture: Picture) -> str:
+        try:
+            return hashlib.sha256(read(picture.path)).hexdigest()
+        except (OSError, ValueError):  # It is named when it is to be written.
+            return picture.path
+
+    with ThreadPoolExecutor(num_workers or 1) as pool:
+        for start in range(0, len(pictures), 1000):
+            yield from pool.map(digest, pictures[start : start + 1000])
 
 
 def without_lone_queries(splits: Mapping[str, Sequence[Picture]]) -> dict[str, list[Picture]]:

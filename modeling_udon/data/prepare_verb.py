@@ -90,7 +90,9 @@ def prepare_own(
         if "train" not in splits:
             raise ValueError(f"--split-column must have rows for train. Got {', '.join(map(str, found))}.")
         say_overlap(splits, say)
-    splits, dropped = drop_duplicates(splits, read)
+    num_pictures = sum(map(len, splits.values()))
+    with _bar(num_pictures, show_progress, "looking for copies") as bar:
+        splits, dropped = drop_duplicates(splits, read, options.num_workers, bar.update)
     splits = without_lone_queries(splits)
     for path, other in dropped[:5]:
         say(f"left out: {printable(path)} has the content of {printable(other)}")
@@ -182,12 +184,16 @@ def _write(
 ) -> dict[str, list[SplitSummary]]:
     total = sum(len(pictures) for of_domain in splits.values() for pictures in of_domain.values())
     found = {}
-    with tqdm(total=total, unit="image", disable=not show_progress, dynamic_ncols=True) as bar:
+    with _bar(total, show_progress, "decoding") as bar:
         for name, of_domain in splits.items():
             found[name] = write_domain(of_domain, read, folders[name], options, bar.update)
             say(format_summary(name, found[name]))
             write_unreadable(folders[name], found[name])
     return found
+
+
+def _bar(total: int, show: bool, what: str) -> "tqdm[Any]":
+    return tqdm(total=total, desc=what, unit="image", disable=not show, dynamic_ncols=True)
 
 
 def _yaml(specs: Mapping[str, Any]) -> str:

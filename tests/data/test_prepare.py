@@ -228,7 +228,8 @@ def test_a_data_set_is_split_by_class_or_keeps_its_splits(udon: Udon, tmp_path: 
     )
 
 
-def test_the_same_picture_in_two_splits_or_classes_stays_once(udon: Udon, tmp_path: Path) -> None:
+@pytest.mark.parametrize("num_workers", [0, 3])
+def test_the_same_picture_in_two_splits_or_classes_stays_once(udon: Udon, tmp_path: Path, num_workers: int) -> None:
     rows = ["path,label,split"]
     for split, labels in {"train": "ab", "test": "cd"}.items():
         for label in labels:
@@ -241,7 +242,7 @@ def test_the_same_picture_in_two_splits_or_classes_stays_once(udon: Udon, tmp_pa
     (tmp_path / "testd1.png").write_bytes((tmp_path / "testd0.png").read_bytes())
     table = tmp_path / "table.csv"
     table.write_text("\n".join(rows) + "\n")
-    code, text, _ = udon("prepare", "csv", table, "--out", tmp_path / "data" / "x")
+    code, text, _ = udon("prepare", "csv", table, "--out", tmp_path / "data" / "x", "--num-workers", num_workers)
     assert code == 0
     assert "left out: testc0.png has the content of traina0.png" in text
     assert "left out: trainb0.png has the content of traina1.png" in text and "testd1" not in text
