@@ -1,7 +1,8 @@
 """Image files become a domain on disk: Parquet shards that `datasets` opens, images kept as encoded bytes.
 
 Every image is decoded once on the way, so that what training cannot read is found and named here. Shards appear whole
-or not at all, and one that is there is not written again: a stopped preparation goes on where it was.
+or not at all, and one that is there is not written again unless images were left out of it: a stopped preparation goes
+on where it was, and files that were mended meanwhile come in.
 """
 
 import hashlib
@@ -32,6 +33,10 @@ _PLAN_FILE = "prepare.json"
 _UNREADABLE = b"udon.unreadable"
 _SHORTER_SIDES = b"udon.shorter_sides"
 _JPEG_QUALITY = 95
+# If none of so many can be read, they are looked for in the wrong place.
+_NUM_PROBED = 100
+# What a plan's entries are to the user.
+_PLAN_ENTRIES = {"pictures": "other pictures", "size": "another --size", "shard_size": "another --shard-size"}
 
 
 @dataclass(frozen=True)
@@ -128,9 +133,12 @@ def write_domain(
         advance: Called with the number of images done since the last call.
 
     Raises:
-        ValueError: If `folder` holds something else, or a domain prepared from other pictures or in another way.
+        ValueError: If nothing of a split can be read, or `folder` holds something else, or a domain prepared from
+            other pictures or in another way.
     """
     options = options or PrepareOptions()
+    for split, pictures in splits.items():
+        _probe(split, pictures[:_NUM_PROBED], read)
     _claim(folder, splits, options)
     jobs = [
         (folder / f"{split}-{number:05d}.parquet", list(pictures[start : start + options.shard_size]))
@@ -138,8 +146,9 @@ def write_domain(
         for number, start in enumerate(range(0, len(pictures), options.shard_size))
     ]
     schema = _schema(any(isinstance(p.label, list) for ps in splits.values() for p in ps), _label_type(splits))
-    missing = [(path, pictures, read, options.size, schema) for path, pictures in jobs if not path.is_file()]
-    advance(sum(len(pictures) for path, pictures in jobs if path.is_file()))
+    done = {path for path, _ in jobs if path.is_file() and not _found_by(path, _UNREADABLE)}
+    missing = [(path, pictures, read, options.size, schema) for path, pictures in jobs if path not in done]
+    advance(sum(len(pictures) for path, pictures in jobs if path in done))
     for num_images in _run(missing, options.num_workers):
         advance(num_images)
     _write_readme(folder, list(splits))
@@ -170,9 +179,10 @@ def format_summary(name: str, summaries: Sequence[SplitSummary]) -> str:
 def write_unreadable(folder: Path, summaries: Iterable[SplitSummary]) -> Path | None:
     """Lists what was left out in `unreadable.txt`, a line each: split, path, reason."""
     lines = [f"{s.name}\t{table_cell(path)}\t{printable(reason)}\n" for s in summaries for path, reason in s.unreadable]
-    if not lines:
-        return None
     path = folder / "unreadable.txt"
+    if not lines:
+        path.unlink(missing_ok=True)
+        return None
     path.write_text("".join(lines), encoding="utf-8")
     return path
 
@@ -188,6 +198,21 @@ def domain_spec(splits: Sequence[str], folder: Path) -> dict[str, Any]:
     return spec
 
 
+def _probe(split: str, pictures: Sequence[Picture], read: Read) -> None:
+    reasons = []
+    for picture in pictures:
+        try:
+            read(picture.path)
+            return
+        except (OSError, ValueError) as error:
+            reasons.append(f"{printable(picture.path)}: {' '.join(str(error).split())}")
+    if reasons:
+        raise ValueError(
+            f"--images must be the folder that the pictures' paths start from. Got one with none of the first "
+            f"{len(reasons)} of {split}, such as {reasons[0]}."
+        )
+
+
 def _claim(folder: Path, splits: Mapping[str, Sequence[Picture]], options: PrepareOptions) -> None:
     """Writes down what is being prepared, or compares with what was."""
     digest = hashlib.sha256()
@@ -197,10 +222,10 @@ def _claim(folder: Path, splits: Mapping[str, Sequence[Picture]], options: Prepa
     path = folder / _PLAN_FILE
     if path.is_file():
         before = json.loads(path.read_text(encoding="utf-8"))
-        changed = [key for key in plan if before.get(key) != plan[key]]
+        changed = [_PLAN_ENTRIES[key] for key in plan if before.get(key) != plan[key]]
         if changed:
             raise ValueError(
-                f"--out must be new or hold what is being prepared. Got {folder}, prepared with another "
+                f"--out must be new or hold what is being prepared. Got {folder}, prepared with "
                 f"{' and '.join(changed)}; give another --out, or remove it."
             )
     elif folder.exists() and any(folder.iterdir()):
@@ -271,6 +296,11 @@ def _shrink(data: bytes, size: int | None) -> tuple[bytes, int]:
     return cv2.imencode(form, cv2.cvtColor(shrunk, cv2.COLOR_RGB2BGR), flags)[1].tobytes(), side
 
 
+def _found_by(shard: Path, what: bytes) -> list[Any]:
+    found: list[Any] = json.loads(pq.read_schema(shard).metadata[what])
+    return found
+
+
 def _write_readme(folder: Path, splits: Sequence[str]) -> None:
     files = [{"split": split, "path": f"{split}-*.parquet"} for split in splits]
     header = yaml.safe_dump({"configs": [{"config_name": "default", "data_files": files}]}, sort_keys=False)
@@ -287,8 +317,7 @@ def _summarise(split: str, shards: Sequence[Path]) -> SplitSummary:
         num_images += len(labels)
         for label in labels:
             counts.update(label if isinstance(label, list) else [label])
-        metadata = pq.read_schema(shard).metadata
-        unreadable += [(path, reason) for path, reason in json.loads(metadata[_UNREADABLE])]
-        sides += json.loads(metadata[_SHORTER_SIDES])
+        unreadable += [(path, reason) for path, reason in _found_by(shard, _UNREADABLE)]
+        sides += _found_by(shard, _SHORTER_SIDES)
     span = (min(sides), round(statistics.median(sides)), max(sides)) if sides else (0, 0, 0)
     return SplitSummary(split, num_images, sorted(counts.values(), reverse=True), span, unreadable)

@@ -124,8 +124,38 @@ def test_a_stopped_preparation_goes_on_and_another_one_is_refused(
     assert {path: path.stat().st_mtime_ns for path in kept} == stamps
     assert udon(*words, "--size", 10)[2].startswith(
         f"udon prepare: error: --out must be new or hold what is being prepared. Got {out / 'cars'}, prepared with "
-        "another size;"
+        "another --size;"
     )
+
+
+def test_a_folder_without_the_pictures_is_refused_before_anything_is_written(
+    udon: Udon, uned_files: tuple[Path, Path], tmp_path: Path
+) -> None:
+    info, out = uned_files[0], tmp_path / "uned"
+    code, text, error = udon("prepare", "uned", "--info-files", info, "--images", tmp_path, "--out", out)
+    assert (code, text) == (2, "") and not out.exists()
+    assert error.startswith(
+        "udon prepare: error: --images must be the folder that the pictures' paths start from. Got one with none of the "
+        "first 9 of train, such as cars/train/0_0.png: "
+    )
+
+
+def test_a_picture_that_was_mended_comes_in(udon: Udon, uned_files: tuple[Path, Path], tmp_path: Path) -> None:
+    info, images = uned_files
+    out = tmp_path / "uned"
+    words = ["prepare", "uned", "--info-files", info, "--images", images, "--out", out, "--domains", "cars"]
+    words += ["--shard-size", 4]
+    picture = images / "cars" / "train" / "1_2.png"
+    whole = picture.read_bytes()
+    picture.write_bytes(whole[:40])
+    assert "left out of train: cars/train/1_2.png" in udon(*words)[1]
+    assert "cars/train/1_2.png" in (out / "cars" / "unreadable.txt").read_text()
+    stamps = {path: path.stat().st_mtime_ns for path in (out / "cars").glob("*.parquet")}
+    picture.write_bytes(whole)
+    assert "left out" not in udon(*words)[1] and not (out / "cars" / "unreadable.txt").exists()
+    assert len(load_dataset(str(out / "cars"), split="train")) == 9
+    changed = {path.name for path, stamp in stamps.items() if path.stat().st_mtime_ns != stamp}
+    assert changed == {"train-00001.parquet"}
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
