@@ -135,8 +135,8 @@ def test_a_folder_without_the_pictures_is_refused_before_anything_is_written(
     code, text, error = udon("prepare", "uned", "--info-files", info, "--images", tmp_path, "--out", out)
     assert (code, text) == (2, "") and not out.exists()
     assert error.startswith(
-        "udon prepare: error: --images must be the folder that the pictures' paths start from. Got one with none of the "
-        "first 9 of train, such as cars/train/0_0.png: "
+        "udon prepare: error: --images must be the folder that the pictures' paths start from. Got one with none of "
+        "the first 9 of train, such as cars/train/0_0.png: "
     )
 
 
