@@ -121,8 +121,8 @@ def split_by_class(
     Args:
         pictures: Pictures with one class each.
         seed: Seed of the shuffling.
-        validation: Share of the classes with several images for validation.
-        test: Their share for the test.
+        validation: Share of the classes with several images for validation; two of them at least.
+        test: Their share for the test; two at least.
 
     Raises:
         ValueError: If a split would be left without classes.
@@ -131,10 +131,13 @@ def split_by_class(
     several = sorted((name for name, count in counts.items() if count > 1), key=lambda name: (-counts[name], str(name)))
     rng = np.random.default_rng(seed)
     split_of: dict[Any, str] = dict.fromkeys(counts, "train")
-    owed = {"validation": 0.0, "test": 0.0}
+    # Retrieval among the images of one class is always right, so that one would measure nothing.
+    least = 2 / max(2, len(several))
+    shares = {"validation": max(validation, least), "test": max(test, least)}
+    owed = dict.fromkeys(shares, 0.0)
     for start in range(0, len(several), 20):
         group = [several[i] for i in start + rng.permutation(len(several[start : start + 20]))]
-        for split, share in (("validation", validation), ("test", test)):
+        for split, share in shares.items():
             owed[split] += share * len(several[start : start + 20])
             taken = int(owed[split] + 1e-9)
             for _ in range(min(taken, len(group))):

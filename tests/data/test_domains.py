@@ -168,7 +168,8 @@ def test_what_is_wrong_with_the_data_is_named(tmp_path: Path) -> None:
     split = make_split([0, 1], Value("int64"))
     spec = save(tmp_path / "data", train=split)
     assert refuse(spec.model_copy(update={"train_split": "trian"})) == (
-        f"`domains.cars.train_split` must be a split of {spec.path}: train. Got 'trian'."
+        f"`domains.cars.train_split` must be a split of {spec.path}: train. Got 'trian'; name one, or let "
+        "`udon prepare` share the classes out over splits."
     )
     for field in ("image_column", "label_column"):
         assert refuse(spec.model_copy(update={field: "x"})) == (

@@ -206,6 +206,17 @@ def test_classes_are_disjoint_and_of_every_size_in_every_split() -> None:
     assert splits == split_by_class(pictures, seed=1) != split_by_class(pictures, seed=2)
 
 
+@pytest.mark.parametrize("num_classes", [6, 17, 25])
+def test_of_few_classes_two_go_to_each_split_at_least(num_classes: int) -> None:
+    pictures = [Picture(f"{label}-{n}", f"c{label}") for label in range(num_classes) for n in range(2)]
+    splits = split_by_class(pictures, seed=3)
+    sizes = {split: len({picture.label for picture in found}) for split, found in splits.items()}
+    assert sizes["validation"] == 2 and sizes["test"] == max(2, num_classes // 5)
+    assert sum(sizes.values()) == num_classes
+    with pytest.raises(ValueError, match="enough classes of several images to leave two for train. Got 5 of 5 classes"):
+        split_by_class(pictures[:10])
+
+
 @pytest.mark.parametrize("suffix", ["csv", "parquet"])
 def test_a_table_says_paths_classes_and_splits(udon: Udon, tmp_path: Path, suffix: str) -> None:
     rows = []
