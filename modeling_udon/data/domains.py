@@ -307,8 +307,8 @@ def _open_splits(name: str, spec: DomainSpec, seed: int) -> Splits:
     for field, split in wanted.items():
         if split is not None and split not in splits:
             raise ValueError(
-                f"`domains.{name}.{field}` must be a split of {spec.path}: {', '.join(splits)}. Got {split!r}; name one, "
-                "or let `udon prepare` share the classes out over splits."
+                f"`domains.{name}.{field}` must be a split of {spec.path}: {', '.join(splits)}. Got {split!r}; "
+                "name one, or let `udon prepare` share the classes out over splits."
             )
     return splits
 
