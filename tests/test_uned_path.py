@@ -16,7 +16,7 @@ from modeling_udon.data.uned import PUBLISHED
 
 ROOT = Path(__file__).parent.parent
 # Classes of each split; UnED's splits have classes of their own, and query and index share theirs.
-CLASSES = {"train": range(3), "val": range(3, 5), "test": range(5, 8), "index": range(5, 8), "small_index": range(5, 7)}
+CLASSES = {"train": range(3), "val": range(3, 5), "test": range(5, 8), "index": range(5, 8), "small_index": range(3, 8)}
 IMAGES_A_CLASS = 4
 # RP2K's folders have Chinese names; some archivers unpack them escaped.
 NAME, ESCAPED = "饼干", "#U997c#U5e72"
@@ -57,6 +57,8 @@ def write_uned(info: Path, images: Path) -> None:
         if domain == "met":
             # A query may show several exhibits.
             entries["test"][0]["class_id"] = [5, 7]
+        else:
+            del entries["small_index"]
         if domain in ("cars", "sop"):
             # Where there is no index, UnED lists the queries again.
             entries["index"] = entries["test"]
@@ -97,6 +99,10 @@ def test_a_miniature_of_uned_is_prepared_whole(path: tuple[Path, str, str]) -> N
     for name, (images, classes) in PUBLISHED.items():
         assert f"{name}: WARNING: 12 training images of 3 classes, published are {images:,} of {classes:,}" in prepared
         assert not (folder / "uned" / name / "unreadable.txt").exists()
+    specs = yaml.safe_load((folder / "uned" / "domains.yaml").read_text())["domains"]
+    indexes = {name: (spec.get("validation_index_split"), spec.get("test_index_split")) for name, spec in specs.items()}
+    of_their_own = dict.fromkeys(PUBLISHED, (None, "index"))
+    assert indexes == of_their_own | {"cars": (None, None), "sop": (None, None), "met": ("small_index", "index")}
 
 
 def test_training_on_it_ends_with_scores_of_all_eight_domains(path: tuple[Path, str, str]) -> None:

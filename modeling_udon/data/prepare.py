@@ -193,8 +193,10 @@ def domain_spec(splits: Sequence[str], folder: Path) -> dict[str, Any]:
     for split in ("validation", "test"):
         if split not in splits:
             spec[f"{split}_split"] = None
-    if "index" in splits and "test" in splits:
-        spec["test_index_split"] = "index"
+    # The original searches the Met's validation in its small index, the training images of fewer exhibits.
+    for split, index in (("validation", "small_index"), ("test", "index")):
+        if split in splits and index in splits:
+            spec[f"{split}_index_split"] = index
     return spec
 
 

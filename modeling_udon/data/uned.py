@@ -11,7 +11,8 @@ from typing import Any
 
 from modeling_udon.data.prepare import Picture
 
-# Training images and classes of each domain, as published; together 2,831,222 images of 316,446 classes.
+# Training images and classes of each domain, as in `universal_embedding/dataset_infos.py` of the benchmark's own code;
+# together 2,831,222 images of 316,446 classes.
 PUBLISHED = {
     "food2k": (472_349, 900),
     "cars": (6_346, 78),
