@@ -30,8 +30,9 @@ Label = int | str | Sequence[int | str]
 Read = Callable[[str], bytes]
 
 _PLAN_FILE = "prepare.json"
-_UNREADABLE = b"udon.unreadable"
-_SHORTER_SIDES = b"udon.shorter_sides"
+_UNREADABLE = "udon.unreadable"
+_SHORTER_SIDES = "udon.shorter_sides"
+_ROW_GROUP_SIZE = 100
 _JPEG_QUALITY = 95
 # If none of so many can be read, they are looked for in the wrong place.
 _NUM_PROBED = 100
@@ -267,20 +268,25 @@ def _write_shard(job: tuple[Path, list[Picture], Read, int | None, pa.Schema]) -
     unreadable: list[tuple[str, str]] = []
     sides: list[int] = []
     lists = pa.types.is_list(schema.field("label").type)
-    for picture in pictures:
-        try:
-            data, side = _shrink(read(picture.path), size)
-        except (OSError, ValueError) as error:
-            unreadable.append((picture.path, " ".join(str(error).split())))
-            continue
-        label = [picture.label] if lists and not isinstance(picture.label, list) else picture.label
-        rows.append({"image": {"bytes": data, "path": Path(picture.path).name}, "label": label, "path": picture.path})
-        sides.append(side)
-    found = {_UNREADABLE: json.dumps(unreadable).encode(), _SHORTER_SIDES: json.dumps(sides).encode()}
-    table = pa.Table.from_pylist(rows, schema=schema.with_metadata({**schema.metadata, **found}))
     draft = path.with_name(f".{path.name}.tmp")
-    # Small row groups, so that a reader of a few rows does not load a shard of photographs.
-    pq.write_table(table, draft, row_group_size=100)
+    with pq.ParquetWriter(draft, schema) as writer:
+        for picture in pictures:
+            try:
+                data, side = _shrink(read(picture.path), size)
+            except (OSError, ValueError) as error:
+                unreadable.append((picture.path, " ".join(str(error).split())))
+                continue
+            label = [picture.label] if lists and not isinstance(picture.label, list) else picture.label
+            image = {"bytes": data, "path": Path(picture.path).name}
+            rows.append({"image": image, "label": label, "path": picture.path})
+            sides.append(side)
+            # Small row groups, so that neither a writer nor a reader of a few rows holds a shard of photographs.
+            if len(rows) == _ROW_GROUP_SIZE:
+                writer.write_table(pa.Table.from_pylist(rows, schema=schema))
+                rows.clear()
+        if rows:
+            writer.write_table(pa.Table.from_pylist(rows, schema=schema))
+        writer.add_key_value_metadata({_UNREADABLE: json.dumps(unreadable), _SHORTER_SIDES: json.dumps(sides)})
     draft.replace(path)
     return len(pictures)
 
@@ -298,8 +304,8 @@ def _shrink(data: bytes, size: int | None) -> tuple[bytes, int]:
     return cv2.imencode(form, cv2.cvtColor(shrunk, cv2.COLOR_RGB2BGR), flags)[1].tobytes(), side
 
 
-def _found_by(shard: Path, what: bytes) -> list[Any]:
-    found: list[Any] = json.loads(pq.read_schema(shard).metadata[what])
+def _found_by(shard: Path, what: str) -> list[Any]:
+    found: list[Any] = json.loads(pq.read_metadata(shard).metadata[what.encode()])
     return found
 
 
