@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Dataset
 
@@ -53,13 +54,19 @@ def read_table(
         Pictures by split; of `None` where the table has no splits.
 
     Raises:
-        ValueError: If a column is missing, a cell is empty, or a split has another name.
+        ValueError: If it is no such table or has no rows, a column is missing, a cell is empty, or a split has another
+            name.
     """
-    rows = _rows(path)
-    columns = list(rows[0]) if rows else []
+    try:
+        columns, rows = _rows(path, (path_column, label_column, split_column))
+    except (UnicodeDecodeError, csv.Error, pa.ArrowInvalid) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"SOURCE must be a table, CSV in UTF-8 or Parquet. Got {path}: {reason}.") from None
     for name, column in (("--path-column", path_column), ("--label-column", label_column)):
         if column not in columns:
             raise ValueError(f"{name} must be a column of {path}: {', '.join(columns)}. Got {column!r}.")
+    if not rows:
+        raise ValueError(f"SOURCE must have a row for each picture. Got {path} without any.")
     splits: dict[str | None, list[Picture]] = defaultdict(list)
     for number, row in enumerate(rows, start=1):
         if row[path_column] in (None, "") or row[label_column] in (None, ""):
@@ -225,8 +232,12 @@ def below(pictures: Sequence[Picture], folder: Path) -> list[Picture]:
     ]
 
 
-def _rows(path: Path) -> list[dict[str, Any]]:
+def _rows(path: Path, wanted: Sequence[str]) -> tuple[list[str], list[dict[str, Any]]]:
+    """All columns of a table, and its rows with the wanted ones."""
     if path.suffix == ".parquet":
-        return pq.read_table(path).to_pylist()
+        columns = list(pq.read_schema(path).names)
+        return columns, pq.read_table(path, columns=[name for name in columns if name in wanted]).to_pylist()
     with path.open(encoding="utf-8-sig", newline="") as file:
-        return list(csv.DictReader(file))
+        reader = csv.DictReader(file)
+        rows = [{name: row[name] for name in row if name in wanted} for row in reader]
+        return list(reader.fieldnames or ()), rows

@@ -315,6 +315,9 @@ def test_classes_that_are_trained_and_tested_are_told(udon: Udon, tmp_path: Path
         ),
         (["csv", "{tmp}/gap.csv"], "SOURCE must have a path and a class in every row. Got row 2 of {tmp}/gap.csv"),
         (["csv", "{tmp}/test.csv"], "--split-column must have rows for train. Got test."),
+        (["csv", "{tmp}/empty.csv"], "SOURCE must have a row for each picture. Got {tmp}/empty.csv without any."),
+        (["csv", "{tmp}/flat/a.png"], "SOURCE must be a table, CSV in UTF-8 or Parquet. Got {tmp}/flat/a.png: 'utf-8'"),
+        (["csv", "{tmp}/no.parquet"], "SOURCE must be a table, CSV in UTF-8 or Parquet. Got {tmp}/no.parquet: Parquet"),
         (["uned", "--info-files", "{tmp}/flat", "--images", "{tmp}"], "--info-files must hold DOMAIN/train.json."),
         (
             ["uned", "--info-files", "{tmp}/bad", "--images", "{tmp}"],
@@ -339,6 +342,8 @@ def test_what_cannot_be_prepared_is_told_in_one_line(
     (tmp_path / "t.csv").write_text("path,label,split\na.png,x,never\n")
     (tmp_path / "gap.csv").write_text("path,label\na.png,x\n,y\n")
     (tmp_path / "test.csv").write_text("path,label,split\na.png,x,test\n")
+    (tmp_path / "empty.csv").write_text("path,label\n")
+    (tmp_path / "no.parquet").write_text("path,label\na.png,x\n" * 9)
     (tmp_path / "bad" / "cars").mkdir(parents=True)
     (tmp_path / "bad" / "cars" / "train.json").write_text('[{"path": "a.png"}]')
     filled = [word.format(tmp=tmp_path) for word in words]
