@@ -153,6 +153,10 @@ class ParquetImages:
             # While we waited, another process may have stored it: then this file is no longer the draft.
             if not _is_at(file, draft):
                 return
+            # Or between our look for it and our draft: then the draft is a new one, and nobody else's.
+            if path.exists():
+                draft.unlink()
+                return
             file.truncate(0)
             source = self._split.files[self._split.group_files[group]]
             number = int(self._split.group_numbers[group])

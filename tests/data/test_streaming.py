@@ -156,6 +156,23 @@ def test_processes_share_what_one_of_them_has_stored(folder: Path, monkeypatch: 
     assert reads.value == 24
 
 
+def test_what_was_stored_a_moment_ago_is_not_read_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = open_domain("cars", spec(folder)).images[0]
+    (path,) = stored(folder)
+    images, look = open_domain("cars", spec(folder)).images, pa.memory_map
+    looks = [path]
+
+    def look_too_early(place: str) -> Any:
+        if looks:
+            raise FileNotFoundError(looks.pop())
+        return look(place)
+
+    monkeypatch.setattr(streaming.pa, "memory_map", look_too_early)
+    monkeypatch.setattr(pq.ParquetFile, "read_row_group", None)
+    assert images[0] == first and looks == []
+    assert stored(folder) == [path]
+
+
 def test_a_row_group_that_was_cut_short_is_stored_again(folder: Path) -> None:
     images = open_domain("cars", spec(folder)).images
     assert images[0]["image"]["bytes"] == b"image 0"
