@@ -9,11 +9,11 @@ if __name__ == "__main__":
     # The libraries take seconds to import, and would answer Ctrl-C with their traceback. `train` listens by itself.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-from modeling_udon.training.config import ConfigError
-from modeling_udon.training.config_file import load_config
-from modeling_udon.training.failures import explain
+from modeling_udon.config import ConfigError
+from modeling_udon.config_file import load_config
+from modeling_udon.training.errors import explain
 from modeling_udon.training.run_lock import FolderInUseError
-from modeling_udon.training.stopping import Stopped, resume_command
+from modeling_udon.training.signals import Stopped, resume_command
 from modeling_udon.training.trainer import train
 
 

@@ -24,10 +24,10 @@ import torch
 from datasets import Dataset, Features, Image, Value
 from PIL import Image as PILImage
 
+from modeling_udon.config_file import load_config
 from modeling_udon.data.dataset import DomainBatch
-from modeling_udon.training.config_file import load_config
 from modeling_udon.training.run_folder import RunFolder
-from modeling_udon.training.stopping import StopSignals
+from modeling_udon.training.signals import StopSignals
 from modeling_udon.training.trainer import Trainer
 
 FEW, MANY = 8, 512

@@ -20,10 +20,10 @@ import torch
 from datasets import Dataset, Features, Image, Value, disable_progress_bars
 from PIL import Image as PILImage
 
+from modeling_udon.config import TrainConfig
 from modeling_udon.data.dataset import DomainBatch
-from modeling_udon.training.config import TrainConfig
 from modeling_udon.training.run_folder import RunFolder
-from modeling_udon.training.stopping import StopSignals
+from modeling_udon.training.signals import StopSignals
 from modeling_udon.training.trainer import Trainer
 
 IMAGE_SIZE, STORED_SIZE, BATCH_SIZE = 64, 128, 64

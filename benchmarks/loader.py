@@ -30,9 +30,10 @@ from torch.utils.data import DataLoader
 from transformers import ViTImageProcessor
 
 from modeling_udon.data.dataset import MultiDomainDataset
-from modeling_udon.data.domains import DomainSpec, open_domain
+from modeling_udon.data.domains import open_domain
 from modeling_udon.data.sampling import BatchDraw
 from modeling_udon.data.transforms import TrainTransform, decode_image, normalize, use_one_thread
+from modeling_udon.domain_spec import DomainSpec
 
 SIZES = {"500x375": (500, 375), "shorter side 256": (341, 256)}
 NUM_FILES, BATCH_SIZE, NUM_WORKERS, RESIZE_SIZE, IMAGE_SIZE = 128, 64, 2, 256, 224

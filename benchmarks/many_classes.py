@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from modeling_udon.config import LossConfig, OptimConfig
 from modeling_udon.configuration_udon import UdonConfig
-from modeling_udon.training.config import LossConfig, OptimConfig
 from modeling_udon.training.distillation import UdonForDistillation
 from modeling_udon.training.memory import estimate_prototypes
 from modeling_udon.training.optimization import IdleHeads, learning_rates, make_optimizer, set_learning_rates

@@ -25,9 +25,10 @@ from PIL import Image as PILImage
 from torch.utils.data import DataLoader
 
 from modeling_udon.data.dataset import MultiDomainDataset
-from modeling_udon.data.domains import DomainSpec, open_domain
+from modeling_udon.data.domains import open_domain
 from modeling_udon.data.sampling import DomainBatchSampler
 from modeling_udon.data.transforms import TrainTransform, use_one_thread
+from modeling_udon.domain_spec import DomainSpec
 
 SMALL, LARGE = 10_000, 1_000_000
 IMAGES_A_CLASS, SHARD_SIZE, BATCH_SIZE, IMAGE_SIZE, NUM_WORKERS = 50, 50_000, 128, 8, 2

@@ -10,7 +10,7 @@ the bytes that go in and out of it, an assumption. For example:
 import argparse
 import math
 
-from modeling_udon.data.uned import PUBLISHED
+from modeling_udon.prepare.uned import PUBLISHED
 
 HIDDEN, STUDENT, TEACHER = 768, 64, 256
 FLOAT = 4

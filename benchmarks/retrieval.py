@@ -33,12 +33,12 @@ from PIL import Image
 
 from modeling_udon import UdonConfig, UdonModel
 from modeling_udon.data.transforms import EvalTransform
-from modeling_udon.retrieval.embed_files import EmbedOptions, ShardSlices, embed_source, make_loader
-from modeling_udon.retrieval.index import exact_search
-from modeling_udon.retrieval.metrics import mean_modified_precision_at_k, recall_at_k
-from modeling_udon.retrieval.models import EmbeddingModel
-from modeling_udon.retrieval.shards import ShardFolder
-from modeling_udon.retrieval.sources import FileSource, SourceSpec, write_listing
+from modeling_udon.encoder import EmbeddingModel
+from modeling_udon.evaluation.metrics import mean_modified_precision_at_k, recall_at_k
+from modeling_udon.search.embed import EmbedOptions, ShardSlices, embed_source, make_loader
+from modeling_udon.search.exact_search import exact_search
+from modeling_udon.search.shards import ShardFolder
+from modeling_udon.search.sources import FileSource, SourceSpec, write_listing
 
 Figures = dict[str, Any]
 

@@ -16,9 +16,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from modeling_udon.config import OptimConfig
 from modeling_udon.configuration_udon import UdonConfig
 from modeling_udon.modeling_udon import UdonModel
-from modeling_udon.training.config import OptimConfig
 from modeling_udon.training.distillation import UdonForDistillation
 from modeling_udon.training.optimization import IdleHeads, learning_rates, make_optimizer, set_learning_rates
 

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import torch
 
+from modeling_udon.config import OptimConfig
 from modeling_udon.configuration_udon import UdonConfig
-from modeling_udon.training.config import OptimConfig
 from modeling_udon.training.distillation import UdonForDistillation
 from modeling_udon.training.optimization import IdleHeads, make_optimizer
 

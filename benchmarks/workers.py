@@ -14,9 +14,9 @@ import torch
 from datasets import disable_progress_bars
 from loader import SIZES, write_jpegs
 
-from modeling_udon.training.config import TrainConfig
+from modeling_udon.config import TrainConfig
 from modeling_udon.training.run_folder import RunFolder
-from modeling_udon.training.stopping import StopSignals
+from modeling_udon.training.signals import StopSignals
 from modeling_udon.training.trainer import Trainer
 
 FIRST_STEPS = 10

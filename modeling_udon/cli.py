@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
 
-from modeling_udon.data.text import printable
+from modeling_udon.text import printable
 
 INDEX_KINDS = ("auto", "flat", "ivf", "hnsw", "pq", "ivfpq", "sq8", "binary")
 CONVERT_FORMATS = ("augreg", "clip-npy", "flax")
@@ -103,8 +103,8 @@ def _add_prepare(verbs: Any) -> None:
 
 
 def _prepare_uned(arguments: argparse.Namespace) -> None:
-    from modeling_udon.data.prepare import PrepareOptions
-    from modeling_udon.data.prepare_verb import prepare_uned
+    from modeling_udon.prepare.prepare import prepare_uned
+    from modeling_udon.prepare.shards import PrepareOptions
 
     prepare_uned(
         Path(arguments.info_files),
@@ -119,8 +119,8 @@ def _prepare_uned(arguments: argparse.Namespace) -> None:
 
 
 def _prepare_own(arguments: argparse.Namespace) -> None:
-    from modeling_udon.data.prepare import PrepareOptions
-    from modeling_udon.data.prepare_verb import OwnData, prepare_own
+    from modeling_udon.prepare.prepare import OwnData, prepare_own
+    from modeling_udon.prepare.shards import PrepareOptions
 
     of_kind = {
         "csv": ["images", "path_column", "label_column", "split_column", "allow_outside"],
@@ -174,8 +174,8 @@ def _add_embed(verbs: Any) -> None:
 
 
 def _embed(arguments: argparse.Namespace) -> None:
-    from modeling_udon.retrieval.embed_files import EmbedOptions, embed_source
-    from modeling_udon.retrieval.sources import SourceSpec
+    from modeling_udon.search.embed import EmbedOptions, embed_source
+    from modeling_udon.search.sources import SourceSpec
 
     what = ("source", "allow_outside", "domain", "domain_from_folder")
     of_data = ("name", "split", "data_revision", "image_column", "columns")
@@ -208,7 +208,7 @@ def _add_index(verbs: Any) -> None:
 
 
 def _index(arguments: argparse.Namespace) -> None:
-    from modeling_udon.retrieval.ann import build_index
+    from modeling_udon.search.index import build_index
 
     build_index(
         arguments.embeddings,
@@ -240,8 +240,8 @@ def _add_search(verbs: Any) -> None:
 
 
 def _search(arguments: argparse.Namespace) -> None:
-    from modeling_udon.retrieval.search import format_results, search_images
-    from modeling_udon.retrieval.search_page import check_page, write_page
+    from modeling_udon.search.query import format_results, search_images
+    from modeling_udon.search.results_page import check_page, write_page
 
     if arguments.html is not None:
         check_page(arguments.html, arguments.force)
@@ -308,8 +308,8 @@ def _add_evaluate(verbs: Any) -> None:
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
-    from modeling_udon.retrieval.evaluate_verb import EvaluateOptions, evaluate
-    from modeling_udon.training.config_file import load_config
+    from modeling_udon.config_file import load_config
+    from modeling_udon.evaluation.evaluate import EvaluateOptions, evaluate
 
     names = ("model", "embeddings", "split", "pooling", "image_size", "revision", "trust_remote_code")
     work = ("batch_size", "num_workers", "mixed_precision", "metrics", "pca", "quality_per_byte", "leaks", "bootstrap")
@@ -330,7 +330,7 @@ def _add_report(verbs: Any) -> None:
 
 
 def _report(arguments: argparse.Namespace) -> None:
-    from modeling_udon.retrieval.evaluate_verb import EvaluateOptions, evaluate
+    from modeling_udon.evaluation.evaluate import EvaluateOptions, evaluate
 
     work = _chosen(arguments, "split", "batch_size", "num_workers")
     evaluate(EvaluateOptions(run=arguments.run_folder, report=True, **work), say=_say)
@@ -359,7 +359,7 @@ def _add_app(verbs: Any) -> None:
 
 def _app(arguments: argparse.Namespace) -> None:
     _check_sides(arguments)
-    from modeling_udon.app import find_examples, make_page, open_side, start
+    from modeling_udon.search.app import find_examples, make_page, open_side, start
 
     examples = [] if arguments.examples is None else find_examples(arguments.examples)
     sides = [open_side(arguments.index, lambda: _model(arguments))]
@@ -393,8 +393,8 @@ def _push_space(arguments: argparse.Namespace) -> None:
     from huggingface_hub.utils import disable_progress_bars
     from transformers.utils import logging
 
-    from modeling_udon.app import find_examples
     from modeling_udon.hub.space import SpaceSide, check_repo, list_files, make_space, push_space
+    from modeling_udon.search.app import find_examples
 
     check_repo(arguments.repo)
     if not sys.stderr.isatty():
@@ -456,8 +456,8 @@ def _add_export(verbs: Any) -> None:
 
 
 def _export(arguments: argparse.Namespace) -> None:
-    from modeling_udon.hub.formats import ExportOptions, export_model
-    from modeling_udon.training.config_file import load_config
+    from modeling_udon.config_file import load_config
+    from modeling_udon.hub.export import ExportOptions, export_model
 
     _hide_bars_in_logs()
     names = ("model", "format", "out", "revision", "int8", "split", "batch_size", "num_workers", "force")
@@ -557,7 +557,7 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
 
 
 def _model(arguments: argparse.Namespace) -> Any:
-    from modeling_udon.retrieval.models import load_embedding_model
+    from modeling_udon.encoder import load_embedding_model
 
     _hide_bars_in_logs()
     return load_embedding_model(arguments.model, arguments.revision, arguments.trust_remote_code)

@@ -39,12 +39,12 @@ from PIL import Image as PILImage
 
 from modeling_udon import UdonConfig, UdonModel
 from modeling_udon.cli import main
+from modeling_udon.config import TrainConfig
+from modeling_udon.config_file import load_config
 from modeling_udon.data.dataset import DomainBatch
 from modeling_udon.data.transforms import image_processor
-from modeling_udon.training.config import TrainConfig
-from modeling_udon.training.config_file import load_config
 from modeling_udon.training.run_folder import RunFolder
-from modeling_udon.training.stopping import StopSignals
+from modeling_udon.training.signals import StopSignals
 from modeling_udon.training.trainer import Trainer, train
 
 ROOT = Path(__file__).parent.parent

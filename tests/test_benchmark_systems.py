@@ -13,7 +13,7 @@ import pytest
 from datasets import Dataset, Features, Image, Value
 from PIL import Image as PILImage
 
-from modeling_udon.training.config_file import load_config
+from modeling_udon.config_file import load_config
 from modeling_udon.training.trainer import train
 
 ROOT = Path(__file__).parent.parent

@@ -3,7 +3,7 @@
 import datasets
 import evaluate
 
-from modeling_udon.retrieval.metrics import mean_average_precision_at_r, mean_modified_precision_at_k, recall_at_k
+from modeling_udon.evaluation.metrics import mean_average_precision_at_r, mean_modified_precision_at_k, recall_at_k
 
 _CITATION = """\
 @inproceedings{ypsilantis2023uned,
@@ -41,7 +41,7 @@ Examples:
 
 @evaluate.utils.file_utils.add_start_docstrings(_DESCRIPTION, _INPUTS)
 class UniversalRetrieval(evaluate.Metric):
-    """The metrics of `modeling_udon.retrieval.metrics`."""
+    """The metrics of `modeling_udon.evaluation.metrics`."""
 
     def _info(self) -> evaluate.MetricInfo:
         neighbours = datasets.Sequence(datasets.Value("int64"))

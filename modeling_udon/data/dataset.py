@@ -12,8 +12,8 @@ from torch.utils.data import Dataset as TorchDataset
 from modeling_udon.data.domains import Domain, Images, encoded_bytes
 from modeling_udon.data.handover import Slots, contents, receive
 from modeling_udon.data.sampling import BatchDraw
-from modeling_udon.data.text import printable
 from modeling_udon.data.transforms import ImageTransform, RandomTransform, decode_image
+from modeling_udon.text import printable
 
 # Substitutes that may be broken in their turn before there is no point in going on.
 _MAX_SUBSTITUTES = 100

@@ -1,7 +1,6 @@
 """A domain: images of one kind with their classes, named by anything that `datasets` can open."""
 
 import json
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -14,62 +13,18 @@ import pyarrow as pa
 from datasets import ClassLabel, Dataset, DatasetDict, Image, load_dataset, load_from_disk
 from datasets import logging as datasets_logging
 from datasets.exceptions import DatasetsError
-from pydantic import BaseModel, ConfigDict, Field
-from torch import nn
 
 from modeling_udon.data.demo import build_demo_domain
 from modeling_udon.data.files import read_file
 from modeling_udon.data.labels import Label, Labels
 from modeling_udon.data.sampling import RowGroups
 from modeling_udon.data.streaming import ParquetImages, ParquetSplit, RowGroupError, open_parquet_splits
+from modeling_udon.domain_spec import DomainSpec
 
 DEMO_PREFIX = "demo:"
 
-_NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
-# Domains name the entries of module and parameter dicts, where a method's name cannot be a key.
-_RESERVED_NAMES = frozenset(dir(nn.ModuleDict())) | frozenset(dir(nn.ParameterDict()))
-
 Images: TypeAlias = Dataset | ParquetImages
 Splits: TypeAlias = DatasetDict | Mapping[str, ParquetSplit]
-
-
-class DomainSpec(BaseModel):
-    """Where a domain's images and classes are."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
-
-    path: str = Field(min_length=1)
-    """A Hub data set, a folder, a builder such as `parquet` or `imagefolder`, a folder written by `save_to_disk`, or
-    `demo:NAME`."""
-    name: str | None = None
-    """Configuration of the data set."""
-    revision: str | None = None
-    """Commit, tag or branch of a Hub data set."""
-    data_dir: str | None = None
-    """Folder that the builder reads."""
-    data_files: str | list[str] | dict[str, str | list[str]] | None = None
-    """Files that the builder reads, by split if need be."""
-    image_column: str = "image"
-    """Column of the images."""
-    label_column: str = "label"
-    """Column of the classes: integers, ClassLabel or strings; lists of them in query splits with an index of their
-    own."""
-    train_split: str = "train"
-    """Split to train on."""
-    validation_split: str | None = "validation"
-    """Queries of the validation; also the index, unless that has a split of its own. `null`: no validation."""
-    validation_index_split: str | None = None
-    """Index of the validation, if it is not the query set."""
-    test_split: str | None = "test"
-    """Queries of the test; also the index, unless that has a split of its own. `null`: no test."""
-    test_index_split: str | None = None
-    """Index of the test, if it is not the query set."""
-    streaming: bool = False
-    """Whether images are read from Parquet files as they are drawn, instead of all being brought to this disk first."""
-    shuffle_window: int = Field(4096, gt=0)
-    """Images among which a streamed domain is shuffled; row groups are shuffled as a whole before."""
-    license: str | None = None
-    """Licence of the images, for the model card."""
 
 
 @dataclass(frozen=True)
@@ -121,21 +76,6 @@ class Domain:
     fingerprint: str
     evaluation: Mapping[str, EvaluationSplit]
     row_groups: RowGroups | None = None
-
-
-def check_domain_name(name: str) -> str:
-    """Returns the name, if it can name a teacher head.
-
-    Raises:
-        ValueError: If the name has other characters than letters, digits, `_` and `-`, or is a reserved word.
-    """
-    if not _NAME_PATTERN.fullmatch(name):
-        raise ValueError(
-            f"`domains` must be named with letters, digits, '_' and '-', starting with a letter or digit. Got {name!r}."
-        )
-    if name in _RESERVED_NAMES:
-        raise ValueError(f"`domains` must not be named like a method of a module. Got {name!r}; rename the domain.")
-    return name
 
 
 def open_domain(name: str, spec: DomainSpec, seed: int = 0) -> Domain:

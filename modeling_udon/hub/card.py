@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from modeling_udon.retrieval.search_page import html_text
+from modeling_udon.search.results_page import html_text
 
 TEMPLATE = Path(__file__).with_name("model_card.md")
 TASK = "image-feature-extraction"

@@ -20,11 +20,11 @@ from modeling_udon.data.transforms import (
     image_processor,
 )
 from modeling_udon.hub.checkpoints import read_arrays
-from modeling_udon.hub.export import WEIGHTS_FILE, export_student, name_tower
 from modeling_udon.hub.originals import STUDENT_HEAD, Original, describe
 from modeling_udon.hub.student import check_out
+from modeling_udon.hub.student_folder import WEIGHTS_FILE, export_student, name_tower
 from modeling_udon.modeling_udon import UdonModel
-from modeling_udon.retrieval.folders import new_folder
+from modeling_udon.storage import replaced_folder
 
 _SOURCES = {
     "augreg": "a ViT of AugReg ([arXiv 2106.10270](https://arxiv.org/abs/2106.10270))",
@@ -99,7 +99,7 @@ def convert(options: ConvertOptions, say: Say = lambda text: None) -> None:
     if options.inputs is not None and options.outputs is not None:
         difference, num_images, what = _compare(model, options.inputs, options.outputs)
         say(f"largest difference of {what}: {difference:.1e} ({num_images} images)")
-    with new_folder(out) as draft:
+    with replaced_folder(out) as draft:
         _write(model, _card(out.name, file, options.format, original), draft)
     width = original.backbone["hidden_size"] if original.student is None else original.student.dim
     say(f"wrote {out}: {type(model).__name__}, {values['image_size']} pixels, {width} dimensions")

@@ -1,85 +1,170 @@
-"""The student leaves the house: a folder that loads where this package is not installed."""
+"""`udon export`: a student in a form that needs no remote code, checked against the student itself."""
 
-import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
-from huggingface_hub import ModelCard
-from safetensors.torch import load_file, save_file
-from transformers.image_processing_utils import BaseImageProcessor
+import numpy as np
+import torch
 
-from modeling_udon.modeling_udon import UdonModel
+from modeling_udon.data.domains import open_domain
+from modeling_udon.data.transforms import normalize
+from modeling_udon.domain_spec import DomainSpec
+from modeling_udon.evaluation.embedder import Embed
+from modeling_udon.evaluation.encoders import Encoder
+from modeling_udon.evaluation.measure import encode_with
+from modeling_udon.evaluation.neighbours import choose_kind, domains_with
+from modeling_udon.evaluation.protocol import score_merged
+from modeling_udon.evaluation.tables import align
+from modeling_udon.hub.modules_format import embed_with_modules, write_modules
+from modeling_udon.hub.native_format import embed_natively, write_native
+from modeling_udon.hub.onnx_format import FLOAT_FILE, INT8_FILE, open_onnx, quantise, write_onnx
+from modeling_udon.hub.student import Student, check_out, open_student, probe_images
+from modeling_udon.run_record import read_run
+from modeling_udon.storage import replaced_folder
 
-WEIGHTS_FILE = "model.safetensors"
-# What sentence-transformers, from 6.2 on, reads beside the files of transformers.
-MODULES_FILE = "modules.json"
-TRANSFORMER_FILE = "sentence_bert_config.json"
-TRANSFORMER_TYPE = "sentence_transformers.base.modules.transformer.Transformer"
+FORMATS = ("sentence-transformers", "native", "onnx")
+# Float32 noise; another activation or epsilon would show as 1e-5 and more. Of ONNX's own kernels, somewhat more.
+TOLERANCE = 2e-6
+ONNX_TOLERANCE = 1e-5
 
-# Towers whose parameters transformers 4 knows only by `vision_model.NAME`; 5 saves them as `NAME` and reads both.
-_TOWERS = ("clip_vision_model", "siglip_vision_model")
+Say = Callable[[str], None]
 
 
-def export_student(
-    model: UdonModel,
-    processor: BaseImageProcessor,
-    card: ModelCard,
-    folder: Path,
-    keep_teachers: bool = False,
+@dataclass(frozen=True)
+class ExportOptions:
+    """What `udon export` is asked for.
+
+    Attributes:
+        model: As `open_student` takes it.
+        format: One of `FORMATS`.
+        out: Folder to write.
+        revision: Commit, tag or branch of the model on the Hub.
+        int8: Whether the weights of an ONNX graph become int8.
+        split: The split on which the loss of int8 is measured.
+        batch_size: Images of one forward pass, for that measurement.
+        num_workers: Processes that decode, for that measurement.
+        force: Whether a model in `out` is replaced.
+    """
+
+    model: str
+    format: str
+    out: str
+    revision: str | None = None
+    int8: bool = False
+    split: str = "validation"
+    batch_size: int = 64
+    num_workers: int = 2
+    force: bool = False
+
+
+def export_model(
+    options: ExportOptions,
+    specs: Mapping[str, DomainSpec] | None = None,
+    data_seed: int = 0,
+    say: Say = lambda text: None,
 ) -> None:
-    """Writes the student as the Hub takes it: weights, config, code, image processor and card.
-
-    The folder opens in transformers by `AutoModel` and in sentence-transformers by `SentenceTransformer`, both with
-    `trust_remote_code=True`.
+    """Writes a student in another form; a form that embeds otherwise than the student is not left behind.
 
     Args:
-        model: The trained model.
-        processor: What turns images into its input.
-        card: The model card.
-        folder: Folder to write to.
-        keep_teachers: Whether the teacher heads go along.
+        options: What to do.
+        specs: The domains on which the loss of int8 is measured; a run has its own.
+        data_seed: Seed of the demo domains' images.
+        say: Called with lines for the user.
+
+    Raises:
+        ValueError: If the form cannot be exact, or something that is asked for does not go with the rest.
+        ImportError: If a package of the extra `export` is missing.
     """
-    student = model if keep_teachers else model.student()
-    student.save_pretrained(folder)
-    if student.config.backbone_config.model_type in _TOWERS:
-        name_tower(folder / WEIGHTS_FILE, "backbone.")
-    processor.save_pretrained(folder)
-    write_sentence_transformers_files(folder)
-    card.save(folder / "README.md")
+    if options.int8 and options.format != "onnx":
+        raise ValueError(f"--int8 must go with --format onnx. Got {options.format}.")
+    out = Path(options.out)
+    check_out(out, options.force)
+    student = open_student(options.model, options.revision)
+    if options.int8 and specs is None:
+        if student.run is None:
+            raise ValueError(
+                "--int8 must be measured on domains: give --config, a YAML file of a run, or a run's folder as MODEL."
+            )
+        run = read_run(student.run)
+        specs, data_seed = run.domains, run.seed
+    with replaced_folder(out) as draft:
+        if options.format == "onnx":
+            _export_onnx(student, draft, say)
+            if options.int8:
+                assert specs is not None, "checked above"
+                _export_int8(student, draft, options, specs, data_seed, say)
+        elif options.format == "native":
+            write_native(student, draft)
+            images = probe_images()
+            _check(embed_natively(student, draft, images), student.embed(images), TOLERANCE, "transformers", say)
+        else:
+            write_modules(student, draft)
+            images = probe_images()
+            _check(embed_with_modules(draft, images), student.embed(images), TOLERANCE, "sentence-transformers", say)
+    for path in sorted(path for path in out.rglob("*") if path.is_file()):
+        say(f"{path.stat().st_size:>13,}  {path.relative_to(out)}")
+    say(f"wrote {out}")
 
 
-def write_sentence_transformers_files(folder: Path) -> None:
-    """Writes what makes sentence-transformers take the student's embedding, not a mean of the backbone's tokens."""
-    write_json(folder / MODULES_FILE, [{"idx": 0, "name": "0", "path": "", "type": TRANSFORMER_TYPE}])
-    write_json(folder / TRANSFORMER_FILE, transformer_settings("pooler_output", "sentence_embedding"))
+def _export_onnx(student: Student, folder: Path, say: Say) -> None:
+    write_onnx(student, folder)
+    graph, images = open_onnx(folder / FLOAT_FILE), probe_images()
+    pixels, expected = student.pixels(images).numpy(), student.embed(images)
+    # One image and several: the batch is free.
+    single = np.concatenate([graph(pixels[row : row + 1]) for row in range(len(pixels))])
+    _check(np.concatenate([graph(pixels), single]), np.concatenate([expected] * 2), ONNX_TOLERANCE, "onnxruntime", say)
 
 
-def transformer_settings(output: str, feature: str) -> dict[str, object]:
-    """What the first module of a `SentenceTransformer` is told: it takes images, and which output becomes what."""
-    image = {"method": "forward", "method_output_name": output}
-    return {
-        "transformer_task": "feature-extraction",
-        "modality_config": {"image": image},
-        "module_output_name": feature,
-    }
+def _check(actual: np.ndarray, expected: np.ndarray, tolerance: float, library: str, say: Say) -> None:
+    """Compares embeddings of the same images.
 
-
-def name_tower(weights: Path, prefix: str) -> None:
-    """Gives the parameters of a CLIP or SigLIP tower the names that every supported version of transformers reads.
-
-    Args:
-        weights: A safetensors file.
-        prefix: What stands before the tower's names.
+    Raises:
+        ValueError: If they differ by more than the tolerance.
     """
-    tower = f"{prefix}vision_model."
-    state = {
-        name.replace(prefix, tower, 1) if name.startswith(prefix) and not name.startswith(tower) else name: value
-        for name, value in load_file(weights).items()
-    }
-    draft = weights.with_name(f"{weights.name}.tmp")
-    save_file(state, draft, metadata={"format": "pt"})
-    draft.replace(weights)
+    difference = float(np.abs(actual - expected).max())
+    # Written so that NaN does not pass.
+    if not difference <= tolerance:
+        raise ValueError(
+            f"--format must give the student's own embeddings up to {tolerance:g}. Got a difference of "
+            f"{difference:.1e} in {library}; nothing was written."
+        )
+    say(
+        f"checked in {library}: largest difference to the student's embeddings {difference:.1e} "
+        f"({len(probe_images())} images, at most {tolerance:g})"
+    )
 
 
-def write_json(path: Path, content: object) -> None:
-    """Writes a file as transformers formats its own."""
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+def _export_int8(
+    student: Student, folder: Path, options: ExportOptions, specs: Mapping[str, DomainSpec], seed: int, say: Say
+) -> None:
+    domains = {name: open_domain(name, spec, seed) for name, spec in specs.items()}
+    if not domains_with(domains, options.split):
+        raise ValueError(f"--config must name at least one domain with a {options.split} split, got {', '.join(specs)}")
+    quantise(folder)
+    graph = open_onnx(folder / INT8_FILE)
+    scores = []
+    for embed in (student.embedding, lambda pixels: torch.from_numpy(graph(_normalised(student, pixels)))):
+        encoder = _encoder(student, embed)
+        embedded = encode_with(encoder, options.batch_size, options.num_workers, "no")(domains, options.split)
+        scores.append(score_merged(choose_kind(embedded, "student"), ("R@1",)))
+    full, small = scores
+    rows = [(name, full["domains"][name]["R@1"], small["domains"][name]["R@1"]) for name in full["domains"]] + [
+        ("mean", full["mean"]["R@1"], small["mean"]["R@1"])
+    ]
+    cells = [(name, f"{100 * a:.1f}", f"{100 * b:.1f}", f"{100 * (a - b):.1f}") for name, a, b in rows]
+    say(f"R@1 on the {options.split} split, merged index, in percent\n")
+    say(align([("domain", "float32", "int8", "loss"), *cells]) + "\n")
+
+
+def _normalised(student: Student, pixels: torch.Tensor) -> np.ndarray:
+    return normalize(pixels, student.embedding.mean, student.embedding.std).cpu().numpy()
+
+
+def _encoder(student: Student, embed: Callable[[torch.Tensor], torch.Tensor]) -> Encoder:
+    def embed_kinds(pixels: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"student": embed(pixels)}
+
+    function: Embed = embed_kinds
+    embedding = student.embedding
+    return Encoder(embedding.name, "student", embedding.transform, lambda domain: function, embedding.network, None, {})

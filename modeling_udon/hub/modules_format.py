@@ -10,7 +10,8 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 
-from modeling_udon.hub.export import (
+from modeling_udon.hub.student import Student, require
+from modeling_udon.hub.student_folder import (
     MODULES_FILE,
     TRANSFORMER_FILE,
     TRANSFORMER_TYPE,
@@ -18,7 +19,6 @@ from modeling_udon.hub.export import (
     transformer_settings,
     write_json,
 )
-from modeling_udon.hub.student import Student, require
 
 _BASE = "sentence_transformers.base.modules"
 _POOLING = "sentence_transformers.sentence_transformer.modules.pooling.Pooling"

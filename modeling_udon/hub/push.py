@@ -22,8 +22,8 @@ from huggingface_hub.utils import logging as hub_logging
 from transformers import AutoConfig
 
 from modeling_udon.hub.card import DEFAULT_LICENSE, evaluation_files, is_hub_id, render_card
-from modeling_udon.hub.export import write_sentence_transformers_files
-from modeling_udon.hub.refusals import reason_of, status_of
+from modeling_udon.hub.errors import reason_of, status_of
+from modeling_udon.hub.student_folder import write_sentence_transformers_files
 from modeling_udon.modeling_udon import UdonModel
 
 HANDLER = Path(__file__).with_name("handler.py")

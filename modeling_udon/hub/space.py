@@ -26,12 +26,12 @@ from tqdm import tqdm
 from transformers.utils import cached_file
 from transformers.utils.hub import extract_commit_hash
 
-from modeling_udon.hub.refusals import reason_of
-from modeling_udon.retrieval.ann import ABOUT_FILE, INDEX_FILE, METADATA_FILE, ImageIndex
-from modeling_udon.retrieval.folders import new_folder
-from modeling_udon.retrieval.models import load_embedding_model
-from modeling_udon.retrieval.search import check_model
-from modeling_udon.retrieval.thumbnails import find_thumbnail
+from modeling_udon.encoder import load_embedding_model
+from modeling_udon.hub.errors import reason_of
+from modeling_udon.search.index import ABOUT_FILE, INDEX_FILE, METADATA_FILE, ImageIndex
+from modeling_udon.search.query import check_model
+from modeling_udon.search.thumbnails import find_thumbnail
+from modeling_udon.storage import replaced_folder
 
 PACKAGE = "modeling_udon"
 PACKAGE_FOLDER = Path(__file__).parents[1]
@@ -114,7 +114,7 @@ def make_space(
     """
     target = Path(folder)
     _check_target(target, force)
-    with new_folder(target) as draft:
+    with replaced_folder(target) as draft:
         placed = [_place(side, number, draft, trust_remote_code, say) for number, side in enumerate(sides, 1)]
         modules = _imported_modules()
         for path in modules.values():
@@ -304,9 +304,9 @@ def _app_file(placed: Sequence[_Placed], has_examples: bool, trust_remote_code: 
     examples = 'find_examples("examples")' if has_examples else "[]"
     return f'''"""The page of `udon app`, as a Space."""
 
-from modeling_udon.app import find_examples, make_page, open_side, start
-from modeling_udon.retrieval.folders import new_folder
-from modeling_udon.retrieval.models import load_embedding_model
+from modeling_udon.search.app import find_examples, make_page, open_side, start
+from modeling_udon.storage import replaced_folder
+from modeling_udon.encoder import load_embedding_model
 
 page = make_page(
     [

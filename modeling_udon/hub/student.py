@@ -11,8 +11,8 @@ from PIL import Image
 from transformers import AutoImageProcessor
 from transformers.image_processing_utils import BaseImageProcessor
 
+from modeling_udon.encoder import EmbeddingModel, load_embedding_model
 from modeling_udon.modeling_udon import UdonModel
-from modeling_udon.retrieval.models import EmbeddingModel, load_embedding_model
 
 # The file that every folder of a model has, in whatever form.
 PROCESSOR_FILE = "preprocessor_config.json"

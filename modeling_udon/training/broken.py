@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 from modeling_udon.data.dataset import BrokenImage, BrokenImageError, DomainBatch
-from modeling_udon.training.reporting import keep_rows
+from modeling_udon.training.logging import keep_rows
 
 # A share is taken of at least so many images, so that the first ones cannot end a run.
 MIN_DRAWN = 1000

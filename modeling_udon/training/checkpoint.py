@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from modeling_udon.training.files import recover_folder, replaced_folder
+from modeling_udon.storage import recover_folder, replaced_folder
 from modeling_udon.training.sharding import gather_shards, load_weights, shard_like
 
 MODEL_FILE = "model.safetensors"

@@ -7,11 +7,10 @@ import torch
 from torch import nn
 from transformers.utils import ModelOutput
 
+from modeling_udon.config import LossConfig
 from modeling_udon.configuration_udon import UdonConfig
 from modeling_udon.modeling_udon import UdonModel, init_lecun_normal_
 from modeling_udon.training.chunked import chunked_classification_loss, chunked_logit_distillation_loss
-from modeling_udon.training.config import LossConfig
-from modeling_udon.training.frozen import FrozenTeachers, OldStudent
 from modeling_udon.training.losses import (
     classification_loss,
     cosine_logits,
@@ -20,6 +19,7 @@ from modeling_udon.training.losses import (
     relational_distillation_loss,
     retention_loss,
 )
+from modeling_udon.training.teachers import FrozenTeachers, OldStudent
 
 TERMS = ("student_classification", "teacher_classification", "logit_distillation", "relational_distillation")
 RETENTION = "retention"

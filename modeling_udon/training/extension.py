@@ -10,20 +10,19 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+from modeling_udon.config import ConfigError, TrainConfig
+from modeling_udon.config_file import read_initial_run
 from modeling_udon.configuration_udon import UdonConfig
 from modeling_udon.data.domains import Domain, label_maps
+from modeling_udon.evaluation.protocol import METRICS, Scores, SplitScores
 from modeling_udon.modeling_udon import UdonModel
-from modeling_udon.retrieval.encoders import Run, read_run
-from modeling_udon.retrieval.protocol import METRICS, Scores, SplitScores
-from modeling_udon.training.config import ConfigError, TrainConfig
+from modeling_udon.run_record import RunRecord
+from modeling_udon.storage import write_text
 from modeling_udon.training.distillation import UdonForDistillation
-from modeling_udon.training.files import write_text
-from modeling_udon.training.frozen import OldStudent
+from modeling_udon.training.teachers import OldStudent
 
 OLD_SCORES_FILE = "old_student.json"
 _REPORT = "extension.md"
-# What is a run's own: not where its student goes, nor what it itself started from.
-_NOT_TAKEN_OVER = ("init", "push", "teachers")
 _SIZES = ("embedding_dim", "teacher_dim", "head_hidden_dims", "head_bias")
 
 
@@ -38,20 +37,10 @@ class Start:
         label_maps: What `domains.json` says of its domains.
     """
 
-    run: Run
+    run: RunRecord
     shape: UdonConfig
     weights: dict[str, torch.Tensor]
     label_maps: dict[str, Any]
-
-
-def take_over(folder: str | Path) -> dict[str, Any]:
-    """Returns the settings of a run that one that starts from it has, unless it is told otherwise.
-
-    Raises:
-        ConfigError: If the folder holds no run with its best weights.
-    """
-    config = _read(Path(folder)).config
-    return {key: value for key, value in config.items() if key not in _NOT_TAKEN_OVER}
 
 
 def open_start(config: TrainConfig) -> Start | None:
@@ -62,7 +51,7 @@ def open_start(config: TrainConfig) -> Start | None:
     """
     if config.init is None:
         return None
-    run = _read(config.init.run)
+    run = read_initial_run(config.init.run)
     shape = UdonConfig.from_pretrained(run.folder / "best")
     for name in _SIZES:
         theirs, ours = getattr(shape, name), getattr(config.model, name)
@@ -83,7 +72,7 @@ def trained_domains(config: TrainConfig, domains: Mapping[str, Domain]) -> dict[
     """
     if config.init is None or config.init.old_data != "measure":
         return dict(domains)
-    old = _read(config.init.run).domains
+    old = read_initial_run(config.init.run).domains
     new = {name: domain for name, domain in domains.items() if name not in old}
     if not new:
         raise ConfigError(
@@ -154,7 +143,7 @@ def compare_with_old(config: TrainConfig, scores: SplitScores) -> dict[str, Any]
     """
     assert config.init is not None
     old = json.loads((config.run_dir / OLD_SCORES_FILE).read_text(encoding="utf-8"))
-    known = _read(config.init.run).domains
+    known = read_initial_run(config.init.run).domains
     return {
         **config.init.model_dump(mode="json"),
         "new_domains": [name for name in config.domains if name not in known],
@@ -199,19 +188,3 @@ def _changes(old: Mapping[str, float], new: Mapping[str, float]) -> list[str]:
 
 def _mean(scores: Scores, names: list[str]) -> dict[str, float]:
     return {metric: sum(scores["domains"][name][metric] for name in names) / len(names) for metric in METRICS}
-
-
-def _read(folder: Path) -> Run:
-    try:
-        run = read_run(folder)
-    except ValueError:
-        raise ConfigError(
-            f"`init.run` must be the folder of a run with a best student. Got {folder}; give the folder that holds "
-            "its config.yaml and best/."
-        ) from None
-    if not run.weights.is_file():
-        raise ConfigError(
-            f"`init.run` must still have its best weights with teachers and prototypes. Got {folder} without "
-            "checkpoints/best/model.safetensors; train it again or give another run."
-        )
-    return run

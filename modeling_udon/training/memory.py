@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import psutil
 import torch
 
-from modeling_udon.training.config import LossConfig
+from modeling_udon.config import LossConfig
 
 _FLOAT32 = 4
 # Tensors of `(batch_size, num_classes)` at the peak of a step, counted by torch's profiler: the student's alone, with a

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from modeling_udon.training.config import OptimConfig
+from modeling_udon.config import OptimConfig
 from modeling_udon.training.distillation import UdonForDistillation
 
 

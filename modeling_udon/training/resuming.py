@@ -4,7 +4,7 @@ import difflib
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from modeling_udon.training.config import ConfigError, PushConfig
+from modeling_udon.config import ConfigError, PushConfig
 
 # What may differ when a run goes on: where it is told of, and how fast data comes.
 FREE = {"output_dir", "train.shard_backbone", "data.num_workers", "data.max_broken_share", "eval.batch_size"}

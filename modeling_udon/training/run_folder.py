@@ -9,8 +9,11 @@ from typing import Any, Self
 
 import yaml
 
+from modeling_udon.config import ConfigError, TrainConfig
+from modeling_udon.config_file import dump_config
 from modeling_udon.data.domains import Domain, check_label_maps, label_maps
-from modeling_udon.retrieval.protocol import versions
+from modeling_udon.evaluation.protocol import versions
+from modeling_udon.storage import recover_folder, write_text
 from modeling_udon.training.checkpoint import (
     CheckpointError,
     find_checkpoint,
@@ -18,10 +21,7 @@ from modeling_udon.training.checkpoint import (
     read_state,
     recover_checkpoints,
 )
-from modeling_udon.training.config import ConfigError, TrainConfig
-from modeling_udon.training.config_file import dump_config
 from modeling_udon.training.extension import OLD_SCORES_FILE
-from modeling_udon.training.files import recover_folder, write_text
 from modeling_udon.training.resuming import FREE, Changes, check_allowances, check_changes, differences
 from modeling_udon.training.run_lock import LOCK_FILE, RunLock
 

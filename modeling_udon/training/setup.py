@@ -10,6 +10,7 @@ from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.utils import get_int_from_env, parse_flag_from_env
 from transformers import AutoConfig, AutoModel, PretrainedConfig
 
+from modeling_udon.config import ConfigError, DataConfig, ModelConfig, TrainConfig
 from modeling_udon.configuration_udon import UdonConfig
 from modeling_udon.data.augment import StrongTransform
 from modeling_udon.data.domains import Domain, label_maps
@@ -22,13 +23,12 @@ from modeling_udon.data.transforms import (
     RandomTransform,
     TrainTransform,
 )
+from modeling_udon.encoder import check_remote_code
 from modeling_udon.modeling_udon import UdonModel
-from modeling_udon.retrieval.models import check_remote_code
-from modeling_udon.training.config import ConfigError, DataConfig, ModelConfig, TrainConfig
 from modeling_udon.training.distillation import UdonForDistillation
 from modeling_udon.training.extension import load_start, old_student, open_start
-from modeling_udon.training.frozen import FrozenTeachers, load_frozen_teachers
 from modeling_udon.training.memory import describe_memory, estimate_prototypes, free_memory
+from modeling_udon.training.teachers import FrozenTeachers, load_frozen_teachers
 
 # How long one process may keep the others waiting: a process that has died is noticed at once, one that hangs after
 # this. The main process alone writes checkpoints and reports, which takes minutes at the most.

@@ -14,13 +14,13 @@ from safetensors.torch import load_file
 from torch.nn.parallel import DistributedDataParallel
 from transformers.utils import logging as transformers_logging
 
+from modeling_udon.config import ConfigError, TrainConfig
+from modeling_udon.config_file import dump_config
 from modeling_udon.data.dataset import DomainBatch, MultiDomainDataset
 from modeling_udon.data.domains import find_known_classes, open_domain, with_images_as_classes
+from modeling_udon.data.loader import WorkerLoader
 from modeling_udon.data.transforms import EvalTransform, normalize
-from modeling_udon.data.workers import WorkerLoader
-from modeling_udon.training.assessment import Assessment
 from modeling_udon.training.broken import BrokenImages
-from modeling_udon.training.cached_features import FeatureDataset, make_feature_cache
 from modeling_udon.training.checkpoint import (
     BEST_FILE,
     CheckpointError,
@@ -29,13 +29,12 @@ from modeling_udon.training.checkpoint import (
     load_checkpoint,
     save_checkpoint,
 )
-from modeling_udon.training.config import ConfigError, TrainConfig
-from modeling_udon.training.config_file import dump_config
 from modeling_udon.training.data_wait import DataWait
 from modeling_udon.training.distillation import RelationalBank
+from modeling_udon.training.errors import TrainingError
 from modeling_udon.training.extension import trained_domains
-from modeling_udon.training.failures import TrainingError
-from modeling_udon.training.incidents import Incidents, StepGuard, Verdict
+from modeling_udon.training.features import FeatureDataset, make_feature_cache
+from modeling_udon.training.logging import LossWindow, Reporter, format_validation
 from modeling_udon.training.optimization import (
     IdleHeads,
     average_gradients,
@@ -45,7 +44,6 @@ from modeling_udon.training.optimization import (
     set_learning_rates,
     with_gradients,
 )
-from modeling_udon.training.reporting import LossWindow, Reporter, format_validation
 from modeling_udon.training.resuming import check_allowances, leaves
 from modeling_udon.training.run_folder import RunFolder
 from modeling_udon.training.run_lock import FolderInUseError
@@ -60,7 +58,9 @@ from modeling_udon.training.setup import (
     training_transform,
 )
 from modeling_udon.training.sharding import clip_gradients, load_weights, shard_backbone
-from modeling_udon.training.stopping import Agreement, Stopped, StopSignals
+from modeling_udon.training.signals import Agreement, Stopped, StopSignals
+from modeling_udon.training.skipped import Incidents, StepGuard, Verdict
+from modeling_udon.training.validation import Assessment
 
 
 def train(

@@ -16,9 +16,10 @@ from modeling_udon.data.dataset import (
     collate_images,
     read_images,
 )
-from modeling_udon.data.domains import Domain, DomainSpec, open_domain
+from modeling_udon.data.domains import Domain, open_domain
 from modeling_udon.data.sampling import BatchDraw, DomainBatchSampler
 from modeling_udon.data.transforms import EvalTransform, TrainTransform, decode_image
+from modeling_udon.domain_spec import DomainSpec
 
 
 @pytest.fixture(scope="module")

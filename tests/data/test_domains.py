@@ -11,14 +11,8 @@ import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, List, Value
 from PIL import Image as PILImage
 
-from modeling_udon.data.domains import (
-    Domain,
-    DomainSpec,
-    check_domain_name,
-    check_label_maps,
-    label_maps,
-    open_domain,
-)
+from modeling_udon.data.domains import Domain, check_label_maps, label_maps, open_domain
+from modeling_udon.domain_spec import DomainSpec, check_domain_name
 
 SPLITS = ("train", "validation", "test")
 

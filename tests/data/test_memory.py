@@ -17,7 +17,8 @@ PROGRAM = """
 import json, sys
 from pathlib import Path
 import numpy as np
-from modeling_udon.data.domains import DomainSpec, open_domain
+from modeling_udon.data.domains import open_domain
+from modeling_udon.domain_spec import DomainSpec
 
 def mib():
     lines = Path("/proc/self/smaps_rollup").read_text().splitlines()

@@ -14,8 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from modeling_udon.data import streaming
-from modeling_udon.data.domains import Domain, DomainSpec, check_label_maps, label_maps, open_domain
+from modeling_udon.data.domains import Domain, check_label_maps, label_maps, open_domain
 from modeling_udon.data.sampling import DomainBatchSampler, RowGroups, WindowShuffle
+from modeling_udon.domain_spec import DomainSpec
 
 
 def write(path: Path, labels: list[Any], group_size: int, *, first: int = 0, feature: Any = None) -> None:

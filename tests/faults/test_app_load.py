@@ -18,12 +18,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from modeling_udon.retrieval.models import load_embedding_model
+from modeling_udon.encoder import load_embedding_model
 
 pytest.importorskip("gradio", reason='the page needs gradio: pip install "modeling-udon[demo]"')
 import httpx
 
-from modeling_udon.app import answer, answer_request, open_side
+from modeling_udon.search.app import answer, answer_request, open_side
 
 NUM_REQUESTS, AT_A_TIME = 500, 20
 MAX_SECONDS = 300

@@ -17,9 +17,9 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 import train_udon
-from modeling_udon.training.config import ConfigError, TrainConfig
-from modeling_udon.training.config_file import load_config
-from modeling_udon.training.strict_yaml import MAX_DEPTH, load_strict
+from modeling_udon.config import ConfigError, TrainConfig
+from modeling_udon.config_file import load_config
+from modeling_udon.strict_yaml import MAX_DEPTH, load_strict
 from modeling_udon.training.trainer import Trainer
 
 ROOT = Path(__file__).parents[2]

@@ -15,9 +15,11 @@ import torch
 from hurt import Patch, at, die, raising
 from safetensors import SafetensorError
 
-from modeling_udon.training import assessment, checkpoint, files
-from modeling_udon.training.failures import explain
-from modeling_udon.training.reporting import Reporter
+from modeling_udon import storage as files
+from modeling_udon.training import checkpoint
+from modeling_udon.training import validation as assessment
+from modeling_udon.training.errors import explain
+from modeling_udon.training.logging import Reporter
 from modeling_udon.training.trainer import Trainer
 
 Values = Callable[..., dict[str, Any]]

@@ -12,10 +12,10 @@ import pytest
 import yaml
 from hurt import at, die
 
+from modeling_udon.config import ConfigError
+from modeling_udon.config_file import load_config
 from modeling_udon.training import run_folder
 from modeling_udon.training.checkpoint import CheckpointError
-from modeling_udon.training.config import ConfigError
-from modeling_udon.training.config_file import load_config
 from modeling_udon.training.resuming import check_changes
 from modeling_udon.training.trainer import Trainer, train
 

@@ -27,9 +27,9 @@ from modeling_udon.data.domains import Domain
 from modeling_udon.data.files import MAX_FILE_BYTES
 from modeling_udon.data.sampling import BatchDraw
 from modeling_udon.data.transforms import EvalTransform, TrainTransform
-from modeling_udon.retrieval.embed_files import EmbedOptions, embed_source
-from modeling_udon.retrieval.models import load_embedding_model
-from modeling_udon.retrieval.sources import SourceSpec
+from modeling_udon.encoder import load_embedding_model
+from modeling_udon.search.embed import EmbedOptions, embed_source
+from modeling_udon.search.sources import SourceSpec
 
 ROOT = Path(__file__).parents[2]
 Tell = Callable[[str, int, int], None]
@@ -343,7 +343,7 @@ def test_embed_gives_an_embedding_or_names_the_file_with_the_reason(embedded, ki
 @each_kind
 def test_the_page_shows_neighbours_or_the_reason(folder: Path, searchable, kind: Kind, tell: Tell) -> None:
     pytest.importorskip("gradio", reason='the page needs gradio: pip install "modeling-udon[demo]"')
-    from modeling_udon.app import answer, open_side
+    from modeling_udon.search.app import answer, open_side
 
     side = open_side(searchable.index, lambda: load_embedding_model(str(searchable.model)))
     with unprivileged():

@@ -12,10 +12,10 @@ import torch
 from hurt import Whole, at, die, read_outcome
 from safetensors.torch import load_file
 
+from modeling_udon.config import OptimConfig
 from modeling_udon.data import dataset
-from modeling_udon.training.config import OptimConfig
 from modeling_udon.training.distillation import UdonForDistillation
-from modeling_udon.training.incidents import StepGuard, Verdict
+from modeling_udon.training.skipped import StepGuard, Verdict
 from modeling_udon.training.trainer import Trainer
 
 Values = Callable[..., dict[str, Any]]

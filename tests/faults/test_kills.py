@@ -8,9 +8,10 @@ from typing import Any
 
 from hurt import at, die
 
-from modeling_udon.training import assessment, checkpoint, run_folder, trainer
-from modeling_udon.training.incidents import StepGuard
-from modeling_udon.training.reporting import Reporter
+from modeling_udon.training import checkpoint, run_folder, trainer
+from modeling_udon.training import validation as assessment
+from modeling_udon.training.logging import Reporter
+from modeling_udon.training.skipped import StepGuard
 from modeling_udon.training.trainer import Trainer
 
 

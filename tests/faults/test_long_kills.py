@@ -15,9 +15,10 @@ import numpy as np
 import pytest
 from hurt import die
 
-from modeling_udon.training import assessment, trainer
-from modeling_udon.training.assessment import Assessment
+from modeling_udon.training import trainer
+from modeling_udon.training import validation as assessment
 from modeling_udon.training.trainer import Trainer
+from modeling_udon.training.validation import Assessment
 
 NUM_KILLS = 50
 STAGES = ("start", "step", "validation", "best", "checkpoint", "end")

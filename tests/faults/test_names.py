@@ -21,9 +21,9 @@ from PIL import Image
 from modeling_udon.cli import make_parser
 from modeling_udon.data.dataset import BrokenImageError, read_images
 from modeling_udon.data.files import lies_in, read_file
-from modeling_udon.data.text import printable, table_cell
 from modeling_udon.hub.card import describe_domains
-from modeling_udon.retrieval.search_page import html_text
+from modeling_udon.search.results_page import html_text
+from modeling_udon.text import printable, table_cell
 
 ANSI = "\x1b[2J\x1b]0;owned\x07"
 STEERING = f"{ANSI}\r\n\u202egnp\x9b31m"

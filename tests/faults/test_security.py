@@ -18,11 +18,11 @@ import pytest
 import torch
 import yaml
 
+from modeling_udon.config import ConfigError
+from modeling_udon.config_file import load_config
+from modeling_udon.encoder import check_remote_code, load_embedding_model
 from modeling_udon.hub.checkpoints import read_arrays
-from modeling_udon.limits import RateLimit
-from modeling_udon.retrieval.models import check_remote_code, load_embedding_model
-from modeling_udon.training.config import ConfigError
-from modeling_udon.training.config_file import load_config
+from modeling_udon.search.limits import RateLimit
 
 ROOT = Path(__file__).parents[2]
 SECRET = "hf_" + "s3cr3t" * 6

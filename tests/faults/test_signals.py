@@ -15,8 +15,9 @@ import pytest
 from hurt import Patch, at, signalling
 
 import train_udon
-from modeling_udon.training import assessment, stopping
-from modeling_udon.training.stopping import Stopped, StopSignals, resume_command
+from modeling_udon.training import signals as stopping
+from modeling_udon.training import validation as assessment
+from modeling_udon.training.signals import Stopped, StopSignals, resume_command
 from modeling_udon.training.trainer import Trainer
 
 Values = Callable[..., dict[str, Any]]

@@ -1,9 +1,7 @@
-"""The student of a run loads where this package is not installed and gives the embeddings that were scored."""
+"""`udon export` through its command: each form embeds as the student does, or is refused with the reason."""
 
-import json
-import os
-import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,235 +9,318 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from accelerate import Accelerator
-from datasets import Image, load_dataset
+import yaml
 from huggingface_hub import ModelCard
-from safetensors import safe_open
-from transformers import AutoImageProcessor
+from PIL import Image
+from safetensors.torch import load_file
+from torch.nn import functional as F
+from transformers import AutoImageProcessor, CLIPVisionModelWithProjection, ViTConfig, ViTModel
 
 from modeling_udon import UdonConfig, UdonModel
-from modeling_udon.data.domains import DomainSpec, open_domain
-from modeling_udon.data.transforms import EvalTransform, image_processor
-from modeling_udon.hub.export import export_student
-from modeling_udon.retrieval.embed import ImageEmbedder, embed_with_model
+from modeling_udon.data.dataset import read_images
+from modeling_udon.data.domains import open_domain
+from modeling_udon.data.transforms import image_processor
+from modeling_udon.domain_spec import DomainSpec
+from modeling_udon.hub import export as formats
+from modeling_udon.hub.student_folder import export_student
 
-Values = Callable[..., dict[str, Any]]
-DOMAINS = ("stripes", "blobs", "noise")
-HALF = (0.5, 0.5, 0.5)
+SIZES = {
+    "image_size": 16,
+    "patch_size": 8,
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+}
+SENTENCES = "sentence-transformers"
 
-# Run in a process of its own, in another folder, where `import modeling_udon` fails.
-STRANGER = """
-import io, json, sys
-sys.modules["modeling_udon"] = None
-import numpy as np, torch
-from datasets import Image, load_dataset
-from PIL import Image as PILImage
-from transformers import AutoImageProcessor, AutoModel
 
-best, domains, out = sys.argv[1:]
-model = AutoModel.from_pretrained(best, trust_remote_code=True).eval()
-processor = AutoImageProcessor.from_pretrained(best)
-embeds = {}
-for name in ("stripes", "blobs", "noise"):
-    rows = load_dataset(f"{domains}/{name}", split="test").cast_column("image", Image(decode=False))
-    images = [PILImage.open(io.BytesIO(row["image"]["bytes"])) for row in rows]
-    with torch.no_grad():
-        outputs = model(**processor(images=images, return_tensors="pt"))
-    embeds[name] = outputs.image_embeds.numpy()
-    assert torch.equal(outputs.pooler_output, outputs.image_embeds)
-    if name in model.teacher_heads:
+@pytest.fixture
+def make_student(tmp_path: Path) -> Callable[..., Path]:
+    """Exports a student of random weights, biases and norms included."""
+
+    def make(kind: str = "vit", **values: Any) -> Path:
+        torch.manual_seed(0)
+        config = UdonConfig(backbone_config={"model_type": kind, **SIZES}, embedding_dim=8, **values)
+        model = UdonModel(config)
         with torch.no_grad():
-            embeds["teacher_" + name] = model(
-                **processor(images=images, return_tensors="pt"), domain=name
-            ).teacher_embeds.numpy()
-np.savez(out, **embeds)
-assert not [name for name in sys.modules if name.startswith("modeling_udon.")]
-"""
+            for value in model.parameters():
+                value.add_(0.2 * torch.randn_like(value))
+        folder = tmp_path / "student"
+        export_student(model, image_processor(16, (0.5, 0.4, 0.3), (0.5, 0.5, 0.4)), ModelCard("---\n---\n"), folder)
+        return folder
+
+    return make
 
 
-@pytest.fixture(scope="module")
-def runs(
-    make_values: Values, run_train: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
-) -> dict[str, Path]:
-    folder = tmp_path_factory.mktemp("export")
-    return {
-        "student": run_train(make_values(folder, name="student")),
-        "teachers": run_train(make_values(folder, name="teachers", train__keep_teachers=True)),
-    }
+@pytest.fixture
+def images() -> list[Image.Image]:
+    rng = np.random.default_rng(7)
+    sizes = ((20, 31), (16, 16), (90, 40))
+    return [Image.fromarray(rng.integers(0, 255, (*size, 3), dtype=np.uint8)) for size in sizes]
 
 
-@pytest.fixture(scope="module")
-def strangers(
-    runs: dict[str, Path], tiny_domains: Path, tmp_path_factory: pytest.TempPathFactory
-) -> dict[str, dict[str, np.ndarray]]:
-    """Embeddings of the test images by a process that does not have this package."""
-    folder, embeds = tmp_path_factory.mktemp("elsewhere"), {}
-    processes = {
-        kind: subprocess.Popen(
-            [sys.executable, "-I", "-c", STRANGER, str(run / "best"), str(tiny_domains), str(folder / f"{kind}.npz")],
-            cwd=folder,
-            env=os.environ | {"HF_MODULES_CACHE": str(folder / kind)},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for kind, run in runs.items()
-    }
-    for kind, process in processes.items():
-        _, error = process.communicate(timeout=240)
-        assert process.returncode == 0, error
-        with np.load(folder / f"{kind}.npz") as saved:
-            embeds[kind] = dict(saved)
-    return embeds
+def pixels_of(folder: Path, images: list[Image.Image]) -> torch.Tensor:
+    return AutoImageProcessor.from_pretrained(folder)(images=images, return_tensors="pt")["pixel_values"]
 
 
-def embed_ourselves(best: Path, tiny_domains: Path, name: str) -> dict[str, np.ndarray]:
-    model = UdonModel.from_pretrained(best).eval()
-    images = open_domain(name, DomainSpec(path=str(tiny_domains / name))).evaluation["test"].query.images
-    embedder = ImageEmbedder(EvalTransform(16), batch_size=5, num_workers=0, accelerator=Accelerator(cpu=True))
-    return embedder(images, embed_with_model(model, HALF, HALF, name), name)
+@torch.no_grad()
+def embeds_of(student: Path, images: list[Image.Image]) -> np.ndarray:
+    return UdonModel.from_pretrained(student).eval()(pixels_of(student, images)).image_embeds.numpy()
 
 
-@pytest.mark.parametrize("kind", ["student", "teachers"])
-def test_the_student_embeds_the_same_where_this_package_is_not_installed(
-    runs: dict[str, Path], strangers: dict[str, dict[str, np.ndarray]], tiny_domains: Path, kind: str
-) -> None:
-    for name in DOMAINS:
-        ours = embed_ourselves(runs[kind] / "best", tiny_domains, name)
-        np.testing.assert_allclose(strangers[kind][name], ours["student"], atol=2e-6)
-        np.testing.assert_allclose(np.linalg.norm(ours["student"], axis=1), 1, atol=1e-6)
+def tensors_in(folder: Path) -> list[bytes]:
+    """The bytes of each weight matrix in all safetensors files of a folder."""
+    files = [load_file(path) for path in folder.rglob("*.safetensors")]
+    return [value.numpy().tobytes() for file in files for value in file.values() if value.ndim > 1]
 
 
-def test_kept_teachers_embed_the_same_and_are_left_out_otherwise(
-    runs: dict[str, Path], strangers: dict[str, dict[str, np.ndarray]], tiny_domains: Path
-) -> None:
-    assert set(strangers["student"]) == set(DOMAINS)
-    for name in DOMAINS:
-        ours = embed_ourselves(runs["teachers"] / "best", tiny_domains, name)
-        np.testing.assert_allclose(strangers["teachers"][f"teacher_{name}"], ours["teacher"], atol=2e-6)
-
-
-def test_the_folder_holds_what_the_hub_takes_and_nothing_of_the_training(runs: dict[str, Path]) -> None:
-    best = runs["student"] / "best"
-    assert {path.name for path in best.iterdir()} == {
-        "README.md",
-        "config.json",
-        "configuration_udon.py",
-        "model.safetensors",
-        "modeling_udon.py",
-        "modules.json",
-        "preprocessor_config.json",
-        "sentence_bert_config.json",
-    }
-    with safe_open(best / "model.safetensors", "pt") as file:
-        names = set(file.keys())
-    assert {name.partition(".")[0] for name in names} == {"backbone", "student_head"}
-    config = json.loads((best / "config.json").read_text())
-    assert config["domains"] == {}
-    assert config["auto_map"] == {
-        "AutoConfig": "configuration_udon.UdonConfig",
-        "AutoModel": "modeling_udon.UdonModel",
-    }
-    with safe_open(runs["teachers"] / "best" / "model.safetensors", "pt") as file:
-        tops = {name.partition(".")[0] for name in file.keys()}  # noqa: SIM118
-    assert tops == {"backbone", "student_head", "teacher_heads"}
-
-
-@pytest.mark.parametrize("tower", ["clip_vision_model", "siglip_vision_model"])
-def test_the_weights_of_a_tower_bear_the_names_that_every_version_of_transformers_reads(
-    tower: str, tmp_path: Path
-) -> None:
-    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
-    backbone = {"model_type": tower, "image_size": 16, "patch_size": 8, **sizes}
-    model = UdonModel(UdonConfig(backbone_config=backbone, embedding_dim=8, pooling="pooler")).eval()
-    export_student(model, image_processor(16, HALF, HALF), ModelCard("---\n---\n"), tmp_path)
-    with safe_open(tmp_path / "model.safetensors", "pt") as file:
-        names = {name for name in file.keys() if name.startswith("backbone.")}  # noqa: SIM118
-        assert file.metadata() == {"format": "pt"}
-    assert names
-    assert {name.split(".")[1] for name in names} == {"vision_model"}
-    again, loading = UdonModel.from_pretrained(tmp_path, output_loading_info=True)
-    assert not loading["missing_keys"]
-    assert not loading["unexpected_keys"]
-    pixels = torch.rand(2, 3, 16, 16)
-    assert torch.equal(again.eval()(pixels).image_embeds, model(pixels).image_embeds)
-
-
-@pytest.mark.parametrize("kind", ["student", "teachers"])
-def test_the_student_opens_in_sentence_transformers(
-    runs: dict[str, Path], strangers: dict[str, dict[str, np.ndarray]], tiny_domains: Path, kind: str
+@pytest.mark.parametrize("kind", ["vit", "clip_vision_model", "dinov2"])
+@pytest.mark.parametrize("head_bias", [True, False])
+def test_a_folder_for_sentence_transformers_embeds_as_the_student_without_remote_code(
+    udon: Callable[..., Any],
+    make_student: Callable[..., Path],
+    images: list[Image.Image],
+    tmp_path: Path,
+    kind: str,
+    head_bias: bool,
 ) -> None:
     sentence_transformers = pytest.importorskip("sentence_transformers")
-    model = sentence_transformers.SentenceTransformer(str(runs[kind] / "best"), trust_remote_code=True, device="cpu")
+    student, out = make_student(kind, head_bias=head_bias), tmp_path / "out"
+    done = udon("export", student, "--format", SENTENCES, "--out", out)
+    assert done.code == 0, done.err
+    assert "checked in sentence-transformers: largest difference" in done.out
+    model = sentence_transformers.SentenceTransformer(str(out), device="cpu")
+    np.testing.assert_allclose(model.encode(images), embeds_of(student, images), atol=2e-6)
     assert model.get_embedding_dimension() == 8
-    for name in DOMAINS:
-        images = load_dataset(str(tiny_domains / name), split="test").cast_column("image", Image(mode="RGB"))["image"]
-        np.testing.assert_allclose(model.encode(list(images)), strangers[kind][name], atol=2e-6)
+    assert not list(out.rglob("*.py"))
+    assert max(Counter(tensors_in(out)).values()) == 1
+    assert sorted(tensors_in(out)) == sorted(tensors_in(student))
 
 
-def test_the_image_processor_gives_the_pixels_that_were_scored(runs: dict[str, Path], tiny_domains: Path) -> None:
-    processor = AutoImageProcessor.from_pretrained(runs["student"] / "best")
-    decoded = load_dataset(str(tiny_domains / "blobs"), split="test").cast_column("image", Image(mode="RGB"))[0][
-        "image"
-    ]
-    pixels = processor(images=decoded, return_tensors="np")["pixel_values"][0]
-    expected = (EvalTransform(16)(np.asarray(decoded)).transpose(2, 0, 1) / 255 - 0.5) / 0.5
-    np.testing.assert_allclose(pixels, expected, atol=1e-6)
-
-
-def test_the_test_scores_are_those_of_the_exported_student_by_a_plain_loop(
-    runs: dict[str, Path], strangers: dict[str, dict[str, np.ndarray]], tiny_domains: Path
+@pytest.mark.parametrize(
+    ("kind", "model_class"), [("vit", ViTModel), ("clip_vision_model", CLIPVisionModelWithProjection)]
+)
+def test_the_native_form_embeds_as_the_student_up_to_the_last_normalisation(
+    udon: Callable[..., Any],
+    make_student: Callable[..., Path],
+    images: list[Image.Image],
+    tmp_path: Path,
+    kind: str,
+    model_class: Any,
 ) -> None:
-    results = json.loads((runs["student"] / "results.json").read_text())
-    rows = []
-    for name in DOMAINS:
-        labels = load_dataset(str(tiny_domains / name), split="test")["label"]
-        rows += [(name, label, embed) for label, embed in zip(labels, strangers["student"][name], strict=True)]
-    for name in DOMAINS:
-        for kind, index in (("merged", rows), ("separate", [row for row in rows if row[0] == name])):
-            recalls, precisions = [], []
-            for query in (row for row in rows if row[0] == name):
-                others = [row for row in index if row is not query]
-                others.sort(key=lambda row, query=query: -float(query[2] @ row[2]))
-                hits = [row[:2] == query[:2] for row in others]
-                count = min(sum(hits), 5)
-                recalls.append(hits[0])
-                precisions.append(sum(hits[:count]) / count)
-            scores = results["splits"]["test"][kind]["domains"][name]
-            assert scores["R@1"] == pytest.approx(np.mean(recalls))
-            assert scores["mMP@5"] == pytest.approx(np.mean(precisions), abs=1e-6)
+    student, out = make_student(kind, head_bias=False), tmp_path / "out"
+    done = udon("export", student, "--format", "native", "--out", out)
+    assert done.code == 0, done.err
+    assert "checked in transformers: largest difference" in done.out
+    with torch.no_grad():
+        outputs = model_class.from_pretrained(out).eval()(pixels_of(out, images))
+    embeds = outputs.pooler_output if kind == "vit" else outputs.image_embeds
+    np.testing.assert_allclose(F.normalize(embeds, dim=-1).numpy(), embeds_of(student, images), atol=2e-6)
+    assert {path.name for path in out.iterdir()} == {"config.json", "model.safetensors", "preprocessor_config.json"}
+    assert max(Counter(tensors_in(out)).values()) == 1
 
 
-def test_the_results_have_the_schema_that_others_rely_on(runs: dict[str, Path]) -> None:
-    results = json.loads((runs["student"] / "results.json").read_text())
-    assert set(results) >= {"schema", "splits", "baseline", "versions", "config"}
-    assert results["schema"] == 1
-    test = results["splits"]["test"]
-    metrics = {"R@1", "mMP@5"}
-    for kind in ("merged", "separate"):
-        assert set(test[kind]) == {"mean", "domains"}
-        assert set(test[kind]["domains"]) == set(DOMAINS)
-        for metric in metrics:
-            values = [test[kind]["domains"][name][metric] for name in DOMAINS]
-            assert all(0 <= value <= 1 for value in values)
-            assert test[kind]["mean"][metric] == pytest.approx(sum(values) / 3)
-    assert set(test["teachers"]) == set(DOMAINS)
-    assert all(set(values) == metrics for values in test["teachers"].values())
-    assert set(results["baseline"]) == {"untrained", "raw_pixels"}
-    assert all(metrics <= set(values) for values in results["baseline"].values())
-    assert results["config"]["optim"]["lr"] == 0.01
-    assert {"python", "torch", "transformers"} <= set(results["versions"])
+@pytest.mark.parametrize(
+    ("kind", "values", "reason"),
+    [
+        ("vit", {}, "--format native must have a head without bias: the head sees features of unit norm"),
+        ("vit", {"head_bias": False, "head_hidden_dims": [12]}, "--format native must have a linear head"),
+        ("vit", {"head_bias": False, "pooling": "pooler"}, "Got vit with pooling pooler"),
+        ("clip_vision_model", {"head_bias": False, "pooling": "cls"}, "Got clip_vision_model with pooling cls"),
+        ("dinov2", {"head_bias": False}, "Got dinov2 with pooling cls"),
+    ],
+)
+def test_the_native_form_is_refused_with_the_reason_where_it_is_not_exact(
+    udon: Callable[..., Any],
+    make_student: Callable[..., Path],
+    tmp_path: Path,
+    kind: str,
+    values: dict[str, Any],
+    reason: str,
+) -> None:
+    done = udon("export", make_student(kind, **values), "--format", "native", "--out", tmp_path / "out")
+    assert done.code == 2
+    assert reason in done.err
+    assert len(done.err.splitlines()) == 1
+    assert {path.name for path in tmp_path.iterdir()} == {"student"}
 
 
-def test_the_card_shows_the_scores(runs: dict[str, Path]) -> None:
-    card = (runs["student"] / "best" / "README.md").read_text()
-    results = json.loads((runs["student"] / "results.json").read_text())
-    scores, intervals = results["splits"]["test"], results["analysis"]["test"]["intervals"]
-    for name in DOMAINS:
-        cells = []
-        for kind in ("merged", "separate"):
-            for metric in ("R@1", "mMP@5"):
-                low, high = (100 * bound for bound in intervals[kind]["domains"][name][metric])
-                cells.append(f"{100 * scores[kind]['domains'][name][metric]:.1f} ({low:.1f} to {high:.1f})")
-        assert f"| {name} | {' | '.join(cells)} |" in card
-    assert "pipeline_tag: image-feature-extraction" in card
-    assert "trust_remote_code=True" in card
+def test_a_head_with_hidden_layers_is_refused_for_sentence_transformers_and_exact_in_onnx(
+    udon: Callable[..., Any], make_student: Callable[..., Path], images: list[Image.Image], tmp_path: Path
+) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    student = make_student(head_hidden_dims=[12])
+    refused = udon("export", student, "--format", SENTENCES, "--out", tmp_path / "out")
+    assert refused.code == 2
+    assert "must have a linear head: its Dense takes" in refused.err
+    assert udon("export", student, "--format", "onnx", "--out", tmp_path / "out").code == 0
+    session = onnxruntime.InferenceSession(tmp_path / "out" / "model.onnx", providers=["CPUExecutionProvider"])
+    embeds = session.run(["image_embeds"], {"pixel_values": pixels_of(student, images).numpy()})[0]
+    np.testing.assert_allclose(embeds, embeds_of(student, images), atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["vit", "clip_vision_model"])
+def test_onnx_embeds_batches_of_any_size_as_the_student_and_names_no_file_of_this_machine(
+    udon: Callable[..., Any],
+    make_student: Callable[..., Path],
+    images: list[Image.Image],
+    tmp_path: Path,
+    kind: str,
+) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    student, out = make_student(kind), tmp_path / "out"
+    done = udon("export", student, "--format", "onnx", "--out", out)
+    assert done.code == 0, done.err
+    assert "checked in onnxruntime: largest difference" in done.out
+    session = onnxruntime.InferenceSession(out / "model.onnx", providers=["CPUExecutionProvider"])
+    assert [output.name for output in session.get_outputs()] == ["image_embeds"]
+    expected = embeds_of(student, images)
+    for size in (1, 2, 3):
+        pixels = pixels_of(out, images[:size]).numpy()
+        embeds = session.run(None, {"pixel_values": pixels})[0]
+        assert embeds.shape == (size, 8)
+        np.testing.assert_allclose(embeds, expected[:size], atol=1e-5)
+    assert {path.name for path in out.iterdir()} == {"model.onnx", "preprocessor_config.json"}
+    assert b".py" not in (out / "model.onnx").read_bytes()
+
+
+def test_a_model_that_outgrows_one_file_keeps_its_weights_beside_the_graph(
+    udon: Callable[..., Any],
+    make_student: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    monkeypatch.setattr("modeling_udon.hub.onnx_format._MOST_BYTES", 1000)
+    done = udon("export", make_student(), "--format", "onnx", "--out", tmp_path / "out")
+    assert done.code == 0, done.err
+    graph, weights = (tmp_path / "out" / name for name in ("model.onnx", "model.onnx.data"))
+    assert (
+        graph.stat().st_size + weights.stat().st_size
+        < 1.5 * (tmp_path / "student/model.safetensors").stat().st_size + 60_000
+    )
+    assert weights.stat().st_size > 0
+
+
+@pytest.fixture(scope="module")
+def run(run_train: Callable[..., Path], make_values: Callable[..., dict[str, Any]], tmp_path_factory: Any) -> Path:
+    return run_train(make_values(tmp_path_factory.mktemp("runs"), train__num_steps=4, eval__every=4))
+
+
+def test_int8_prints_its_loss_on_the_domains_of_the_run(udon: Callable[..., Any], run: Path, tmp_path: Path) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    out = tmp_path / "out"
+    done = udon("export", run, "--format", "onnx", "--int8", "--out", out, "--num-workers", 0)
+    assert done.code == 0, done.err
+    assert {path.name for path in out.iterdir()} == {"model_int8.onnx", "preprocessor_config.json"}
+    session = onnxruntime.InferenceSession(out / "model_int8.onnx", providers=["CPUExecutionProvider"])
+    lines = [line.split() for line in done.out.splitlines()]
+    printed = {line[0]: line[1:] for line in lines if len(line) == 4}
+
+    def embed(pixels: torch.Tensor) -> np.ndarray:
+        return session.run(None, {"pixel_values": pixels.numpy()})[0]
+
+    for column, function in enumerate((lambda pixels: student_embeds(run, pixels), embed)):
+        for name, recall in merged_recalls(run, function).items():
+            assert printed[name][column] == f"{100 * recall:.1f}"
+    for float32, int8, loss in (printed[name] for name in ("stripes", "blobs", "noise", "mean")):
+        assert float(float32) - float(int8) == pytest.approx(float(loss), abs=0.11)
+
+
+@torch.no_grad()
+def student_embeds(run: Path, pixels: torch.Tensor) -> np.ndarray:
+    return UdonModel.from_pretrained(run / "best").eval()(pixels).image_embeds.numpy()
+
+
+def merged_recalls(run: Path, embed: Callable[[torch.Tensor], np.ndarray]) -> dict[str, float]:
+    """R@1 on validation by a plain loop."""
+    rows, specs = [], yaml.safe_load((run / "config.yaml").read_text())["domains"]
+    for name, spec in specs.items():
+        split = open_domain(name, DomainSpec.model_validate(spec)).evaluation["validation"].query
+        decoded = [Image.fromarray(image) for image in read_images(split.images, np.arange(len(split.images)), name)]
+        rows += [
+            ((name, label), vector)
+            for label, vector in zip(split.labels, embed(pixels_of(run / "best", decoded)), strict=True)
+        ]
+    hits: dict[str, list[bool]] = {}
+    for number, (label, vector) in enumerate(rows):
+        others = [row for row in range(len(rows)) if row != number]
+        best = max(others, key=lambda row, vector=vector: float(vector @ rows[row][1]))
+        hits.setdefault(label[0], []).append(rows[best][0] == label)
+    return {name: float(np.mean(values)) for name, values in hits.items()}
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (["--format", "native", "--int8"], "--int8 must go with --format onnx. Got native."),
+        (["--format", "onnx", "--int8"], "--int8 must be measured on domains: give --config"),
+        (["--format", "gguf"], "invalid choice: 'gguf'"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(
+    udon: Callable[..., Any], make_student: Callable[..., Path], tmp_path: Path, words: list[str], reason: str
+) -> None:
+    done = udon("export", make_student(), "--out", tmp_path / "out", *words)
+    assert done.code == 2
+    assert reason in done.err
+    assert {path.name for path in tmp_path.iterdir()} == {"student"}
+
+
+def test_a_model_of_another_kind_is_refused(udon: Callable[..., Any], tmp_path: Path) -> None:
+    ViTModel(ViTConfig(**SIZES)).save_pretrained(tmp_path / "vit")
+    image_processor(16, (0.5,) * 3, (0.5,) * 3).save_pretrained(tmp_path / "vit")
+    done = udon("export", tmp_path / "vit", "--format", "native", "--out", tmp_path / "out")
+    assert done.code == 2
+    assert "`model` must be a UDON student. Got" in done.err
+
+
+def test_a_folder_is_replaced_only_with_force_and_only_if_it_is_a_model(
+    udon: Callable[..., Any], make_student: Callable[..., Path], tmp_path: Path
+) -> None:
+    student, out = make_student(head_bias=False), tmp_path / "out"
+    words = ("export", student, "--format", "native", "--out", out)
+    assert udon(*words).code == 0
+    (out / "old").touch()
+    refused = udon(*words)
+    assert refused.code == 2
+    assert "give --force to replace it" in refused.err
+    assert udon(*words, "--force").code == 0
+    assert not (out / "old").exists()
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.txt").write_text("years of work")
+    refused = udon("export", student, "--format", "native", "--out", tmp_path / "other", "--force")
+    assert refused.code == 2
+    assert "`out` must be a new folder, or one of a model to replace" in refused.err
+    assert (tmp_path / "other" / "thesis.txt").exists()
+
+
+@pytest.mark.parametrize("wrong", [1e-3, float("nan")])
+def test_a_form_that_embeds_otherwise_is_not_left_behind(
+    udon: Callable[..., Any],
+    make_student: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    wrong: float,
+) -> None:
+    embed = formats.embed_natively
+    monkeypatch.setattr(formats, "embed_natively", lambda *inputs: embed(*inputs) + np.float32(wrong))
+    done = udon("export", make_student(head_bias=False), "--format", "native", "--out", tmp_path / "out")
+    assert done.code == 2
+    assert "--format must give the student's own embeddings up to 2e-06" in done.err
+    assert {path.name for path in tmp_path.iterdir()} == {"student"}
+
+
+def test_a_missing_extra_is_named(
+    udon: Callable[..., Any], make_student: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "sentence_transformers", None)
+    done = udon("export", make_student(), "--format", SENTENCES, "--out", tmp_path / "out")
+    assert done.code == 1
+    assert 'pip install "modeling-udon[export]"' in done.err
+    assert not (tmp_path / "out").exists()

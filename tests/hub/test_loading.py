@@ -17,10 +17,11 @@ from accelerate import Accelerator
 from loopback import LoopbackHub, known_to_clients
 
 from modeling_udon import UdonModel
-from modeling_udon.data.domains import DomainSpec, open_domain
+from modeling_udon.data.domains import open_domain
 from modeling_udon.data.transforms import EvalTransform
+from modeling_udon.domain_spec import DomainSpec
+from modeling_udon.evaluation.embedder import ImageEmbedder, embed_with_model
 from modeling_udon.hub.push import PushOptions, push
-from modeling_udon.retrieval.embed import ImageEmbedder, embed_with_model
 
 REPO = "org/udon-tiny"
 HALF = (0.5, 0.5, 0.5)

@@ -14,8 +14,8 @@ from loopback import CUT, READ_TOKEN, WRITE_TOKEN, Fault, LoopbackHub
 from safetensors import safe_open
 from safetensors.torch import load as load_tensors
 
+from modeling_udon.config_file import load_config
 from modeling_udon.hub.push import MAX_TRIES, MAX_WAIT, PushError, PushOptions, push
-from modeling_udon.training.config_file import load_config
 from modeling_udon.training.trainer import train
 
 REPO = "org/udon-tiny"

@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from modeling_udon.retrieval.index import exact_search
-from modeling_udon.retrieval.metrics import count_positives, mean_modified_precision_at_k, recall_at_k
-from modeling_udon.retrieval.protocol import EmbeddedDomain, score_queries, search_merged
+from modeling_udon.evaluation.metrics import count_positives, mean_modified_precision_at_k, recall_at_k
+from modeling_udon.evaluation.protocol import EmbeddedDomain, score_queries, search_merged
+from modeling_udon.search.exact_search import exact_search
 
 CASES = ["a_self", "b_separate", "c_merged_q0", "d_list"]
 

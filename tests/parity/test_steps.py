@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
+from modeling_udon.config import OptimConfig
 from modeling_udon.training import optimization
-from modeling_udon.training.config import OptimConfig
 from modeling_udon.training.distillation import TERMS
 from modeling_udon.training.optimization import IdleHeads, make_optimizer, set_learning_rates
 

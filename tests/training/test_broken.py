@@ -14,9 +14,10 @@ from accelerate import Accelerator
 from safetensors.torch import load_file
 
 from modeling_udon.data.dataset import BrokenImage, BrokenImageError, DomainBatch, MultiDomainDataset
-from modeling_udon.data.domains import Domain, DomainSpec, open_domain
+from modeling_udon.data.domains import Domain, open_domain
 from modeling_udon.data.sampling import BatchDraw
 from modeling_udon.data.transforms import TrainTransform
+from modeling_udon.domain_spec import DomainSpec
 from modeling_udon.training import broken as broken_module
 from modeling_udon.training.broken import BrokenImages
 

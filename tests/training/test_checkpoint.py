@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from modeling_udon.storage import recover_folder, replaced_folder
 from modeling_udon.training.checkpoint import (
     CheckpointError,
     TrainState,
@@ -16,7 +17,6 @@ from modeling_udon.training.checkpoint import (
     load_checkpoint,
     save_checkpoint,
 )
-from modeling_udon.training.files import recover_folder, replaced_folder
 
 FILES = ("manifest.json", "model.safetensors", "optimizer.safetensors", "state.json")
 

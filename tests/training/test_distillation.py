@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from modeling_udon.config import LossConfig
 from modeling_udon.configuration_udon import UdonConfig
 from modeling_udon.modeling_udon import UdonModel
-from modeling_udon.training.config import LossConfig
 from modeling_udon.training.distillation import TERMS, RelationalBank, UdonForDistillation
 
 BACKBONE = {

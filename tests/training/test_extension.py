@@ -13,10 +13,10 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 import train_udon
+from modeling_udon.config import ConfigError, LossConfig, TrainConfig
+from modeling_udon.config_file import load_config
 from modeling_udon.configuration_udon import UdonConfig
 from modeling_udon.modeling_udon import UdonModel
-from modeling_udon.training.config import ConfigError, LossConfig, TrainConfig
-from modeling_udon.training.config_file import load_config
 from modeling_udon.training.distillation import UdonForDistillation
 from modeling_udon.training.extension import format_extension, old_student
 from modeling_udon.training.trainer import Trainer

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from modeling_udon.config import LossConfig, OptimConfig
 from modeling_udon.configuration_udon import UdonConfig
 from modeling_udon.training import memory
-from modeling_udon.training.config import LossConfig, OptimConfig
 from modeling_udon.training.distillation import UdonForDistillation
 from modeling_udon.training.memory import describe_memory, estimate_prototypes
 from modeling_udon.training.optimization import IdleHeads, make_optimizer

@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
+from modeling_udon.config import OptimConfig
 from modeling_udon.configuration_udon import UdonConfig
-from modeling_udon.training.config import OptimConfig
 from modeling_udon.training.distillation import UdonForDistillation
 from modeling_udon.training.optimization import (
     IdleHeads,

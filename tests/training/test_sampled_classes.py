@@ -10,9 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from modeling_udon.config import ConfigError, LossConfig, OptimConfig
+from modeling_udon.config_file import load_config
 from modeling_udon.configuration_udon import UdonConfig
-from modeling_udon.training.config import ConfigError, LossConfig, OptimConfig
-from modeling_udon.training.config_file import load_config
 from modeling_udon.training.distillation import UdonForDistillation
 from modeling_udon.training.losses import (
     classification_loss,

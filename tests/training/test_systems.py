@@ -12,11 +12,11 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 
 from modeling_udon import UdonConfig
-from modeling_udon.training.config import ConfigError, LossConfig
-from modeling_udon.training.config_file import load_config
+from modeling_udon.config import ConfigError, LossConfig
+from modeling_udon.config_file import load_config
+from modeling_udon.systems import SYSTEMS
 from modeling_udon.training.distillation import TERMS, UdonForDistillation
 from modeling_udon.training.losses import cosine_logits
-from modeling_udon.training.systems import SYSTEMS
 
 Values = Callable[..., dict[str, Any]]
 Run = Callable[..., Path]
@@ -130,7 +130,7 @@ def test_separate_teachers_give_their_own_targets_and_stay_as_they_are(
 
 
 def test_a_frozen_teacher_embeds_as_in_its_own_run(specialists: dict[str, Path], make_values: Values) -> None:
-    from modeling_udon.training.frozen import load_frozen_teachers
+    from modeling_udon.training.teachers import load_frozen_teachers
 
     label_maps = {name: json.loads((run / "domains.json").read_text())[name] for name, run in specialists.items()}
     frozen = load_frozen_teachers(specialists, label_maps)
@@ -248,7 +248,7 @@ def test_a_variable_of_the_environment_stands_in_a_path(
 
 
 def test_the_resolved_config_of_every_system_reads_back(tiny_config: Callable[..., Path], tmp_path: Path) -> None:
-    from modeling_udon.training.config_file import dump_config
+    from modeling_udon.config_file import dump_config
 
     for system in SYSTEMS:
         teachers = {"teachers": "runs/x"} if system == "separate_teachers" else {}

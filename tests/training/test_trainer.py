@@ -12,11 +12,11 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from modeling_udon.training.config import ConfigError
-from modeling_udon.training.config_file import load_config
-from modeling_udon.training.failures import TrainingError
+from modeling_udon.config import ConfigError
+from modeling_udon.config_file import load_config
+from modeling_udon.training.errors import TrainingError
 from modeling_udon.training.run_folder import RunFolder
-from modeling_udon.training.stopping import StopSignals
+from modeling_udon.training.signals import StopSignals
 from modeling_udon.training.trainer import Trainer
 
 Values = Callable[..., dict[str, Any]]

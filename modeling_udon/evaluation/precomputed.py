@@ -1,0 +1,85 @@
+"""Embeddings that lie in Parquet files, such as `udon embed` writes, in place of a model."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from modeling_udon.data.domains import Domain, ImageSplit
+from modeling_udon.evaluation.neighbours import EmbeddedSplit, domains_with, integer_labels
+from modeling_udon.evaluation.protocol import EmbeddedDomain
+
+KIND = "precomputed"
+# Paths compared with those of the data, to notice embeddings of other images.
+NUM_CHECKED = 32
+
+
+def read_split(folder: str | Path, domains: Mapping[str, Domain], split: str) -> EmbeddedSplit:
+    """Reads the embeddings of every domain that has the split.
+
+    They are looked for in `folder/DOMAIN/SPLIT`, a folder of Parquet files, or `folder/DOMAIN/SPLIT.parquet`; those of
+    an index set of its own in `SPLIT-index`. Column `embedding` holds a list of numbers, scaled to unit norm here;
+    column `row` the image's row in the data, without it the order of the file counts; column `path` is compared with
+    the data's where both have one.
+
+    Args:
+        folder: Folder of the embeddings.
+        domains: The opened domains.
+        split: `"validation"` or `"test"`.
+
+    Raises:
+        ValueError: If embeddings are missing, too many, of other images, or of different dimensions.
+    """
+    embedded: EmbeddedSplit = {}
+    for name, domain in domains_with(domains, split).items():
+        images = domain.evaluation[split]
+        query = _read_images(Path(folder) / name / split, images.query)
+        index = None if images.index is None else _read_images(Path(folder) / name / f"{split}-index", images.index)
+        query_labels, index_labels = integer_labels(images)
+        embedded[name] = {KIND: EmbeddedDomain(query, query_labels, index, index_labels)}
+    return embedded
+
+
+def _read_images(place: Path, images: ImageSplit) -> np.ndarray:
+    """`(num_images, dim)`, float32, unit norm, in the order of the images."""
+    table = _read_table(place)
+    rows = table["row"].to_numpy() if "row" in table.column_names else np.arange(len(table))
+    if not np.array_equal(np.sort(rows), np.arange(len(images))):
+        raise ValueError(
+            f"--embeddings must hold one for each of the {len(images)} images of {place}, got {len(table)} with "
+            f"{len(np.unique(rows[rows < len(images)]))} of their rows; embed the same data again"
+        )
+    if "path" in table.column_names:
+        _check_paths(place, table["path"], rows, images)
+    vectors = np.stack(table["embedding"].to_numpy()).astype(np.float32)
+    norms = np.linalg.norm(vectors, axis=1, keepdims=True)
+    if not (np.isfinite(norms) & (norms > 0)).all():
+        raise ValueError(f"--embeddings must be finite and not zero, got another in {place}")
+    ordered = np.empty_like(vectors)
+    ordered[rows] = vectors / norms
+    return ordered
+
+
+def _read_table(place: Path) -> pa.Table:
+    single = place.with_name(f"{place.name}.parquet")
+    files = sorted(place.glob("*.parquet")) if place.is_dir() else [single] if single.is_file() else []
+    if not files:
+        raise ValueError(f"--embeddings must hold {place}/*.parquet or {single}, got neither; make it with udon embed")
+    names = pq.read_schema(files[0]).names
+    if "embedding" not in names:
+        raise ValueError(f"--embeddings must have a column 'embedding', got {', '.join(names)} in {files[0]}")
+    columns = [name for name in ("path", "row", "embedding") if name in names]
+    return pa.concat_tables([pq.read_table(file, columns=columns) for file in files])
+
+
+def _check_paths(place: Path, paths: pa.ChunkedArray, rows: np.ndarray, images: ImageSplit) -> None:
+    """Compares file names alone: folders may have moved."""
+    for position in np.linspace(0, len(rows) - 1, num=min(len(rows), NUM_CHECKED), dtype=int):
+        path, row = paths[int(position)].as_py(), int(rows[position])
+        wanted = images.images[row]["image"]["path"]
+        if wanted and path and Path(wanted).name != Path(path).name:
+            raise ValueError(
+                f"--embeddings must be of the data's images, got {path} where {place} has {wanted}, in row {row}"
+            )

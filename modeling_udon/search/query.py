@@ -1,0 +1,248 @@
+"""`udon search`: query images through the model, their neighbours in an index, as a table or as JSON."""
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from modeling_udon.data.files import read_file
+from modeling_udon.data.transforms import decode_image
+from modeling_udon.encoder import Calibration, EmbeddingModel
+from modeling_udon.search.index import ImageIndex
+from modeling_udon.search.sources import walk_images
+from modeling_udon.search.thumbnails import make_thumbnail
+from modeling_udon.text import printable
+
+# Columns that are shown by themselves, or not at all.
+_OWN_COLUMNS = ("path", "row", "file", "domain", "thumbnail")
+
+
+@dataclass(frozen=True)
+class FoundImage:
+    """A neighbour.
+
+    Attributes:
+        score: Inner product with the query, a cosine; approximate in an index that compresses.
+        path: As it was embedded.
+        file: Where it lies, if that is known.
+        domain: Its domain, if the index knows it.
+        columns: Other columns that were kept and are not empty.
+        thumbnail: A JPEG, if one was kept.
+        accepted: Whether the score reaches the model's threshold; `None` for a model without one.
+    """
+
+    score: float
+    path: str
+    file: str | None
+    domain: str | None
+    columns: dict[str, Any]
+    thumbnail: bytes | None
+    accepted: bool | None
+
+
+@dataclass(frozen=True)
+class QueryResult:
+    """A query image with a thumbnail, a JPEG, and its neighbours, best first."""
+
+    path: str
+    thumbnail: bytes
+    neighbours: list[FoundImage]
+
+    @property
+    def is_known(self) -> bool:
+        """Whether a neighbour counts as the same: all but those below the model's threshold do."""
+        return any(found.accepted is not False for found in self.neighbours)
+
+
+@dataclass(frozen=True)
+class SearchResults:
+    """The results of all queries, and what was searched."""
+
+    queries: list[QueryResult]
+    index: str
+    kind: str
+    num_images: int
+    model: str
+    domain: str | None
+    calibration: Calibration | None
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain values, without pictures."""
+        return {
+            "index": self.index,
+            "model": self.model,
+            "domain": self.domain,
+            "threshold": None if self.calibration is None else self.calibration.threshold,
+            "queries": [
+                {
+                    "path": query.path,
+                    "in_index": query.is_known if self.calibration is not None else None,
+                    "neighbours": [
+                        {
+                            "rank": rank,
+                            "score": found.score,
+                            "path": found.path,
+                            "file": found.file,
+                            "domain": found.domain,
+                            "match": found.accepted,
+                            **{name: _json_value(value) for name, value in found.columns.items()},
+                        }
+                        for rank, found in enumerate(query.neighbours, 1)
+                    ],
+                }
+                for query in self.queries
+            ],
+        }
+
+
+def search_images(
+    queries: Sequence[str | os.PathLike[str]],
+    index: str | os.PathLike[str],
+    model: Callable[[], EmbeddingModel] | EmbeddingModel,
+    k: int = 5,
+    domain: str | None = None,
+    batch_size: int = 32,
+    warn: Callable[[str], None] = lambda text: None,
+) -> SearchResults:
+    """Searches an index for the images most like each query.
+
+    Args:
+        queries: Image files, or folders of them.
+        index: Folder that `udon index` wrote.
+        model: The model that the index was made with, or what loads it once the rest is known to be right.
+        k: Neighbours a query.
+        domain: Search among the images of this domain only.
+        batch_size: Images of one forward pass.
+        warn: Called with a line for each query that cannot be read.
+
+    Raises:
+        ValueError: If a query or the domain does not exist, the index is of another model, or no query can be read.
+    """
+    opened = ImageIndex(index)
+    if domain is not None and domain not in opened.domains():
+        known = ", ".join(opened.domains()) or "none, since its images were embedded without"
+        raise ValueError(f"`domain` must be one of the index: {known}. Got {domain!r}.")
+    files = list(_query_files(queries))
+    loaded = model if isinstance(model, EmbeddingModel) else model()
+    check_model(opened, loaded)
+    results: list[QueryResult] = []
+    readable = _readable(files, warn)
+    while batch := list(islice(readable, batch_size)):
+        results += search_decoded(opened, loaded, batch, k, domain)
+    if not results:
+        raise ValueError(f"`queries` must hold an image that can be read. Got none in {len(files)} file(s).")
+    about = opened.about
+    return SearchResults(results, str(index), about.kind, about.num_images, loaded.name, domain, loaded.calibration)
+
+
+def check_model(index: ImageIndex, model: EmbeddingModel) -> None:
+    """Refuses a model that the index was not made with.
+
+    Raises:
+        ValueError: If the dimension or the fingerprint differs.
+    """
+    about = index.about
+    for what, expected, got in (
+        ("dimension", about.dim, model.dim),
+        ("fingerprint", about.fingerprint, model.fingerprint),
+    ):
+        if expected != got:
+            raise ValueError(
+                f"`model` must be the one that the index was made with: {about.model}, {what} {expected}. "
+                f"Got {model.name}, {what} {got}; use that model, or embed and index the images with this one."
+            )
+
+
+def format_results(results: SearchResults) -> str:
+    """The results as a table for a terminal."""
+    lines: list[str] = []
+    for query in results.queries:
+        lines.append(printable(query.path) + ("" if query.is_known else "  (not in the index)"))
+        cells = [_cells(rank, found) for rank, found in enumerate(query.neighbours, 1)]
+        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+        lines += [
+            "  " + "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+            for line in cells
+        ]
+        lines.append("")
+    if results.calibration is not None:
+        lines.append(
+            f"below {results.calibration.threshold:.3f} a neighbour is no match (false accepts: "
+            f"{100 * results.calibration.false_accept_rate:.1f} %)"
+        )
+    return "\n".join(lines).rstrip()
+
+
+def _query_files(queries: Sequence[str | os.PathLike[str]]) -> Iterator[Path]:
+    for query in queries:
+        path = Path(query)
+        if path.is_dir():
+            files = [path / name for name in walk_images(path)]
+            if not files:
+                raise ValueError(f"`queries` must be images or folders that hold some. Got {str(query)!r} with none.")
+            yield from files
+        elif path.is_file():
+            yield path
+        else:
+            raise ValueError(f"`queries` must be images or folders of images. Got {str(query)!r}, which is not there.")
+
+
+def _readable(files: Sequence[Path], warn: Callable[[str], None]) -> Iterator[tuple[str, np.ndarray]]:
+    for file in files:
+        try:
+            yield str(file), decode_image(read_file(file))
+        except (ValueError, OSError) as error:
+            warn(f"skipped {printable(str(file))}: {printable(str(error))}")
+
+
+@torch.inference_mode()
+def search_decoded(
+    index: ImageIndex, model: EmbeddingModel, batch: Sequence[tuple[str, np.ndarray]], k: int, domain: str | None
+) -> list[QueryResult]:
+    """Searches an opened index for the images most like each of a batch.
+
+    Args:
+        index: The index.
+        model: The model that it was made with; see `check_model`.
+        batch: What to call each query, and its pixels, of shape `(height, width, 3)`, uint8.
+        k: Neighbours a query.
+        domain: Search among the images of this domain of the index only.
+    """
+    pixels = torch.stack([torch.from_numpy(model.transform(image)) for _, image in batch])
+    scores, rows = index.search(model(pixels).numpy(), k, domain)
+    return [
+        QueryResult(
+            path,
+            make_thumbnail(image),
+            [_found(index, model, int(row), float(score)) for score, row in zip(*found, strict=True) if row >= 0],
+        )
+        for (path, image), *found in zip(batch, scores, rows, strict=True)
+    ]
+
+
+def _found(index: ImageIndex, model: EmbeddingModel, row: int, score: float) -> FoundImage:
+    values = index.describe(row)
+    return FoundImage(
+        score,
+        path=values["path"],
+        file=values["file"],
+        domain=values.get("domain"),
+        columns={name: value for name, value in values.items() if name not in _OWN_COLUMNS and value is not None},
+        thumbnail=values.get("thumbnail"),
+        accepted=None if model.calibration is None else score >= model.calibration.threshold,
+    )
+
+
+def _cells(rank: int, found: FoundImage) -> list[str]:
+    others = "  ".join(f"{name}={value}" for name, value in found.columns.items())
+    mark = "no match" if found.accepted is False else ""
+    return [printable(cell) for cell in (f"{rank}", f"{found.score:.3f}", found.domain or "", found.path, others, mark)]
+
+
+def _json_value(value: Any) -> Any:
+    return value if isinstance(value, str | int | float | bool | list | dict | None) else str(value)

@@ -1,0 +1,120 @@
+"""A page of search results that stands alone: thumbnails and styles are within it, and it loads nothing."""
+
+from html import escape
+from pathlib import Path
+
+from modeling_udon.search.query import FoundImage, QueryResult, SearchResults
+from modeling_udon.search.thumbnails import data_uri, find_thumbnail
+from modeling_udon.storage import write_text
+from modeling_udon.text import printable
+
+_STYLE = """
+:root { color-scheme: light dark; --line: #8884; --muted: #777; --accent: #2563eb; --low: #b45309; }
+* { box-sizing: border-box; }
+body { font: 15px/1.45 system-ui, sans-serif; margin: 0 auto; max-width: 72rem; padding: 1.25rem; }
+h1 { font-size: 1.35rem; margin: 0 0 .25rem; }
+p { margin: 0; color: var(--muted); overflow-wrap: anywhere; }
+section { display: grid; grid-template-columns: 11rem 1fr; gap: 1.25rem; border-top: 1px solid var(--line);
+  margin-top: 1.25rem; padding-top: 1.25rem; }
+ol { display: grid; grid-template-columns: repeat(auto-fill, minmax(8rem, 1fr)); gap: .75rem; list-style: none;
+  margin: 0; padding: 0; }
+figure { margin: 0; }
+figcaption { font-size: .8rem; overflow-wrap: anywhere; margin-top: .3rem; }
+.picture { aspect-ratio: 1; width: 100%; border-radius: 6px; background: #8881; display: grid; place-items: center;
+  overflow: hidden; color: var(--muted); font-size: .8rem; }
+.picture img { width: 100%; height: 100%; object-fit: contain; }
+.query .picture { outline: 2px solid var(--accent); }
+.score { font-weight: 600; font-variant-numeric: tabular-nums; }
+.low { opacity: .55; }
+.mark { color: var(--low); font-weight: 600; }
+.muted { color: var(--muted); }
+@media (max-width: 40rem) {
+  body { padding: .9rem; }
+  section { grid-template-columns: 1fr; gap: .75rem; }
+  .query figure { display: grid; grid-template-columns: 6rem 1fr; gap: .75rem; align-items: center; }
+  ol { grid-template-columns: repeat(auto-fill, minmax(6rem, 1fr)); gap: .6rem; }
+}
+"""
+
+
+def check_page(file: str | Path, force: bool) -> None:
+    """Refuses a page that must not be written.
+
+    Raises:
+        ValueError: If the file exists and `force` is not given, or its folder does not exist.
+    """
+    path = Path(file)
+    if path.exists() and not force:
+        raise ValueError(f"`html` must be a new file. Got {str(file)!r}; give --force to replace it.")
+    if path.is_dir() or not path.parent.is_dir():
+        raise ValueError(f"`html` must be a file in a folder that exists. Got {str(file)!r}.")
+
+
+def write_page(file: str | Path, results: SearchResults) -> None:
+    """Writes the page of the results."""
+    write_text(Path(file), render_page(results))
+
+
+def render_page(results: SearchResults) -> str:
+    """The page of the results, as HTML."""
+    where = f"{results.num_images:,} images in {results.index}, embedded by {results.model}"
+    if results.domain is not None:
+        where += f"; domain {results.domain} only"
+    if results.calibration is not None:
+        where += (
+            f"; below {results.calibration.threshold:.3f} a neighbour is no match "
+            f"(false accepts: {100 * results.calibration.false_accept_rate:.1f} %)"
+        )
+    sections = "\n".join(map(_section, results.queries))
+    return f"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>Search results</title>
+<style>{_STYLE}</style>
+</head>
+<body>
+<h1>Nearest images</h1>
+<p>{html_text(where)}</p>
+{sections}
+</body>
+</html>
+"""
+
+
+def neighbour_list(query: QueryResult) -> str:
+    """The neighbours of a query as an HTML list: pictures, scores, and escaped names."""
+    found = "\n".join(_item(rank, neighbour) for rank, neighbour in enumerate(query.neighbours, 1))
+    return f"<ol>\n{found}\n</ol>"
+
+
+def html_text(text: str) -> str:
+    """Text from data as HTML, in one line, of which nothing can act."""
+    return escape(printable(text))
+
+
+def _section(query: QueryResult) -> str:
+    mark = "" if query.is_known else '<div class="mark">not in the index</div>'
+    caption = f"<figcaption>{html_text(query.path)}{mark}</figcaption>"
+    return f"""<section>
+<div class="query"><figure>{_picture(query.thumbnail)}{caption}</figure></div>
+{neighbour_list(query)}
+</section>"""
+
+
+def _item(rank: int, found: FoundImage) -> str:
+    low = found.accepted is False
+    details = [found.domain or "", *(f"{name}: {value}" for name, value in found.columns.items())]
+    lines = "".join(f'<div class="muted">{html_text(detail)}</div>' for detail in details if detail)
+    mark = '<div class="mark">no match</div>' if low else ""
+    return (
+        f"<li><figure><div{' class=low' if low else ''}>{_picture(find_thumbnail(found.thumbnail, found.file))}</div>"
+        f'<figcaption><span class="muted">{rank}</span> <span class="score">{found.score:.3f}</span>{mark}'
+        f"<div>{html_text(found.path)}</div>{lines}</figcaption></figure></li>"
+    )
+
+
+def _picture(thumbnail: bytes | None) -> str:
+    inner = "no picture" if thumbnail is None else f'<img alt="" src="{data_uri(thumbnail)}">'
+    return f'<div class="picture">{inner}</div>'

@@ -1,0 +1,300 @@
+"""Training on features of a frozen backbone: computed once for all training images, then read from disk.
+
+A domain's features are one file of shape `(num_views * num_images, hidden_size)`, float32, mapped into memory. View 0
+is the evaluation's (resized, centre cut out), the others are random as in training, drawn from the seed, the domain and
+the image. Beside it lies a checksum for each block of rows, written after the block: what is missing or damaged is
+computed when the cache is opened, so that filling it may be stopped at any time. The file's name is a digest of all
+that decides its contents: backbone, preprocessing, precision, data, and, for random views, seed and position of the
+domain.
+"""
+
+import hashlib
+import json
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch.utils.data import Dataset as TorchDataset
+
+from modeling_udon.config import TrainConfig
+from modeling_udon.data.dataset import BrokenImage, BrokenImageError, DomainBatch, MultiDomainDataset, substitutes
+from modeling_udon.data.domains import Domain
+from modeling_udon.data.loader import WorkerLoader
+from modeling_udon.data.sampling import BatchDraw
+from modeling_udon.data.transforms import EvalTransform, RandomTransform, normalize
+from modeling_udon.modeling_udon import UdonModel
+
+# Images of one forward pass and of one checksum, whatever the run's batch size: features must not depend on it.
+BLOCK = 128
+# Stands for a block that has not been written.
+_MISSING = -1
+
+Channels = tuple[float, float, float]
+
+
+class FeatureDataset(TorchDataset[DomainBatch]):
+    """Batches of cached features, in the place of `MultiDomainDataset`.
+
+    Args:
+        domains: The opened domains by name.
+        features: For each domain, features of shape `(num_views * num_images, hidden_size)`, float32; NaN for an image
+            that could not be read.
+        seed: Seed of what stands in for those.
+        replace_broken: Whether another image stands in for one of those; without, it is an error.
+    """
+
+    def __init__(
+        self, domains: Mapping[str, Domain], features: Mapping[str, np.ndarray], seed: int, replace_broken: bool
+    ) -> None:
+        self._domains = {name: (number, domain) for number, (name, domain) in enumerate(domains.items())}
+        self._features = features
+        self._seed = seed
+        self._replace_broken = replace_broken
+
+    def __getitem__(self, draw: BatchDraw) -> DomainBatch:
+        """Gives the features in `pixels`; each pass over the images takes their next view."""
+        number, domain = self._domains[draw.domain]
+        features, num_images = self._features[draw.domain], len(domain.labels)
+        views = draw.positions // num_images % (len(features) // num_images)
+        rows, broken = draw.rows.copy(), []
+        values = features[views * num_images + rows]
+        for place in np.flatnonzero(np.isnan(values[:, 0])):
+            position = int(draw.positions[place])
+            image = BrokenImage(draw.domain, "train", int(rows[place]), "", "it has no features", position)
+            if not self._replace_broken:
+                raise BrokenImageError(str(image))
+            broken.append(image)
+            first = views[place] * num_images
+            rows[place] = self._substitute(number, features[first : first + num_images], position, image)
+            values[place] = features[first + rows[place]]
+        labels = torch.from_numpy(domain.labels[rows])
+        return DomainBatch(draw.domain, torch.from_numpy(values), labels, tuple(broken))
+
+    def _substitute(self, number: int, view: np.ndarray, position: int, image: BrokenImage) -> int:
+        for row in substitutes(self._seed, number, position, len(view)):
+            if not np.isnan(view[row, 0]):
+                return int(row)
+        raise BrokenImageError(f"{image}; so are all others that were drawn in its place")
+
+
+@dataclass(frozen=True)
+class FeatureCache:
+    """Where features lie and what they are of.
+
+    Attributes:
+        folder: Folder of the files.
+        num_views: Views of each image.
+        transform: The training's random transform, of views after the first.
+        plain: The evaluation's transform, of the first view.
+        mean: Mean of each channel that the backbone takes.
+        std: Standard deviation of each channel.
+        seed: Seed of the random views.
+    """
+
+    folder: Path
+    num_views: int
+    transform: RandomTransform
+    plain: EvalTransform
+    mean: Channels
+    std: Channels
+    seed: int
+
+    def open(
+        self,
+        domains: Mapping[str, Domain],
+        names: Sequence[str],
+        model: UdonModel,
+        accelerator: Accelerator,
+        num_workers: int,
+        say: Callable[[str], None],
+    ) -> dict[str, np.ndarray]:
+        """Computes what is missing and maps the features of some domains into memory.
+
+        An image that cannot be read gets NaN for features.
+
+        Args:
+            domains: All opened domains; their order decides random views, as it does in training.
+            names: The domains whose features are wanted.
+            model: Its backbone makes the features, in evaluation mode.
+            accelerator: The processes, which share the work; they must see the same folder.
+            num_workers: Processes that decode images, for each process.
+            say: Takes lines for the user.
+        """
+        features = {}
+        settings = self._settings(model, accelerator.mixed_precision)
+        was_training = model.training
+        model.eval()
+        for name in names:
+            domain = domains[name]
+            rows = self.num_views * len(domain.labels)
+            width = model.config.backbone_config.hidden_size
+            file = _FeatureFile(self._path(domain, list(domains).index(name), settings), (rows, width))
+            if accelerator.is_main_process:
+                file.make()
+            accelerator.wait_for_everyone()
+            missing = file.missing_blocks()
+            # Nobody may write before all have seen what is missing.
+            accelerator.wait_for_everyone()
+            say(
+                f"features of {name}: {rows} rows of {width} in {file.path}, "
+                + (f"{len(missing)} of {file.num_blocks} blocks to compute" if missing else "all there")
+            )
+            share = missing[accelerator.process_index :: accelerator.num_processes]
+            for block, values in self._compute(domains, name, share, model, accelerator, num_workers):
+                file.write(block, values)
+            accelerator.wait_for_everyone()
+            features[name] = file.read()
+        model.train(was_training)
+        return features
+
+    @torch.no_grad()
+    def _compute(
+        self,
+        domains: Mapping[str, Domain],
+        name: str,
+        blocks: Sequence[int],
+        model: UdonModel,
+        accelerator: Accelerator,
+        num_workers: int,
+    ) -> Iterator[tuple[int, np.ndarray]]:
+        num_images = len(domains[name].labels)
+        data = _Views(domains, self.plain, self.transform, self.seed)
+        last = self.num_views * num_images
+        draws = []
+        for block in blocks:
+            positions = np.arange(block * BLOCK, min((block + 1) * BLOCK, last))
+            draws.append(BatchDraw(name, positions % num_images, positions))
+        loader: WorkerLoader[tuple[torch.Tensor, list[int]]] = WorkerLoader(
+            data,
+            batch_size=None,
+            sampler=draws,
+            num_workers=num_workers if blocks else 0,
+            collate_fn=_as_it_is,
+            pin_memory=accelerator.device.type == "cuda",
+        )
+        for block, (pixels, broken) in zip(blocks, loader, strict=True):
+            with accelerator.autocast():
+                inputs = normalize(pixels.to(accelerator.device, non_blocking=True), self.mean, self.std)
+                values = model(inputs).backbone_embeds.float().cpu().numpy()
+            values[broken] = np.nan
+            yield block, values
+
+    def _settings(self, model: UdonModel, precision: str) -> dict[str, Any]:
+        digest = hashlib.sha256()
+        for name, value in sorted(model.backbone.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(value.detach().cpu().contiguous().numpy().tobytes())
+        return {
+            "backbone": digest.hexdigest(),
+            "backbone_config": model.config.backbone_config.to_dict(),
+            "pooling": model.config.pooling,
+            "plain": asdict(self.plain),
+            "channels": [self.mean, self.std],
+            "precision": precision,
+            "num_views": self.num_views,
+        }
+
+    def _path(self, domain: Domain, number: int, settings: Mapping[str, Any]) -> Path:
+        what = {**settings, "fingerprint": domain.fingerprint, "num_images": len(domain.labels)}
+        if self.num_views > 1:
+            what |= {"random": [type(self.transform).__name__, asdict(self.transform), self.seed, number]}  # type: ignore[call-overload]
+        digest = hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()
+        return self.folder / f"{domain.name}-{digest[:16]}.npy"
+
+
+def make_feature_cache(
+    config: TrainConfig, transform: RandomTransform, plain: EvalTransform, mean: Channels, std: Channels
+) -> FeatureCache:
+    """Makes the cache that a config asks for; nothing is computed yet."""
+    folder = config.train.feature_cache or config.run_dir / "features"
+    return FeatureCache(folder, config.train.feature_views, transform, plain, mean, std, config.seed)
+
+
+class _Views(TorchDataset[tuple[torch.Tensor, list[int]]]):
+    """The images of a domain, one view after the other, as a draw's positions say; and places of broken ones."""
+
+    def __init__(
+        self, domains: Mapping[str, Domain], plain: EvalTransform, transform: RandomTransform, seed: int
+    ) -> None:
+        self._sizes = {name: len(domain.labels) for name, domain in domains.items()}
+        self._first = MultiDomainDataset(domains, _Plain(plain), seed, replace_broken=True)
+        self._others = MultiDomainDataset(domains, transform, seed, replace_broken=True)
+
+    def __getitem__(self, draw: BatchDraw) -> tuple[torch.Tensor, list[int]]:
+        first = draw.positions < self._sizes[draw.domain]
+        parts = []
+        for data, chosen in ((self._first, first), (self._others, ~first)):
+            if chosen.any():
+                parts.append(data[BatchDraw(draw.domain, draw.rows[chosen], draw.positions[chosen])])
+        broken = [image.position - int(draw.positions[0]) for part in parts for image in part.broken]
+        return torch.cat([part.pixels for part in parts]), broken
+
+
+@dataclass(frozen=True)
+class _Plain:
+    """A transform that draws nothing in the place of one that does."""
+
+    transform: EvalTransform
+
+    def __call__(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        return self.transform(image)
+
+
+def _as_it_is(item: Any) -> Any:
+    return item
+
+
+class _FeatureFile:
+    """One file of features with its checksums."""
+
+    def __init__(self, path: Path, shape: tuple[int, int]) -> None:
+        self.path = path
+        self.num_blocks = -(-shape[0] // BLOCK)
+        self._shape = shape
+        self._sums = path.with_suffix(".sums.npy")
+
+    def make(self) -> None:
+        """Makes empty files where there are none of this shape."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        if not (_has_shape(self.path, self._shape) and _has_shape(self._sums, (self.num_blocks,))):
+            np.lib.format.open_memmap(self.path, "w+", np.float32, self._shape).flush()
+            sums = np.lib.format.open_memmap(self._sums, "w+", np.int64, (self.num_blocks,))
+            sums[:] = _MISSING
+            sums.flush()
+
+    def missing_blocks(self) -> list[int]:
+        """Blocks that were never written, or are not what was written."""
+        values, sums = self.read(), np.load(self._sums)
+        return [block for block in range(self.num_blocks) if sums[block] != _sum(values[_rows(block)])]
+
+    def write(self, block: int, values: np.ndarray) -> None:
+        """Writes one block, then its checksum."""
+        features, sums = (np.lib.format.open_memmap(path, "r+") for path in (self.path, self._sums))
+        features[_rows(block)] = values
+        features.flush()
+        sums[block] = _sum(values)
+        sums.flush()
+
+    def read(self) -> np.ndarray:
+        """Maps the features into memory."""
+        return np.load(self.path, mmap_mode="r")
+
+
+def _rows(block: int) -> slice:
+    return slice(block * BLOCK, (block + 1) * BLOCK)
+
+
+def _sum(values: np.ndarray) -> int:
+    return zlib.crc32(np.ascontiguousarray(values).tobytes())
+
+
+def _has_shape(path: Path, shape: tuple[int, ...]) -> bool:
+    try:
+        return np.load(path, mmap_mode="r").shape == shape
+    except (OSError, ValueError, EOFError):
+        return False

@@ -1,0 +1,125 @@
+"""Models that were trained before, in runs of their own, and only give targets: teachers, and an old student."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from modeling_udon.evaluation.encoders import open_teachers
+from modeling_udon.modeling_udon import UdonModel
+from modeling_udon.run_record import read_run
+
+
+@dataclass(frozen=True)
+class FrozenTeacher:
+    """The teacher of one domain.
+
+    Attributes:
+        model: A model with a teacher head for the domain.
+        prototypes: Classifier weights of shape `(num_classes, teacher_dim)`.
+    """
+
+    model: UdonModel
+    prototypes: torch.Tensor
+
+
+class FrozenTeachers:
+    """A trained teacher for each domain.
+
+    Not a module: its weights are neither trained nor saved with the student's.
+
+    Args:
+        teachers: The teacher of each domain; several domains may share a model.
+    """
+
+    def __init__(self, teachers: Mapping[str, FrozenTeacher]) -> None:
+        self._teachers = dict(teachers)
+
+    def to(self, device: torch.device) -> "FrozenTeachers":
+        """Returns the teachers on another device."""
+        return FrozenTeachers(
+            {
+                domain: FrozenTeacher(teacher.model.to(device), teacher.prototypes.to(device))  # type: ignore[arg-type]
+                for domain, teacher in self._teachers.items()
+            }
+        )
+
+    @torch.no_grad()
+    def __call__(self, pixel_values: torch.Tensor, domain: str) -> torch.Tensor:
+        """Embeds images of a domain by its teacher.
+
+        Args:
+            pixel_values: Normalised images of shape `(batch_size, num_channels, height, width)`.
+            domain: Name of the domain.
+
+        Returns:
+            Embeddings of shape `(batch_size, teacher_dim)`.
+        """
+        embeds: torch.Tensor = self._teachers[domain].model(pixel_values, domain=domain).teacher_embeds
+        return embeds
+
+    def prototypes(self, domain: str) -> torch.Tensor:
+        """Returns the classifier weights of a domain's teacher, of shape `(num_classes, teacher_dim)`."""
+        return self._teachers[domain].prototypes
+
+
+@dataclass(frozen=True)
+class OldStudent:
+    """The student that a run starts from, as it was; like the teachers above no module.
+
+    Attributes:
+        model: The old model.
+        weight: Weight of the retention term, which holds the new student's embeddings to this one's.
+    """
+
+    model: UdonModel
+    weight: float
+
+    def to(self, device: torch.device) -> "OldStudent":
+        """Returns the student on another device."""
+        return OldStudent(self.model.to(device), self.weight)  # type: ignore[arg-type]
+
+    @torch.no_grad()
+    def __call__(self, inputs: torch.Tensor, of_features: bool) -> torch.Tensor:
+        """Embeds a batch.
+
+        Args:
+            inputs: Normalised images of shape `(batch_size, num_channels, height, width)`, or features of the backbone.
+            of_features: Whether `inputs` are features, of shape `(batch_size, hidden_size)`.
+
+        Returns:
+            Embeddings of shape `(batch_size, embedding_dim)`.
+        """
+        embeds: torch.Tensor = self.model.student_head(inputs) if of_features else self.model(inputs).image_embeds
+        return embeds
+
+
+def load_frozen_teachers(runs: Mapping[str, Path], label_maps: Mapping[str, Mapping[str, Any]]) -> FrozenTeachers:
+    """Loads the teacher of each domain from the run that trained it.
+
+    Args:
+        runs: Folder of a run for each domain; several domains may share one.
+        label_maps: What `domains.json` says of each domain now.
+
+    Raises:
+        ValueError: If a folder holds no run with teachers, or its classes of the domain are others.
+    """
+    teachers: dict[str, FrozenTeacher] = {}
+    models: dict[Path, UdonModel] = {}
+    for domain, folder in runs.items():
+        run = read_run(folder)
+        known = json.loads((run.folder / "domains.json").read_text(encoding="utf-8"))
+        if any(known.get(domain, {}).get(what) != label_maps[domain][what] for what in ("classes", "fingerprint")):
+            raise ValueError(
+                f"`teachers.{domain}` must be a run on the same images and classes of that domain. Got {folder}, whose "
+                f"domains are {', '.join(known)}; train it on the same data."
+            )
+        if folder not in models:
+            models[folder] = open_teachers(run)
+        weights = load_file(run.weights)
+        teachers[domain] = FrozenTeacher(models[folder], weights[f"teacher_prototypes.{domain}"])
+    return FrozenTeachers(teachers)

@@ -1,0 +1,355 @@
+"""`udon prepare` through its command: UnED's info files, folders and tables become domains that open."""
+
+import csv
+import json
+import os
+import zlib
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import yaml
+from datasets import Image, load_dataset
+from PIL import Image as PILImage
+
+from modeling_udon.data.domains import open_domain
+from modeling_udon.data.transforms import decode_image
+from modeling_udon.domain_spec import DomainSpec
+from modeling_udon.prepare import uned
+from modeling_udon.prepare.own_data import split_by_class
+from modeling_udon.prepare.shards import Picture
+
+Udon = Callable[..., tuple[int, str, str]]
+
+
+def write_image(path: Path, seed: int, shape: tuple[int, int] = (20, 30)) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(seed).integers(0, 255, (4, 4, 3)).astype(np.uint8)
+    PILImage.fromarray(pixels).resize(shape[::-1], PILImage.Resampling.BICUBIC).save(path)
+    return path
+
+
+@pytest.fixture
+def uned_files(tmp_path: Path) -> tuple[Path, Path]:
+    """Info files of two domains in UnED's form, with their images: several classes a query, escaped names."""
+    info, images, number = tmp_path / "info", tmp_path / "images", 0
+    for domain, splits in {"cars": ("train", "val", "test", "index"), "rp2k": ("train", "test", "index")}.items():
+        for split in splits:
+            entries = []
+            for label in (0, 1, 2):
+                for copy in range(3):
+                    name = f"{domain}/{split}/{label}_{copy}.png"
+                    if domain == "rp2k" and split == "train":
+                        name = f"rp2k/train/饼干{label}_{copy}.png"
+                        escaped = name.replace("饼", "#U997c").replace("干", "#U5e72")
+                        write_image(images / (escaped if copy else name), number)
+                    elif not (domain == "rp2k" and split == "index"):
+                        write_image(images / name, number)
+                    number += 1
+                    several = domain == "cars" and split == "test"
+                    entries.append({"path": name, "class_id": [label, 2] if several and label < 2 else label})
+            if domain == "rp2k" and split == "index":
+                entries = json.loads((info / "rp2k" / "test.json").read_text())
+            (info / domain).mkdir(parents=True, exist_ok=True)
+            (info / domain / f"{split}.json").write_text(json.dumps(entries))
+    return info, images
+
+
+def test_domains_of_uned_open_with_their_splits_and_several_classes_a_query(
+    udon: Udon, uned_files: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    info, images = uned_files
+    monkeypatch.setitem(uned.PUBLISHED, "cars", (9, 3))
+    out = tmp_path / "uned"
+    code, text, error = udon("prepare", "uned", "--info-files", info, "--images", images, "--out", out)
+    assert (code, error) == (0, "")
+    assert "cars: 9 training images of 3 classes, as published" in text
+    assert "rp2k: WARNING: 9 training images of 3 classes, published are 188,724 of 1,074" in text
+    specs = yaml.safe_load((out / "domains.yaml").read_text())["domains"]
+    assert specs["cars"] == {"path": str(out / "cars"), "test_index_split": "index"}
+    # Its index is its test, so that each query is left out of it; and it has no validation.
+    assert specs["rp2k"] == {"path": str(out / "rp2k"), "validation_split": None}
+    cars = open_domain("cars", DomainSpec.model_validate(specs["cars"]))
+    assert cars.labels.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+    test = cars.evaluation["test"]
+    assert list(test.query.labels) == [[0, 2]] * 3 + [[1, 2]] * 3 + [[2]] * 3
+    assert test.index is not None and list(test.index.labels) == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+    rp2k = open_domain("rp2k", DomainSpec.model_validate(specs["rp2k"]))
+    assert len(rp2k.images) == 9 and rp2k.evaluation["test"].index is None
+    first = next(entry["path"] for entry in json.loads((info / "cars" / "train.json").read_text()))
+    assert cars.images[0]["image"]["bytes"] == (images / first).read_bytes()
+
+
+def test_miniuned_comes_out_as_its_info_files_say(udon: Udon, tmp_path: Path) -> None:
+    if "UDON_BENCHMARK_DIR" not in os.environ:
+        pytest.skip("UDON_BENCHMARK_DIR, the folder of MiniUnED, is not set")
+    benchmark = Path(os.environ["UDON_BENCHMARK_DIR"])
+    images, bytes_of = tmp_path / "images", {}
+    for split in ("train", "val", "test"):
+        info = json.loads((benchmark / "info_files" / "food" / f"{split}.json").read_text())
+        rows = load_dataset("parquet", data_files=str(benchmark / "food" / f"{split}-00000.parquet"), split="train")
+        for entry, row in zip(info, rows.cast_column("image", Image(decode=False)), strict=True):
+            path = images / entry["path"]
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(row["image"]["bytes"])
+            bytes_of[entry["path"]] = (row["image"]["bytes"], entry["class_id"])
+    out = tmp_path / "out"
+    words = ["--info-files", benchmark / "info_files", "--images", images, "--out", out, "--domains", "food"]
+    assert udon("prepare", "uned", *words, "--shard-size", 300, "--num-workers", 0)[0] == 0
+    found = load_dataset(str(out / "food"))
+    assert {split: len(rows) for split, rows in found.items()} == {"train": 639, "validation": 127, "test": 509}
+    for rows in found.values():
+        for row in rows.cast_column("image", Image(decode=False)):
+            assert bytes_of[row["path"]] == (row["image"]["bytes"], row["label"])
+
+
+def test_a_stopped_preparation_goes_on_and_another_one_is_refused(
+    udon: Udon, uned_files: tuple[Path, Path], tmp_path: Path
+) -> None:
+    info, images = uned_files
+    out = tmp_path / "uned"
+    words = ["prepare", "uned", "--info-files", info, "--images", images, "--out", out, "--domains", "cars"]
+    words += ["--shard-size", 4]
+    assert udon(*words)[0] == 0
+    shards = {path: path.read_bytes() for path in (out / "cars").glob("*.parquet")}
+    assert len(shards) == 12
+    gone, *kept = sorted(shards)
+    gone.unlink()
+    stamps = {path: path.stat().st_mtime_ns for path in kept}
+    code, text, _ = udon(*words)
+    assert code == 0 and gone.read_bytes() == shards[gone]
+    assert {path: path.stat().st_mtime_ns for path in kept} == stamps
+    assert udon(*words, "--size", 10)[2].startswith(
+        f"udon prepare: error: --out must be new or hold what is being prepared. Got {out / 'cars'}, prepared with "
+        "another --size;"
+    )
+
+
+def test_a_folder_without_the_pictures_is_refused_before_anything_is_written(
+    udon: Udon, uned_files: tuple[Path, Path], tmp_path: Path
+) -> None:
+    info, out = uned_files[0], tmp_path / "uned"
+    code, text, error = udon("prepare", "uned", "--info-files", info, "--images", tmp_path, "--out", out)
+    assert (code, text) == (2, "") and not out.exists()
+    assert error.startswith(
+        "udon prepare: error: --images must be the folder that the pictures' paths start from. Got one with none of "
+        "the first 9 of train, such as cars/train/0_0.png: "
+    )
+
+
+def test_a_picture_that_was_mended_comes_in(udon: Udon, uned_files: tuple[Path, Path], tmp_path: Path) -> None:
+    info, images = uned_files
+    out = tmp_path / "uned"
+    words = ["prepare", "uned", "--info-files", info, "--images", images, "--out", out, "--domains", "cars"]
+    words += ["--shard-size", 4]
+    picture = images / "cars" / "train" / "1_2.png"
+    whole = picture.read_bytes()
+    picture.write_bytes(whole[:40])
+    assert "left out of train: cars/train/1_2.png" in udon(*words)[1]
+    assert "cars/train/1_2.png" in (out / "cars" / "unreadable.txt").read_text()
+    stamps = {path: path.stat().st_mtime_ns for path in (out / "cars").glob("*.parquet")}
+    picture.write_bytes(whole)
+    assert "left out" not in udon(*words)[1] and not (out / "cars" / "unreadable.txt").exists()
+    assert len(load_dataset(str(out / "cars"), split="train")) == 9
+    changed = {path.name for path, stamp in stamps.items() if path.stat().st_mtime_ns != stamp}
+    assert changed == {"train-00001.parquet"}
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_large_images_are_shrunk_once_and_what_cannot_be_read_is_named(
+    udon: Udon, tmp_path: Path, num_workers: int
+) -> None:
+    photos = tmp_path / "photos"
+    for label in range(12):
+        for copy in range(3):
+            write_image(photos / f"c{label}" / f"{copy}.png", 10 * label + copy, (40 + label, 60))
+    write_image(photos / "c0" / "photo.jpg", 999, (90, 45))
+    (photos / "c1" / "broken.png").write_bytes(b"not an image")
+    (photos / "notes.txt").write_text("not a class")
+    out = tmp_path / "data" / "things"
+    words = ["prepare", "folder", photos, "--out", out, "--size", 30, "--num-workers", num_workers]
+    code, text, error = udon(*words, "--validation", 0.2, "--test", 0.2)
+    assert (code, error) == (0, "") and "c1/broken.png: data must be an image" in text
+    assert text.endswith(f"for the config:\n\ndomains:\n  things:\n    path: {out}\n\n")
+    assert (out / "unreadable.txt").read_text().split("\t")[1] == "c1/broken.png"
+    rows = [row for split in load_dataset(str(out)).values() for row in split.cast_column("image", Image(decode=False))]
+    assert len(rows) == 37
+    for row in rows:
+        data = row["image"]["bytes"]
+        pixels = decode_image(data)
+        assert min(pixels.shape[:2]) == 30 and row["path"].split("/")[0] == row["label"]
+        assert data.startswith(b"\xff\xd8" if row["path"].endswith("jpg") else b"\x89PNG")
+        expected = np.asarray(
+            PILImage.open(photos / row["path"]).convert("RGB").resize(pixels.shape[1::-1], PILImage.BOX)
+        )
+        assert np.abs(pixels.astype(int) - expected).mean() < (40 if row["path"].endswith("jpg") else 6)
+
+
+def test_classes_are_disjoint_and_of_every_size_in_every_split() -> None:
+    rng = np.random.default_rng(0)
+    pictures = [
+        Picture(f"{label}-{n}", f"c{label}") for label in range(300) for n in range(1 + int(rng.geometric(0.2)))
+    ]
+    pictures += [Picture(f"lone-{n}", f"lone{n}") for n in range(50)]
+    splits = split_by_class(pictures, seed=1)
+    classes = {split: {picture.label for picture in found} for split, found in splits.items()}
+    assert sum(map(len, classes.values())) == 350 == len(set.union(*classes.values()))
+    assert (len(classes["validation"]), len(classes["test"])) == (30, 60)
+    assert all(picture.label not in classes[split] for split in ("validation", "test") for picture in splits["train"])
+    assert not any(str(label).startswith("lone") for split in ("validation", "test") for label in classes[split])
+    counts = Counter(picture.label for picture in pictures)
+    medians = [np.mean([counts[label] for label in found if counts[label] > 1]) for found in classes.values()]
+    assert max(medians) / min(medians) < 1.2
+    assert splits == split_by_class(pictures, seed=1) != split_by_class(pictures, seed=2)
+
+
+@pytest.mark.parametrize("num_classes", [6, 17, 25])
+def test_of_few_classes_two_go_to_each_split_at_least(num_classes: int) -> None:
+    pictures = [Picture(f"{label}-{n}", f"c{label}") for label in range(num_classes) for n in range(2)]
+    splits = split_by_class(pictures, seed=3)
+    sizes = {split: len({picture.label for picture in found}) for split, found in splits.items()}
+    assert sizes["validation"] == 2 and sizes["test"] == max(2, num_classes // 5)
+    assert sum(sizes.values()) == num_classes
+    with pytest.raises(ValueError, match="enough classes of several images to leave two for train. Got 5 of 5 classes"):
+        split_by_class(pictures[:10])
+
+
+@pytest.mark.parametrize("suffix", ["csv", "parquet"])
+def test_a_table_says_paths_classes_and_splits(udon: Udon, tmp_path: Path, suffix: str) -> None:
+    rows = []
+    for split, labels in {"train": "ab", "val": "cd", "query": "ef", "gallery": "ef"}.items():
+        for label in labels:
+            for copy in range(2):
+                path = write_image(tmp_path / "img" / f"{split}-{label}-{copy}.png", len(rows))
+                absolute = copy == 1
+                rows.append({"file": str(path) if absolute else path.name, "sku": label, "part": split})
+    table = tmp_path / f"table.{suffix}"
+    if suffix == "csv":
+        with table.open("w", newline="") as file:
+            writer = csv.DictWriter(file, ["file", "sku", "part"])
+            writer.writeheader()
+            writer.writerows(rows)
+    else:
+        pq.write_table(pa.Table.from_pylist(rows), table)
+    out = tmp_path / "data" / "shoes"
+    columns = ["--path-column", "file", "--label-column", "sku", "--split-column", "part"]
+    code, text, error = udon("prepare", "csv", table, "--images", tmp_path / "img", "--out", out, *columns)
+    assert (code, error) == (0, "")
+    spec = yaml.safe_load(text.partition("for the config:")[2])["domains"]["shoes"]
+    assert spec == {"path": str(out), "test_index_split": "index"}
+    domain = open_domain("shoes", DomainSpec.model_validate(spec))
+    assert domain.classes == ("a", "b")
+    test = domain.evaluation["test"]
+    assert list(test.query.labels) == list("eeff") and test.index is not None and len(test.index) == 4
+
+
+def test_a_data_set_is_split_by_class_or_keeps_its_splits(udon: Udon, tmp_path: Path, tiny_domains: Path) -> None:
+    code, text, error = udon("prepare", "hub", tiny_domains / "stripes", "--out", tmp_path / "kept")
+    assert (code, error) == (0, "")
+    before, after = load_dataset(str(tiny_domains / "stripes")), load_dataset(str(tmp_path / "kept"))
+    for split, rows in before.cast_column("image", Image(decode=False)).items():
+        found = after[split].cast_column("image", Image(decode=False))
+        assert found["label"] == rows["label"]
+        assert [image["bytes"] for image in found["image"]] == [image["bytes"] for image in rows["image"]]
+    whole = tmp_path / "whole"
+    whole.mkdir()
+    for number, rows in enumerate(before.values()):
+        rows.to_parquet(whole / f"part-{number}.parquet")
+    words = ["--validation", 0.2, "--test", 0.3, "--seed", 5]
+    assert udon("prepare", "hub", whole, "--out", tmp_path / "split", *words)[0] == 0
+    splits = load_dataset(str(tmp_path / "split"))
+    classes = {split: set(rows["label"]) for split, rows in splits.items()}
+    assert {split: len(found) for split, found in classes.items()} == {"train": 6, "validation": 2, "test": 3}
+    assert len(set.union(*classes.values())) == 11
+    assert udon("prepare", "hub", tmp_path / "nowhere", "--out", tmp_path / "x")[2].startswith(
+        "udon prepare: error: SOURCE must be a data set that opens. Got"
+    )
+
+
+@pytest.mark.parametrize("num_workers", [0, 3])
+def test_the_same_picture_in_two_splits_or_classes_stays_once(udon: Udon, tmp_path: Path, num_workers: int) -> None:
+    rows = ["path,label,split"]
+    for split, labels in {"train": "ab", "test": "cd"}.items():
+        for label in labels:
+            for copy in range(3):
+                name = f"{split}{label}{copy}.png"
+                write_image(tmp_path / name, zlib.crc32(name.encode()))
+                rows.append(f"{name},{label},{split}")
+    (tmp_path / "testc0.png").write_bytes((tmp_path / "traina0.png").read_bytes())
+    (tmp_path / "trainb0.png").write_bytes((tmp_path / "traina1.png").read_bytes())
+    (tmp_path / "testd1.png").write_bytes((tmp_path / "testd0.png").read_bytes())
+    table = tmp_path / "table.csv"
+    table.write_text("\n".join(rows) + "\n")
+    code, text, _ = udon("prepare", "csv", table, "--out", tmp_path / "data" / "x", "--num-workers", num_workers)
+    assert code == 0
+    assert "left out: testc0.png has the content of traina0.png" in text
+    assert "left out: trainb0.png has the content of traina1.png" in text and "testd1" not in text
+    found = load_dataset(str(tmp_path / "data" / "x"))
+    assert (len(found["train"]), len(found["test"])) == (5, 5)
+
+
+def test_classes_that_are_trained_and_tested_are_told(udon: Udon, tmp_path: Path) -> None:
+    rows = ["path,label,split"]
+    for number in range(12):
+        write_image(tmp_path / f"{number}.png", number)
+        rows.append(f"{number}.png,c{number % 3},{'train' if number < 6 else 'test'}")
+    (tmp_path / "table.csv").write_text("\n".join(rows))
+    text = udon("prepare", "csv", tmp_path / "table.csv", "--out", tmp_path / "out")[1]
+    assert "3 classes of test are trained on as well: its scores are of known classes" in text
+    assert "validation_split: null" in text
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["folder", "{tmp}/nowhere"], "SOURCE must be a folder that is there. Got {tmp}/nowhere."),
+        (["folder", "{tmp}/flat"], "SOURCE must hold a folder of images for each class. Got {tmp}/flat without any."),
+        (["folder", "{tmp}/few"], "SOURCE must have enough classes of several images to leave two for validation."),
+        (["csv", "{tmp}/t.csv", "--path-column", "file"], "--path-column must be a column of {tmp}/t.csv: path, label"),
+        (
+            ["csv", "{tmp}/t.csv"],
+            "--split-column must hold train, val, valid, validation, test, query, index, gallery.",
+        ),
+        (["csv", "{tmp}/gap.csv"], "SOURCE must have a path and a class in every row. Got row 2 of {tmp}/gap.csv"),
+        (["csv", "{tmp}/test.csv"], "--split-column must have rows for train. Got test."),
+        (["csv", "{tmp}/empty.csv"], "SOURCE must have a row for each picture. Got {tmp}/empty.csv without any."),
+        (["csv", "{tmp}/flat/a.png"], "SOURCE must be a table, CSV in UTF-8 or Parquet. Got {tmp}/flat/a.png: 'utf-8'"),
+        (["csv", "{tmp}/no.parquet"], "SOURCE must be a table, CSV in UTF-8 or Parquet. Got {tmp}/no.parquet: Parquet"),
+        (["uned", "--info-files", "{tmp}/flat", "--images", "{tmp}"], "--info-files must hold DOMAIN/train.json."),
+        (
+            ["uned", "--info-files", "{tmp}/bad", "--images", "{tmp}"],
+            '--info-files must hold lists of {{"path", "class_id"}}',
+        ),
+        (["uned", "--info-files", "{tmp}/bad", "--images", ".", "--domains", "met"], "--domains must be among cars of"),
+        (
+            ["folder", "{tmp}/good", "--out", "{tmp}/flat"],
+            "--out must be a new folder for each domain. Got {tmp}/fl",
+        ),
+    ],
+)
+def test_what_cannot_be_prepared_is_told_in_one_line(
+    udon: Udon, tmp_path: Path, words: list[str], message: str
+) -> None:
+    write_image(tmp_path / "flat" / "a.png", 0)
+    for label in range(3):
+        write_image(tmp_path / "few" / f"{label}" / "a.png", label)
+    for label in range(40):
+        for copy in range(2):
+            write_image(tmp_path / "good" / f"{label}" / f"{copy}.png", 100 + 2 * label + copy)
+    (tmp_path / "t.csv").write_text("path,label,split\na.png,x,never\n")
+    (tmp_path / "gap.csv").write_text("path,label\na.png,x\n,y\n")
+    (tmp_path / "test.csv").write_text("path,label,split\na.png,x,test\n")
+    (tmp_path / "empty.csv").write_text("path,label\n")
+    (tmp_path / "no.parquet").write_text("path,label\na.png,x\n" * 9)
+    (tmp_path / "bad" / "cars").mkdir(parents=True)
+    (tmp_path / "bad" / "cars" / "train.json").write_text('[{"path": "a.png"}]')
+    filled = [word.format(tmp=tmp_path) for word in words]
+    if "--out" not in filled:
+        filled += ["--out", str(tmp_path / "out")]
+    code, out, error = udon("prepare", *filled)
+    assert code == 2 and out == "" and error.count("\n") == 1
+    assert error.startswith(f"udon prepare: error: {message.format(tmp=tmp_path)}"), error
