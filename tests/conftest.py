@@ -47,6 +47,9 @@ from modeling_udon.training.run_folder import RunFolder
 from modeling_udon.training.signals import StopSignals
 from modeling_udon.training.trainer import Trainer, train
 
+# A student and pictures on disk, for the tests of embedding, search and evaluation.
+pytest_plugins = ["picture_fixtures"]
+
 ROOT = Path(__file__).parent.parent
 KILLED = 9
 
