@@ -155,7 +155,7 @@ def test_the_configs_of_uned_stand_on_what_is_prepared(
 ) -> None:
     (tmp_path / "domains.yaml").write_text("domains: {cars: {path: uned/cars, test_index_split: index}}\n")
     monkeypatch.setenv("UNED_DIR", str(tmp_path))
-    config = load_config(Path(__file__).parents[2] / "configs" / f"uned_{name}.yaml")
+    config = load_config(Path(__file__).parents[1] / "configs" / f"uned_{name}.yaml")
     assert config.name == f"uned_{name}" and list(config.domains) == ["cars"]
     # The paper's settings, which are the defaults as well.
     assert (config.train.batch_size, config.train.num_epochs, config.optim.frozen_fraction) == (128, 10, 0.2)

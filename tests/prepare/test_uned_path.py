@@ -14,7 +14,7 @@ from PIL import Image as PILImage
 
 from modeling_udon.prepare.uned import PUBLISHED
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 # Classes of each split; UnED's splits have classes of their own, and query and index share theirs.
 CLASSES = {"train": range(3), "val": range(3, 5), "test": range(5, 8), "index": range(5, 8), "small_index": range(3, 8)}
 IMAGES_A_CLASS = 4

@@ -24,7 +24,7 @@ from gradio_client import Client, handle_file
 
 from modeling_udon.search.app import MAX_EXAMPLES, answer, find_examples, open_side, start
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 LAPTOP, PHONE = {"width": 1280, "height": 800}, {"width": 390, "height": 844}
 
 
