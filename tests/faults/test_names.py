@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from modeling_udon.cli import make_parser
+from modeling_udon.cli.main import make_parser
 from modeling_udon.data.dataset import BrokenImageError, read_images
 from modeling_udon.data.files import lies_in, read_file
 from modeling_udon.hub.card import describe_domains

@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from html import unescape
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,6 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from modeling_udon import cli
 from modeling_udon.cli import main
 from modeling_udon.encoder import load_embedding_model
 
@@ -240,7 +240,7 @@ def test_a_wrong_argument_is_refused_in_one_line(searchable, make_searchable, ca
 
 
 def test_without_gradio_the_command_says_what_to_install(searchable, monkeypatch, capsys):
-    monkeypatch.setattr(cli, "find_spec", lambda name: None)
+    monkeypatch.setattr(import_module("modeling_udon.cli.main"), "find_spec", lambda name: None)
     assert main(["app", "--index", str(searchable.index), "--model", str(searchable.model)]) == 1
     assert capsys.readouterr().err.endswith('gradio, which is missing: pip install "modeling-udon[demo]"\n')
 

@@ -614,7 +614,3 @@ def _safe(text: str) -> str:
 def _complain(verb: str, error: object, code: int) -> int:
     _warn(f"udon {verb}: error: {' '.join(str(error).split())}")
     return code
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,0 +1,5 @@
+"""`udon <verb>`."""
+
+from modeling_udon.cli.main import main
+
+__all__ = ["main"]
