@@ -35,7 +35,7 @@ from modeling_udon.storage import replaced_folder
 
 PACKAGE = "modeling_udon"
 PACKAGE_FOLDER = Path(__file__).parents[1]
-PAGE_MODULE = f"{PACKAGE}.app"
+PAGE_MODULE = f"{PACKAGE}.search.app"
 # What a Space's folder holds; of the folders, what an earlier commit left behind goes with the next one.
 OWN_FOLDERS = ("models", "indexes", "examples", PACKAGE)
 OWN_FILES = ("app.py", "requirements.txt", "README.md")
@@ -305,7 +305,6 @@ def _app_file(placed: Sequence[_Placed], has_examples: bool, trust_remote_code: 
     return f'''"""The page of `udon app`, as a Space."""
 
 from modeling_udon.search.app import find_examples, make_page, open_side, start
-from modeling_udon.storage import replaced_folder
 from modeling_udon.encoder import load_embedding_model
 
 page = make_page(
