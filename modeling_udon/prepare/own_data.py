@@ -2,6 +2,7 @@
 
 import csv
 import hashlib
+import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,29 +16,38 @@ import pyarrow.parquet as pq
 from datasets import Dataset
 
 from modeling_udon.data.domains import encoded_bytes, open_image_splits
+from modeling_udon.data.folders import describe_passed_over, walk_images
 from modeling_udon.domain_spec import DomainSpec
 from modeling_udon.prepare.shards import Picture, Read
 
-IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif"})
 # What a table may call the splits.
 SPLIT_NAMES = {"train": "train", "val": "validation", "valid": "validation", "validation": "validation"}
 SPLIT_NAMES |= {"test": "test", "query": "test", "index": "index", "gallery": "index"}
 
 
-def read_folder(folder: Path) -> list[Picture]:
-    """Reads a folder with a folder of images for each class; the class is the first folder's name.
+def read_folder(folder: Path) -> tuple[list[Picture], Counter[str]]:
+    """Reads a folder with one subfolder of images per class; the class is the subfolder's name.
+
+    Returns:
+        The pictures, and the counts of what was passed over.
 
     Raises:
-        ValueError: If there is no image below a folder of a class.
+        ValueError: If there is no image below a subfolder.
     """
-    pictures = [
-        Picture(str(path.relative_to(folder)), path.relative_to(folder).parts[0])
-        for path in sorted(folder.rglob("*"))
-        if path.suffix.lower() in IMAGE_SUFFIXES and len(path.relative_to(folder).parts) > 1 and path.is_file()
-    ]
+    walk = walk_images(folder)
+    pictures = []
+    for path in walk:
+        if "/" in path:
+            # macOS writes accents as characters of their own: one class, however its name was typed.
+            pictures.append(Picture(path, unicodedata.normalize("NFC", path.partition("/")[0])))
+        else:
+            walk.passed_over["picture file outside of a class folder"] += 1
     if not pictures:
-        raise ValueError(f"SOURCE must hold a folder of images for each class. Got {folder} without any.")
-    return pictures
+        found = describe_passed_over(walk.passed_over) or "nothing"
+        raise ValueError(
+            f"SOURCE must hold a folder of images for each class. Got {folder} without any. It holds {found}."
+        )
+    return pictures, walk.passed_over
 
 
 def read_table(

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import yaml
 from tqdm import tqdm
 
+from modeling_udon.data.folders import describe_passed_over
 from modeling_udon.prepare.own_data import (
     below,
     drop_duplicates,
@@ -82,7 +83,7 @@ def prepare_own(
     Raises:
         ValueError: If the pictures cannot be read or split, or `out` holds something else.
     """
-    found, read = _read(data)
+    found, read = _read(data, say)
     if None in found:
         splits = split_by_class(found[None], data.seed, data.validation, data.test)
     else:
@@ -157,12 +158,15 @@ def say_overlap(splits: Mapping[str, Sequence[Picture]], say: Say) -> None:
             say(f"{len(shared)} classes of {split} are trained on as well: its scores are of known classes")
 
 
-def _read(data: OwnData) -> tuple[dict[str | None, list[Picture]], Read]:
+def _read(data: OwnData, say: Say) -> tuple[dict[str | None, list[Picture]], Read]:
     if data.kind == "hub":
         return read_dataset(data.source, data.config, data.revision, data.image_column, data.label_column)
     source = Path(data.source)
     if data.kind == "folder" and source.is_dir():
-        return {None: read_folder(source)}, FolderReader(source)
+        pictures, passed_over = read_folder(source)
+        if passed_over:
+            say(f"passed over: {describe_passed_over(passed_over)}")
+        return {None: pictures}, FolderReader(source)
     if data.kind == "csv" and source.is_file():
         images = data.images or source.parent
         found = read_table(source, data.path_column, data.label_column, data.split_column)

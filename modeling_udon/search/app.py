@@ -12,13 +12,13 @@ import numpy as np
 from gradio.utils import get_upload_folder
 
 from modeling_udon.data.files import lies_in, read_file
+from modeling_udon.data.folders import walk_images
 from modeling_udon.data.transforms import decode_image
 from modeling_udon.encoder import EmbeddingModel
 from modeling_udon.search.index import ImageIndex
 from modeling_udon.search.limits import Middleware, RateLimit
 from modeling_udon.search.query import QueryResult, check_model, search_decoded
 from modeling_udon.search.results_page import html_text, neighbour_list
-from modeling_udon.search.sources import walk_images
 from modeling_udon.text import printable
 
 MAX_FILE_MEGABYTES = 20

@@ -11,10 +11,10 @@ import numpy as np
 import torch
 
 from modeling_udon.data.files import read_file
+from modeling_udon.data.folders import walk_images
 from modeling_udon.data.transforms import decode_image
 from modeling_udon.encoder import Calibration, EmbeddingModel
 from modeling_udon.search.index import ImageIndex
-from modeling_udon.search.sources import walk_images
 from modeling_udon.search.thumbnails import make_thumbnail
 from modeling_udon.text import printable
 

@@ -1,7 +1,6 @@
 """Where images to embed come from: folders, list files and data sets, listed and read in slices of bounded size."""
 
 import hashlib
-import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -20,27 +19,7 @@ from datasets import Dataset, DatasetDict, Image, load_dataset, load_from_disk
 from modeling_udon.data.demo import build_demo_domain
 from modeling_udon.data.domains import DEMO_PREFIX, why_not_opened
 from modeling_udon.data.files import lies_in, read_file
-
-IMAGE_SUFFIXES = frozenset(
-    (
-        ".jpg",
-        ".jpeg",
-        ".jfif",
-        ".png",
-        ".webp",
-        ".gif",
-        ".bmp",
-        ".tif",
-        ".tiff",
-        ".ppm",
-        ".pgm",
-        ".pbm",
-        ".jp2",
-        ".avif",
-    )
-)
-# Names of one folder that are sorted at a time; one with more comes in sorted stretches.
-_NUM_SORTED_NAMES = 2**17
+from modeling_udon.data.folders import is_image_name, walk_images
 
 Read = Callable[[], bytes]
 
@@ -223,21 +202,13 @@ def open_source(spec: SourceSpec) -> OpenedSource:
     if is_image_folder:
         return OpenedSource(identity, lambda: walk_images(path), root=str(path.resolve()))
     root = str(path.resolve().parent)
-    if path.suffix.lower() in IMAGE_SUFFIXES:
+    if is_image_name(path):
         return OpenedSource(identity, lambda: iter([path.name]), root=root)
     with path.open("rb") as file:
         identity["digest"] = hashlib.file_digest(file, "sha256").hexdigest()
     identity["allow_outside"] = spec.allow_outside
     inside = None if spec.allow_outside else root
     return OpenedSource(identity, lambda: read_list(path, inside), root=root, confined=not spec.allow_outside)
-
-
-def walk_images(folder: Path) -> Iterator[str]:
-    """The image files in a folder and the folders below, by name, as paths from the folder; hidden ones are left out.
-
-    Links are followed, except to a folder that they lie in.
-    """
-    yield from _walk(folder, "", frozenset())
 
 
 def read_list(file: Path, root: str | None = None) -> Iterator[str]:
@@ -279,28 +250,6 @@ def write_listing(paths: Iterator[str], listing: Path, shard_size: int) -> int:
             writer.write_table(pa.table({"path": readable}, schema), row_group_size=shard_size)
             num_paths += len(block)
     return num_paths
-
-
-def _walk(folder: Path, prefix: str, ancestors: frozenset[tuple[int, int]]) -> Iterator[str]:
-    status = folder.stat()
-    if (status.st_dev, status.st_ino) in ancestors:
-        return
-    ancestors |= {(status.st_dev, status.st_ino)}
-    with os.scandir(folder) as entries:
-        visible = (entry for entry in entries if not entry.name.startswith("."))
-        while stretch := sorted(islice(visible, _NUM_SORTED_NAMES), key=lambda entry: entry.name):
-            for entry in stretch:
-                if _is_folder(entry):
-                    yield from _walk(Path(entry.path), f"{prefix}{entry.name}/", ancestors)
-                elif Path(entry.name).suffix.lower() in IMAGE_SUFFIXES:
-                    yield prefix + entry.name
-
-
-def _is_folder(entry: os.DirEntry[str]) -> bool:
-    try:
-        return entry.is_dir()
-    except OSError:  # A link that leads back to itself; it is named when it is to be read.
-        return False
 
 
 def _is_dataset_folder(path: Path) -> bool:
