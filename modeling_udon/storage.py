@@ -1,22 +1,55 @@
 """Atomic, locked, fsynced writes: the one way in which files and folders are replaced, whenever a process is killed."""
 
+import ctypes
+import fcntl
 import json
 import os
+import secrets
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+# What the C libraries of Linux and macOS call the exchange of two names in one step, and its arguments.
+_AT_FDCWD, _RENAME_EXCHANGE, _RENAME_SWAP = -100, 2, 2
+
+
+class InUseError(ValueError):
+    """A folder that another process is writing to; its message is one line for the user."""
+
+
+@contextmanager
+def locked(folder: Path, shared: bool = False) -> Iterator[None]:
+    """Holds a lock on a folder, which the system takes back from a process that ends, however it ends.
+
+    Args:
+        folder: An existing folder. Where its file system has no such locks, none is held.
+        shared: Whether others may hold the lock at the same time, for reading.
+
+    Raises:
+        InUseError: If another process holds it.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        if not _lock(descriptor, fcntl.LOCK_SH if shared else fcntl.LOCK_EX):
+            raise InUseError(
+                f"`out` must be a folder that no other process is using. Got {str(folder)!r}, which another udon "
+                "command uses; wait for it to end, or name another folder."
+            )
+        yield
+    finally:
+        os.close(descriptor)
 
 
 @contextmanager
 def replaced_file(path: Path) -> Iterator[Path]:
     """Gives a draft beside `path` to write, which then takes its place in one step.
 
-    The draft is synced before it is renamed, and removed if the block raises: a reader sees the old file or the new
-    one, whole.
+    The draft has a name of its own, so that two writers do not meet in it. It is synced before it is renamed, and
+    removed if the block raises: a reader sees the old file or a new one, whole.
     """
-    draft = path.with_name(f".{path.name}.tmp")
+    draft = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         yield draft
         sync(draft)
@@ -43,34 +76,52 @@ def write_json(path: Path, content: Any, indent: int | None = 2) -> None:
 
 
 @contextmanager
-def replaced_folder(folder: Path) -> Iterator[Path]:
-    """Gives an empty folder to fill, which then takes the place of `folder` as a whole, or not at all."""
-    aside, old = _leftovers(folder)
+def replaced_folder(folder: Path, replace: bool = True) -> Iterator[Path]:
+    """Gives an empty folder to fill, which then takes the place of `folder` as a whole, or not at all.
+
+    Each writer has a draft of its own: of several at once, the last one stays, whole. The two names are exchanged in
+    one step where the system can do that, so that there is no moment without the folder.
+
+    Args:
+        folder: The folder; its parents are made.
+        replace: Whether a folder that has come to be there in the meantime is replaced.
+
+    Raises:
+        InUseError: If `replace` is false and the folder is there at the end.
+    """
+    folder = Path(os.path.abspath(folder))  # "." has no name beside which a draft could lie
     folder.parent.mkdir(parents=True, exist_ok=True)
     recover_folder(folder)
-    aside.mkdir()
+    draft = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.new")
+    draft.mkdir()
+    descriptor = os.open(draft, os.O_RDONLY)
     try:
-        yield aside
-        for path in (*aside.rglob("*"), aside):
+        _lock(descriptor, fcntl.LOCK_EX)  # tells a draft in work from one that a killed process left behind
+        yield draft
+        for path in (*draft.rglob("*"), draft):
             sync(path)
-    except BaseException:
-        # On a full disk, half a checkpoint would take the room that the next one needs.
-        shutil.rmtree(aside, ignore_errors=True)
-        raise
-    if folder.exists():
-        folder.rename(old)
-    aside.rename(folder)
-    sync(folder.parent)
-    shutil.rmtree(old, ignore_errors=True)
+        if not replace and folder.exists():
+            raise InUseError(f"`out` must be a new folder. Got {str(folder)!r}, which another process has just made.")
+        _put_in_place(draft, folder)
+    finally:
+        # The draft, or after the exchange the old folder. On a full disk, half a checkpoint would take the room that
+        # the next one needs.
+        shutil.rmtree(draft, ignore_errors=True)
+        os.close(descriptor)
 
 
 def recover_folder(folder: Path) -> None:
-    """Finishes or undoes what a `replaced_folder` that was killed had begun."""
-    aside, old = _leftovers(folder)
+    """Finishes or undoes what a `replaced_folder` that was killed had begun; drafts in work are left alone."""
+    folder = Path(os.path.abspath(folder))
+    old = _old(folder)
     if old.exists() and not folder.exists():
         old.rename(folder)
-    for leftover in (aside, old):
-        shutil.rmtree(leftover, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
+    prefix = f".{folder.name}."
+    names = os.listdir(folder.parent) if folder.parent.is_dir() else []
+    for name in names:
+        if name.startswith(prefix) and name.endswith(".new") and "." not in name[len(prefix) : -len(".new")]:
+            _remove_if_left_behind(folder.with_name(name))
 
 
 def sync(path: Path) -> None:
@@ -82,5 +133,47 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _leftovers(folder: Path) -> tuple[Path, Path]:
-    return folder.with_name(f".{folder.name}.new"), folder.with_name(f".{folder.name}.old")
+def _put_in_place(draft: Path, folder: Path) -> None:
+    if not (folder.exists() and _exchange(draft, folder)):
+        old = _old(folder)
+        if folder.exists():
+            folder.rename(old)
+        draft.rename(folder)
+        shutil.rmtree(old, ignore_errors=True)
+    sync(folder.parent)
+
+
+def _exchange(first: Path, second: Path) -> bool:
+    """Exchanges two names in one step; returns whether the system can."""
+    library = ctypes.CDLL(None, use_errno=True)
+    one, other = os.fsencode(first), os.fsencode(second)
+    if hasattr(library, "renameat2"):
+        return bool(library.renameat2(_AT_FDCWD, one, _AT_FDCWD, other, _RENAME_EXCHANGE) == 0)
+    if hasattr(library, "renamex_np"):
+        return bool(library.renamex_np(one, other, _RENAME_SWAP) == 0)
+    return False
+
+
+def _remove_if_left_behind(draft: Path) -> None:
+    with suppress(OSError):
+        descriptor = os.open(draft, os.O_RDONLY)
+        try:
+            if _lock(descriptor, fcntl.LOCK_EX):
+                shutil.rmtree(draft, ignore_errors=True)
+        finally:
+            os.close(descriptor)
+
+
+def _lock(descriptor: int, kind: int) -> bool:
+    """Locks an opened folder without waiting; returns whether nobody else holds it."""
+    try:
+        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass  # This file system has no such locks.
+    return True
+
+
+def _old(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.old")

@@ -98,7 +98,7 @@ def save_checkpoint(
 def recover_checkpoints(checkpoints: Path) -> None:
     """Finishes what was begun when a run was killed while it wrote a checkpoint."""
     for leftover in sorted(checkpoints.glob(f".{_PREFIX}[0-9]*")):
-        recover_folder(checkpoints / leftover.stem.removeprefix("."))
+        recover_folder(checkpoints / leftover.name.split(".")[1])
 
 
 def list_checkpoints(checkpoints: Path) -> list[Path]:

@@ -189,7 +189,7 @@ class RunFolder:
         ours = (self.path / "config.yaml", self.metrics, self._cleared)
         found = {path.name for path in self.path.iterdir()} if self.path.is_dir() else set()
         # A run that was killed before it had written its config leaves no more than these.
-        others = found - {LOCK_FILE, ".config.yaml.tmp"}
+        others = {name for name in found if name != LOCK_FILE and not name.startswith(".config.yaml.")}
         if others and not any(path.exists() for path in ours):
             raise ConfigError(
                 f"`--overwrite` must find a run. Got {self.path}, which holds other things, such as "

@@ -169,7 +169,7 @@ def test_a_folder_whose_replacement_fails_stays_as_it_was(tmp_path: Path) -> Non
 
 
 def test_a_kill_between_the_two_renames_loses_nothing(tmp_path: Path) -> None:
-    folder, old, new = tmp_path / "best", tmp_path / ".best.old", tmp_path / ".best.new"
+    folder, old, new = tmp_path / "best", tmp_path / ".best.old", tmp_path / ".best.1a2b3c4d.new"
     for leftover in (old, new):
         leftover.mkdir()
         (leftover / "file").write_text(leftover.name)
