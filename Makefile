@@ -12,7 +12,7 @@ LAUNCH_ARGS = --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_b
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test test-faults lint types test-oldest test-matrix clean
+.PHONY: help demo test test-faults lint types docs test-oldest test-matrix clean
 
 help:  ## Show this list
 	@awk -F ':.*  ## ' '/^[a-z-]+:.*  ## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -37,6 +37,10 @@ lint: $(VENV)/.dev-installed  ## Check style
 
 types: $(VENV)/.dev-installed  ## Check types
 	@$(VENV)/bin/mypy
+
+docs: $(VENV)/.dev-installed  ## Build the documentation site into build/docs; a warning is an error
+	@$(VENV)/bin/sphinx-build -q -W --keep-going -b html docs build/docs
+	@echo "open build/docs/index.html"
 
 test-faults: $(VENV)/.dev-installed  ## Break runs and inputs in every way that is promised for, and show a table (an hour)
 	@$(VENV)/bin/python -m pytest tests/faults -m "long or not long" $(PYTEST_ARGS)
@@ -69,7 +73,7 @@ $(VENV)/.demo-installed: pyproject.toml constraints.txt | $(VENV)/.created
 
 $(VENV)/.dev-installed: pyproject.toml constraints.txt | $(VENV)/.created
 	@echo "Installing the tested versions and the developer's tools into $(VENV), which takes some minutes the first time"
-	@$(VENV)/bin/python $(PIP_INSTALL) -c constraints.txt -e ".[dev,demo,demo-data,export]"
+	@$(VENV)/bin/python $(PIP_INSTALL) -c constraints.txt -e ".[dev,docs,demo,demo-data,export]"
 	@touch $@ $(VENV)/.demo-installed
 
 $(VENV_OLDEST)/.dev-installed: pyproject.toml constraints-oldest.txt | $(VENV_OLDEST)/.created

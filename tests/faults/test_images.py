@@ -1,4 +1,4 @@
-"""Bad and odd images: what training, `udon embed` and the page do with each kind, as `docs/inputs.md` says."""
+"""Bad and odd images in training, `udon embed` and the page: each kind does what `docs/explanation/inputs.md` says."""
 
 import io
 import os
