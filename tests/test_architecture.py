@@ -33,6 +33,7 @@ FLOORS = {
     f"{PACKAGE}.modeling_udon": 1,
     f"{PACKAGE}.storage": 2,
     f"{PACKAGE}.text": 2,
+    f"{PACKAGE}.faults": 2,
     f"{PACKAGE}.domain_spec": 3,
     f"{PACKAGE}.strict_yaml": 3,
     f"{PACKAGE}.systems": 3,

@@ -13,6 +13,7 @@ from modeling_udon.data.domains import Domain, Images, encoded_bytes
 from modeling_udon.data.handover import Slots, contents, receive
 from modeling_udon.data.sampling import BatchDraw
 from modeling_udon.data.transforms import ImageTransform, RandomTransform, decode_image
+from modeling_udon.faults import OneLineError
 from modeling_udon.text import printable
 
 # Substitutes that may be broken in their turn before there is no point in going on.
@@ -21,7 +22,7 @@ _MAX_SUBSTITUTES = 100
 _SUBSTITUTE = 1
 
 
-class BrokenImageError(ValueError):
+class BrokenImageError(OneLineError, ValueError):
     """An image that cannot be decoded; the last line of its message names it, whichever process has read it."""
 
 

@@ -13,6 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from modeling_udon.faults import OneLineError
 from modeling_udon.storage import recover_folder, replaced_folder
 from modeling_udon.training.sharding import gather_shards, load_weights, shard_like
 
@@ -27,7 +28,7 @@ _FILES = (MODEL_FILE, OPTIMIZER_FILE, STATE_FILE, BEST_FILE)
 _PREFIX = "step-"
 
 
-class CheckpointError(ValueError):
+class CheckpointError(OneLineError, ValueError):
     """A checkpoint that is not there or not whole; its message is one line for the user."""
 
 

@@ -40,11 +40,11 @@ def kill_a_worker() -> None:
 FAILURES: dict[str, tuple[Patch, str]] = {
     "full disk at the start": (at(files, "sync", 1, raising(FULL)), "the disk is full at /somewhere: free some"),
     "full disk in a checkpoint": (at(checkpoint, "save_file", 2, raising(FULL_BY_WORDS)), "the disk is full: free"),
-    "no memory in a step": (at(Trainer, "train_step", 5, allocate), "the memory is full ("),
+    "no memory in a step": (at(Trainer, "train_step", 5, allocate), "out of memory ("),
     "a worker is killed": (at(Trainer, "train_step", 2, kill_a_worker), "a process that decodes images (pid "),
     "no memory in a validation": (
         at(assessment, "evaluate_model", 2, raising(MemoryError())),
-        "the memory is full (Mem",
+        "out of memory (Mem",
     ),
     "full disk in a manifest": (at(checkpoint, "_write_json", 2, raising(FULL)), "the disk is full at /somewhere"),
     "full disk in a log": (at(Reporter, "record", 3, raising(FULL)), "the disk is full at /somewhere"),

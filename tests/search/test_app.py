@@ -240,7 +240,7 @@ def test_a_wrong_argument_is_refused_in_one_line(searchable, make_searchable, ca
 
 
 def test_without_gradio_the_command_says_what_to_install(searchable, monkeypatch, capsys):
-    monkeypatch.setattr(import_module("modeling_udon.cli.main"), "find_spec", lambda name: None)
+    monkeypatch.setattr(import_module("modeling_udon.cli.models"), "find_spec", lambda name: None)
     assert main(["app", "--index", str(searchable.index), "--model", str(searchable.model)]) == 1
     assert capsys.readouterr().err.endswith('gradio, which is missing: pip install "modeling-udon[demo]"\n')
 

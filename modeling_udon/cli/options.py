@@ -1,0 +1,138 @@
+"""A verb's parser, made from its function: the signature gives names, types and defaults, the docstring the help."""
+
+import argparse
+import inspect
+import re
+import types
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
+
+_SECTION = re.compile(r"^(Args|Example):\n((?:    .*\n?|\n)+)", re.MULTILINE)
+_ENTRY = re.compile(r"^(\w+): (.+(?:\n    .+)*)", re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class Value:
+    """How an option is shown in the help, and how its text becomes a value."""
+
+    metavar: str
+    parse: Callable[[str], Any] = str
+
+
+def _whole_number(least: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"must be a whole number of at least {least}, got {text!r}")
+        return int(text)
+
+    return parse
+
+
+def _share(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"must be a number above 0 and at most 1, got {text!r}")
+    return value
+
+
+Positive = Annotated[int, Value("N", _whole_number(1))]
+Natural = Annotated[int, Value("N", _whole_number(0))]
+Share = Annotated[float, Value("R", _share)]
+Folder = Annotated[str, Value("FOLDER")]
+File = Annotated[str, Value("FILE")]
+Name = Annotated[str, Value("NAME")]
+Column = Annotated[str, Value("COLUMN")]
+Commit = Annotated[str, Value("REVISION")]
+Repo = Annotated[str, Value("OWNER/NAME")]
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Ends the program with exit code 2."""
+        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+
+
+def add_verb(
+    verbs: Any,
+    name: str,
+    function: Callable[..., None],
+    one_of: Sequence[str] = (),
+    at_most_one_of: Sequence[str] = (),
+) -> None:
+    """Adds a parser that calls a function.
+
+    Parameters before the `*` are positional, the others options; those without a default are required.
+
+    Args:
+        verbs: What `add_subparsers` gave.
+        name: As it is typed.
+        function: Its docstring needs a summary, `Args` and an `Example`.
+        one_of: Options of which exactly one must be given.
+        at_most_one_of: Options of which one may be given.
+    """
+    doc = inspect.getdoc(function) or ""
+    summary = doc.partition("\n")[0].rstrip(".")
+    sections = {title: inspect.cleandoc(text) for title, text in _SECTION.findall(doc + "\n")}
+    texts = {key: " ".join(text.split()) for key, text in _ENTRY.findall(sections["Args"])}
+    parser: argparse.ArgumentParser = verbs.add_parser(
+        name,
+        help=summary[0].lower() + summary[1:],
+        description=f"{summary}.",
+        epilog=f"example: {sections['Example']}",
+        allow_abbrev=False,
+    )
+    groups = {key: parser.add_mutually_exclusive_group(required=True) for key in one_of[:1]}
+    groups |= {key: parser.add_mutually_exclusive_group() for key in at_most_one_of[:1]}
+    hints = get_type_hints(function, include_extras=True)
+    for parameter in inspect.signature(function).parameters.values():
+        key = parameter.name
+        group = next((groups[names[0]] for names in (one_of, at_most_one_of) if key in names), parser)
+        _add_argument(group, parameter, hints[key], texts[key])
+    parser.set_defaults(run=function)
+
+
+def values_of(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The parsed values that the verb's function takes."""
+    return {key: getattr(arguments, key) for key in inspect.signature(arguments.run).parameters}
+
+
+def _add_argument(parser: Any, parameter: inspect.Parameter, hint: Any, text: str) -> None:
+    positional = parameter.kind is not inspect.Parameter.KEYWORD_ONLY
+    default = None if parameter.default is inspect.Parameter.empty else parameter.default
+    name = parameter.name.replace("_", "-")
+    flag = parameter.name if positional else f"-{name}" if len(name) == 1 else f"--{name}"
+    required: dict[str, Any] = {}
+    if not positional and parameter.default is inspect.Parameter.empty:
+        required = {"required": True}
+    if hint is bool:
+        parser.add_argument(flag, action="store_true", help=text.rstrip("."))
+        return
+    kind, many = _unwrapped(hint)
+    settings: dict[str, Any] = {"default": list(default) if isinstance(default, tuple) else default, **required}
+    if many:
+        settings["nargs"] = "+"
+    if get_origin(kind) is Literal:
+        settings["choices"] = get_args(kind)
+    else:
+        value = get_args(kind)[1] if get_origin(kind) is Annotated else Value(parameter.name.upper())
+        settings |= {"metavar": value.metavar, "type": value.parse}
+    if positional:
+        settings["metavar"] = parameter.name.upper()
+    shown = default if isinstance(default, int | float | str) else None
+    help_text = text if shown is None else f"{text.rstrip('.')}; default: {shown}"
+    parser.add_argument(flag, help=help_text.rstrip(".").replace("%", "%%"), **settings)
+
+
+def _unwrapped(hint: Any) -> tuple[Any, bool]:
+    """The type of one value, without `| None` and `Sequence`, and whether there may be several values."""
+    if get_origin(hint) in (Union, types.UnionType):
+        hint = next(inner for inner in get_args(hint) if inner is not type(None))
+    if get_origin(hint) is Sequence:
+        return get_args(hint)[0], True
+    return hint, False

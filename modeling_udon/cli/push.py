@@ -1,0 +1,52 @@
+"""`udon push`."""
+
+from typing import Annotated
+
+from modeling_udon.cli.options import Name, Repo, Value
+from modeling_udon.cli.terminal import hide_bars_in_logs, say
+
+
+def push(
+    run: str,
+    *,
+    repo: Repo,
+    private: bool = False,
+    revision: Annotated[str, Value("BRANCH")] | None = None,
+    tag: Name | None = None,
+    create_pr: bool = False,
+    gallery: bool = False,
+    license: Name = "apache-2.0",
+    dry_run: bool = False,
+) -> None:
+    """Publish a run's student on the Hub, in one commit.
+
+    Args:
+        run: Folder of a run, or of a student.
+        repo: Repository, created if need be.
+        private: The repository must be private.
+        revision: Branch, created if need be; by default main.
+        tag: Tag of the commit, which the card pins; by default a digest of the files.
+        create_pr: Open a pull request instead.
+        gallery: Show small pictures of the test split in the card.
+        license: Licence of the model.
+        dry_run: List files and sizes, and do nothing.
+
+    Example:
+        udon push runs/demo --repo me/demo
+    """
+    from transformers.utils import logging
+
+    from modeling_udon.hub import push as pushing
+
+    logging.disable_progress_bar()
+    hide_bars_in_logs()
+    options = pushing.PushOptions(
+        repo=repo,
+        private=private,
+        revision=revision,
+        tag=tag,
+        create_pr=create_pr,
+        gallery=gallery,
+        license=license,
+    )
+    pushing.push(run, options, dry_run=dry_run, say=say)

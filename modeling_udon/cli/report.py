@@ -1,0 +1,31 @@
+"""`udon report`."""
+
+from typing import Literal
+
+from modeling_udon.cli.options import Natural, Positive
+from modeling_udon.cli.terminal import say
+
+
+def report(
+    run: str,
+    *,
+    split: Literal["test", "validation"] = "test",
+    batch_size: Positive = 64,
+    num_workers: Natural = 2,
+) -> None:
+    """Write a run's report.html: tables, curves, galleries.
+
+    Args:
+        run: Folder of a run.
+        split: Split to measure.
+        batch_size: Images of one forward pass.
+        num_workers: Processes that decode.
+
+    Example:
+        udon report runs/demo
+    """
+    from modeling_udon.evaluation.evaluate import EvaluateOptions, evaluate
+
+    evaluate(
+        EvaluateOptions(run=run, report=True, split=split, batch_size=batch_size, num_workers=num_workers), say=say
+    )

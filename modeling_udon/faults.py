@@ -1,0 +1,89 @@
+"""Faults from outside (full disk, killed worker, no memory) as one line: what happened and what to do."""
+
+import errno
+import re
+from dataclasses import dataclass
+
+
+class OneLineError(Exception):
+    """An error whose message is one line for the user, also where a worker process put its traceback before it."""
+
+
+@dataclass(frozen=True)
+class WaysOut:
+    """What the user can do about each kind of fault.
+
+    Attributes:
+        memory: Against an out-of-memory error.
+        workers: Against a killed decoding process.
+        disk: Against a full disk.
+        folder: Where a folder cannot be written.
+        compiler: Where the C++ compiler is missing.
+        go_on: How to continue afterwards.
+    """
+
+    memory: str = "lower --batch-size or --num-workers"
+    workers: str = "lower --num-workers or provide more memory"
+    disk: str = "free some space"
+    folder: str = "change its permissions or choose another folder"
+    compiler: str = "install one, such as g++"
+    go_on: str = "then run the same command again."
+
+
+_NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP)
+_BROKEN = (errno.EIO, errno.ENOLCK, errno.EMFILE, errno.ESTALE)
+
+# Libraries say these things in words alone.
+_FULL = re.compile(r"No space left on device|os error 28\b|Disk quota exceeded")
+_NO_MEMORY = re.compile(r"can't allocate memory|Cannot allocate memory|CUDA out of memory|std::bad_alloc")
+_DEAD_WORKER = re.compile(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) (?:is killed by|exited unexpectedly)")
+_DEAD_POOL = re.compile(r"process in the process pool was terminated abruptly|process pool is not usable")
+_DEAD_RANK = re.compile(
+    r"gloo.*(?:Connection (?:closed|reset|refused)|Broken pipe|Timed out|Read error|Write error)", re.S
+)
+_NO_COMPILER = re.compile(r"No working C\+\+ compiler|Failed to find C compiler|InvalidCxxCompiler")
+# What a worker's traceback ends with, before the message.
+_ERROR_NAME = re.compile(r"^[\w.]+Error: ")
+
+
+def explain(error: Exception, ways: WaysOut = WaysOut()) -> str | None:  # noqa: B008, frozen
+    """Explains in one line why the work ended, or returns `None` for what it does not know.
+
+    Args:
+        error: What ended the work.
+        ways: What the user can do about it here.
+    """
+    text = str(error)
+    if isinstance(error, OneLineError):
+        return _ERROR_NAME.sub("", text.strip().splitlines()[-1])
+    if isinstance(error, MemoryError) or _is_a(error, "OutOfMemoryError") or _NO_MEMORY.search(text):
+        return f"out of memory ({first_line(text) or 'MemoryError'}): {ways.memory}; {ways.go_on}"
+    if _FULL.search(text):
+        where = f" at {error.filename}" if isinstance(error, OSError) and error.filename else ""
+        return f"the disk is full{where}: {ways.disk}; {ways.go_on}"
+    if isinstance(error, OSError) and error.errno in _NOT_WRITABLE and error.filename:
+        return f"{error.filename} must be writable ({error.strerror}): {ways.folder}."
+    if isinstance(error, OSError) and error.errno in _BROKEN:
+        return f"the system failed at {error.filename} ({error.strerror}); {ways.go_on}"
+    if found := _DEAD_WORKER.search(text):
+        return (
+            f"a process that decodes images (pid {found[1]}) was killed, often for lack of memory: {ways.workers}; "
+            f"{ways.go_on}"
+        )
+    if _DEAD_POOL.search(text):
+        return f"a process that decodes images was killed, often for lack of memory: {ways.workers}; {ways.go_on}"
+    if _is_a(error, "DistError") or _DEAD_RANK.search(text):
+        return f"another process of this run has ended or gone silent, and its own lines say why; {ways.go_on}"
+    if _is_a(error, "InvalidCxxCompiler") or _NO_COMPILER.search(text):
+        return f"compiling needs a C++ compiler, and none works here: {ways.compiler}; {ways.go_on}"
+    return None
+
+
+def first_line(text: str) -> str:
+    """The first line of a message, at most 200 characters."""
+    return next(iter(text.strip().splitlines()), "")[:200]
+
+
+def _is_a(error: Exception, name: str) -> bool:
+    # By name, since this file must not load torch, whose classes these are.
+    return name in {kind.__name__ for kind in type(error).__mro__}
