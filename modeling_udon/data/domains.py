@@ -17,8 +17,8 @@ from datasets.exceptions import DatasetsError
 from modeling_udon.data.demo import build_demo_domain
 from modeling_udon.data.files import read_file
 from modeling_udon.data.labels import Label, Labels
-from modeling_udon.data.sampling import RowGroups
 from modeling_udon.data.streaming import ParquetImages, ParquetSplit, RowGroupError, open_parquet_splits
+from modeling_udon.data.windows import RowGroups
 from modeling_udon.domain_spec import DomainSpec
 
 DEMO_PREFIX = "demo:"

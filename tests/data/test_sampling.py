@@ -6,7 +6,8 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from modeling_udon.data.sampling import STRATEGIES, DomainBatchSampler, DynamicWeights, allocate_steps
+from modeling_udon.data.sampling import STRATEGIES, DomainBatchSampler
+from modeling_udon.data.weights import DynamicWeights, allocate_steps
 
 SIZES = {"cars": 40, "food": 100, "sop": 25}
 WEIGHTS = {"cars": 1.0, "food": 2.5, "sop": 0.5}
@@ -243,9 +244,30 @@ def test_the_last_step_of_an_interval_is_known_before_it_is_counted():
     assert ends == [9, 19, 22]
 
 
-def test_a_domain_smaller_than_a_batch_is_refused():
-    with pytest.raises(ValueError, match=r"at most the number of training images of every domain. Got 30 with 25"):
-        make_sampler(batch_size=30)
+@every_strategy
+@pytest.mark.parametrize("first", [7, 10, 13, 20, 40])
+def test_a_finished_run_that_is_extended_draws_as_if_it_had_been_longer_from_the_start(strategy, first):
+    short, extended, whole = (make_sampler(strategy, num_steps=steps) for steps in (first, 47, 47))
+    draws = train(short)
+    extended.load_state_dict(json.loads(json.dumps(short.state_dict())))
+    assert as_lists(draws + train(extended)) == as_lists(train(whole))
+    assert extended.weights == whole.weights and extended.steps_by_domain == whole.steps_by_domain
+
+
+@pytest.mark.parametrize("batch_size", [26, 30, 64])
+def test_a_domain_smaller_than_a_batch_is_drawn_over_the_end_of_its_epoch(batch_size):
+    draws = train(make_sampler("round_robin", sizes={"cars": 40, "sop": 25}, batch_size=batch_size, num_steps=40))
+    rows = np.concatenate([draw.rows for draw in draws if draw.domain == "sop"])
+    assert all(len(draw.rows) == batch_size for draw in draws)
+    epochs = [sorted(rows[start : start + 25].tolist()) for start in range(0, len(rows) - 24, 25)]
+    assert len(epochs) > 10 and all(epoch == list(range(25)) for epoch in epochs)
+
+
+def test_every_rank_takes_its_part_of_a_batch_that_is_larger_than_its_domain():
+    ranks = [make_sampler(batch_size=60, rank=rank, world_size=2) for rank in (0, 1)]
+    whole = make_sampler(batch_size=60)
+    for draw, *parts in zip(whole, *ranks, strict=True):
+        assert np.concatenate([part.rows for part in parts]).tolist() == draw.rows.tolist()
 
 
 def test_a_batch_that_cannot_be_shared_equally_is_refused():

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 from modeling_udon.data import streaming
 from modeling_udon.data.domains import Domain, check_label_maps, label_maps, open_domain
-from modeling_udon.data.sampling import DomainBatchSampler, RowGroups, WindowShuffle
+from modeling_udon.data.sampling import DomainBatchSampler
+from modeling_udon.data.windows import RowGroups, WindowShuffle
 from modeling_udon.domain_spec import DomainSpec
 
 

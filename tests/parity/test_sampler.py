@@ -5,7 +5,8 @@ from itertools import islice
 import numpy as np
 import pytest
 
-from modeling_udon.data.sampling import DomainBatchSampler, DynamicWeights
+from modeling_udon.data.sampling import DomainBatchSampler
+from modeling_udon.data.weights import DynamicWeights
 
 # What the original calls the strategies.
 STRATEGIES = {
