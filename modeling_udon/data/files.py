@@ -2,6 +2,7 @@
 
 import os
 import stat
+import unicodedata
 
 # An uncompressed image of as many pixels as are read, 16 bits in four channels, is smaller.
 MAX_FILE_BYTES = 2**30
@@ -28,7 +29,7 @@ def read_file(path: Path, root: Path | None = None) -> bytes:
         OSError: If it is not there or cannot be read.
         ValueError: If it is a folder, pipe or device, which might never end, or too large, or lies outside of `root`.
     """
-    file = path if root is None else os.path.join(root, path)
+    file = as_on_disk(path if root is None else os.path.join(root, path))
     if root is not None and not _is_below(os.path.realpath(file), os.path.realpath(root)):
         raise ValueError("data must lie in the manifest's folder, got a link out of it; --allow-outside reads it")
     status = os.stat(file)
@@ -41,6 +42,24 @@ def read_file(path: Path, root: Path | None = None) -> bytes:
         )
     with open(file, "rb") as opened:
         return opened.read(status.st_size)
+
+
+def as_on_disk(path: Path) -> str:
+    """The path under the name that the disk has for it, where a list wrote it as another system does.
+
+    Windows separates folders by backslashes, macOS writes an accent as a character of its own (NFD), and tables keep
+    blanks around a cell. A path that is there is never changed, nor one that is not there under any of these names.
+    """
+    file = os.fspath(path)
+    if os.path.lexists(file) or "\0" in file:
+        return file
+    found = os.sep if file.startswith((os.sep, "\\")) else ""
+    for part in file.replace("\\", "/").split("/"):
+        names = (part, part.strip(), unicodedata.normalize("NFC", part), unicodedata.normalize("NFD", part))
+        there = (os.path.join(found, name) for name in dict.fromkeys(names))
+        if (found := next((name for name in there if os.path.lexists(name)), "")) == "" and part not in ("", "."):
+            return file
+    return found
 
 
 def lies_in(path: Path, root: Path) -> bool:

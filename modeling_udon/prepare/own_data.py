@@ -1,6 +1,5 @@
 """Pictures of your own: a folder a class, a table, or a data set, with splits whose classes are disjoint."""
 
-import csv
 import hashlib
 import unicodedata
 from collections import Counter, defaultdict
@@ -11,43 +10,70 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 from datasets import Dataset
 
 from modeling_udon.data.domains import encoded_bytes, open_image_splits
 from modeling_udon.data.folders import describe_passed_over, walk_images
 from modeling_udon.domain_spec import DomainSpec
 from modeling_udon.prepare.shards import Picture, Read
+from modeling_udon.prepare.tables import open_table
 
 # What a table may call the splits.
 SPLIT_NAMES = {"train": "train", "val": "validation", "valid": "validation", "validation": "validation"}
 SPLIT_NAMES |= {"test": "test", "query": "test", "index": "index", "gallery": "index"}
 
 
-def read_folder(folder: Path) -> tuple[list[Picture], Counter[str]]:
-    """Reads a folder with one subfolder of images per class; the class is the subfolder's name.
+def split_of(name: str) -> str | None:
+    """The split that a folder, a file or a cell of this name stands for; `None` for another name."""
+    return SPLIT_NAMES.get(name.strip().lower())
+
+
+def read_folder(folder: Path) -> tuple[dict[str | None, list[Picture]], Counter[str]]:
+    """Reads a folder with one subfolder of images per class, or one per split that holds those of its classes.
 
     Returns:
-        The pictures, and the counts of what was passed over.
+        Pictures by split, of `None` where there are no splits, and the counts of what was passed over.
 
     Raises:
-        ValueError: If there is no image below a subfolder.
+        ValueError: If there is no image below a subfolder, or splits lie beside folders that are none.
     """
     walk = walk_images(folder)
-    pictures = []
-    for path in walk:
-        if "/" in path:
-            # macOS writes accents as characters of their own: one class, however its name was typed.
-            pictures.append(Picture(path, unicodedata.normalize("NFC", path.partition("/")[0])))
-        else:
-            walk.passed_over["picture file outside of a class folder"] += 1
-    if not pictures:
+    paths = [
+        path for path in walk if "/" in path or walk.passed_over.update(["picture file outside of a class folder"])
+    ]
+    if not paths:
         found = describe_passed_over(walk.passed_over) or "nothing"
         raise ValueError(
             f"SOURCE must hold a folder of images for each class. Got {folder} without any. It holds {found}."
         )
-    return pictures, walk.passed_over
+    split_folders = _split_folders(folder, paths)
+    pictures: dict[str | None, list[Picture]] = defaultdict(list)
+    for path in paths:
+        first, rest = path.split("/", 1)
+        split = split_folders.get(first)
+        name = first if split is None else rest.partition("/")[0]
+        # macOS writes accents as characters of their own: one class, however its name was typed.
+        pictures[split].append(Picture(path, unicodedata.normalize("NFC", name)))
+    return dict(pictures), walk.passed_over
+
+
+def _split_folders(folder: Path, paths: Sequence[str]) -> dict[str, str]:
+    """The splits of folders that are named like one and hold folders of classes: `train/CLASS/x.jpg`."""
+    depths: dict[str, int] = {}
+    for path in paths:
+        first = path.partition("/")[0]
+        depths[first] = min(path.count("/"), depths.get(first, 99))
+    found = {name: split for name, depth in depths.items() if depth > 1 and (split := split_of(name))}
+    if len(found) < 2:  # A class may be called `train`.
+        return {}
+    others = sorted(depths.keys() - found.keys())
+    if others or len(set(found.values())) < len(found):
+        why = f"beside {others[0]}" if others else "two of which are the same split"
+        raise ValueError(
+            f"SOURCE must hold a folder for each class, or for each split one of {', '.join(SPLIT_NAMES)}. Got "
+            f"{', '.join(sorted(found))} in {folder}, {why}; rename or move folders, or write a table with splits."
+        )
+    return found
 
 
 def read_table(
@@ -68,28 +94,27 @@ def read_table(
         ValueError: If it is no such table or has no rows, a column is missing, a cell is empty, or a split has another
             name.
     """
-    try:
-        columns, rows = _rows(path, (path_column, label_column, split_column))
-    except (UnicodeDecodeError, csv.Error, pa.ArrowInvalid) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"SOURCE must be a table, CSV in UTF-8 or Parquet. Got {path}: {reason}.") from None
+    table = open_table(path, (path_column, label_column, split_column))
     for name, column in (("--path-column", path_column), ("--label-column", label_column)):
-        if column not in columns:
-            raise ValueError(f"{name} must be a column of {path}: {', '.join(columns)}. Got {column!r}.")
-    if not rows:
+        if column not in table.columns:
+            raise ValueError(f"{name} must be a column of {path}: {', '.join(table.columns)}. Got {column!r}.")
+    if not table.num_rows:
         raise ValueError(f"SOURCE must have a row for each picture. Got {path} without any.")
+    paths, labels = table.values[path_column], table.labels(label_column)
+    missing = [row for row in range(table.num_rows) if paths[row] in (None, "") or labels[row] in (None, "", [])]
+    if missing:
+        rows = ", ".join(str(row + 1) for row in missing[:5]) + (" ..." if len(missing) > 5 else "")
+        noun = "row" if len(missing) == 1 else f"{len(missing):,} rows, the first"
+        raise ValueError(f"SOURCE must have a path and a class in every row. Got {noun} {rows} of {path} without.")
     splits: dict[str | None, list[Picture]] = defaultdict(list)
-    for number, row in enumerate(rows, start=1):
-        if row[path_column] in (None, "") or row[label_column] in (None, ""):
-            raise ValueError(f"SOURCE must have a path and a class in every row. Got row {number} of {path} without.")
+    for row, (picture, label) in enumerate(zip(paths, labels, strict=True)):
         split = None
-        if split_column in columns:
-            split = SPLIT_NAMES.get(str(row[split_column]).strip().lower())
+        if split_column in table.columns:
+            value = table.values[split_column][row]
+            split = split_of(str(value))
             if split is None:
-                raise ValueError(
-                    f"--split-column must hold {', '.join(SPLIT_NAMES)}. Got {row[split_column]!r} in row {number}."
-                )
-        splits[split].append(Picture(str(row[path_column]), str(row[label_column])))
+                raise ValueError(f"--split-column must hold {', '.join(SPLIT_NAMES)}. Got {value!r} in row {row + 1}.")
+        splits[split].append(Picture(str(picture), label))
     return dict(splits)
 
 
@@ -121,7 +146,8 @@ def read_dataset(
     splits = open_image_splits("SOURCE", DomainSpec(**spec, **columns))
     found: dict[str | None, list[Picture]] = {}
     for split, rows in splits.items():
-        known = None if len(splits) == 1 else SPLIT_NAMES.get(split)
+        rows = rows.with_single_labels()
+        known = None if len(splits) == 1 else split_of(split)
         if known is None and len(splits) > 1:
             raise ValueError(f"SOURCE must have splits named {', '.join(SPLIT_NAMES)}. Got {split!r} in {path}.")
         found.setdefault(known, []).extend(Picture(f"{split}/{row}", label) for row, label in enumerate(rows.labels))
@@ -145,6 +171,12 @@ def split_by_class(
     Raises:
         ValueError: If a split would be left without classes.
     """
+    lists = next((picture for picture in pictures if isinstance(picture.label, list)), None)
+    if lists is not None:
+        raise ValueError(
+            f"SOURCE must have one class for each picture to be split by class. Got {lists.label} for {lists.path}; "
+            "name another label column, or give splits, of which the test may have several classes for each picture."
+        )
     counts = Counter(picture.label for picture in pictures)
     several = sorted((name for name, count in counts.items() if count > 1), key=lambda name: (-counts[name], str(name)))
     rng = np.random.default_rng(seed)
@@ -241,14 +273,3 @@ def below(pictures: Sequence[Picture], folder: Path) -> list[Picture]:
         else picture
         for picture in pictures
     ]
-
-
-def _rows(path: Path, wanted: Sequence[str]) -> tuple[list[str], list[dict[str, Any]]]:
-    """All columns of a table, and its rows with the wanted ones."""
-    if path.suffix == ".parquet":
-        columns = list(pq.read_schema(path).names)
-        return columns, pq.read_table(path, columns=[name for name in columns if name in wanted]).to_pylist()
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file)
-        rows = [{name: row[name] for name in row if name in wanted} for row in reader]
-        return list(reader.fieldnames or ()), rows

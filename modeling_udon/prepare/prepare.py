@@ -89,7 +89,13 @@ def prepare_own(
     else:
         splits = {split: found[split] for split in ("train", "validation", "test", "index") if split in found}
         if "train" not in splits:
-            raise ValueError(f"--split-column must have rows for train. Got {', '.join(map(str, found))}.")
+            what = "--split-column must have rows" if data.kind == "csv" else "SOURCE must have pictures"
+            raise ValueError(f"{what} for train. Got {', '.join(map(str, found))}.")
+        if lists := next((picture for picture in splits["train"] if isinstance(picture.label, list)), None):
+            raise ValueError(
+                f"SOURCE must have one class for each training picture. Got {lists.label} for {lists.path}; only those "
+                "that are searched for may have several."
+            )
         say_overlap(splits, say)
     num_pictures = sum(map(len, splits.values()))
     with _bar(num_pictures, show_progress, "looking for copies") as bar:
@@ -163,10 +169,10 @@ def _read(data: OwnData, say: Say) -> tuple[dict[str | None, list[Picture]], Rea
         return read_dataset(data.source, data.config, data.revision, data.image_column, data.label_column)
     source = Path(data.source)
     if data.kind == "folder" and source.is_dir():
-        pictures, passed_over = read_folder(source)
+        found, passed_over = read_folder(source)
         if passed_over:
             say(f"passed over: {describe_passed_over(passed_over)}")
-        return {None: pictures}, FolderReader(source)
+        return found, FolderReader(source)
     if data.kind == "csv" and source.is_file():
         images = data.images or source.parent
         found = read_table(source, data.path_column, data.label_column, data.split_column)

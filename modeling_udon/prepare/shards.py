@@ -68,7 +68,7 @@ class FolderReader:
 
     def __call__(self, path: str) -> bytes:
         """Gives a file's bytes."""
-        return read_file(self.folder / path, self.folder if self.confined else None)
+        return read_file(path, self.folder) if self.confined else read_file(self.folder / path)
 
 
 @dataclass(frozen=True)

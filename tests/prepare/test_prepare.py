@@ -7,13 +7,14 @@ import zlib
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from datasets import Image, load_dataset
+from datasets import Dataset, Image, load_dataset
 from PIL import Image as PILImage
 
 from modeling_udon.data.domains import open_domain
@@ -21,7 +22,7 @@ from modeling_udon.data.transforms import decode_image
 from modeling_udon.domain_spec import DomainSpec
 from modeling_udon.prepare import uned
 from modeling_udon.prepare.own_data import split_by_class
-from modeling_udon.prepare.shards import Picture
+from modeling_udon.prepare.shards import FolderReader, Picture
 
 Udon = Callable[..., tuple[int, str, str]]
 
@@ -353,3 +354,125 @@ def test_what_cannot_be_prepared_is_told_in_one_line(
     code, out, error = udon("prepare", *filled)
     assert code == 2 and out == "" and error.count("\n") == 1
     assert error.startswith(f"udon prepare: error: {message.format(tmp=tmp_path)}"), error
+
+
+def write_classes(folder: Path, *classes: str, copies: int = 2) -> None:
+    for name in classes:
+        for copy in range(copies):
+            write_image(folder / name / f"{copy}.png", zlib.crc32(f"{folder.name}{name}{copy}".encode()))
+
+
+def labels_of(folder: Path) -> dict[str, set[object]]:
+    return {path.stem[:-6]: set(pq.read_table(path)["label"].to_pylist()) for path in folder.glob("*.parquet")}
+
+
+def test_folders_of_splits_are_recognised_and_a_class_may_be_called_like_a_split(udon: Udon, tmp_path: Path) -> None:
+    for split, classes in {"train": "abc", "val": "de", "Test": "fg"}.items():
+        write_classes(tmp_path / "split" / split, *classes)
+    assert udon("prepare", "folder", tmp_path / "split", "--out", tmp_path / "d1")[0] == 0
+    assert labels_of(tmp_path / "d1") == {"train": set("abc"), "validation": set("de"), "test": set("fg")}
+    write_classes(tmp_path / "vehicles", "train", "bus", "car", "boat", "test", "val", "bike")
+    assert udon("prepare", "folder", tmp_path / "vehicles", "--out", tmp_path / "d2")[0] == 0
+    assert set.union(*labels_of(tmp_path / "d2").values()) == {"train", "bus", "car", "boat", "test", "val", "bike"}
+    write_classes(tmp_path / "split" / "train_extra", *"hi")
+    code, _, error = udon("prepare", "folder", tmp_path / "split", "--out", tmp_path / "d3")
+    assert code == 2 and "Got Test, train, val in" in error and "beside train_extra; rename or move" in error
+
+
+def test_what_a_folder_holds_besides_is_counted_and_names_of_macos_are_the_same_class(
+    udon: Udon, tmp_path: Path
+) -> None:
+    write_classes(tmp_path / "p", *"abcdef", "caf\u00e9")
+    write_image(tmp_path / "p" / "cafe\u0301" / "9.png", 9)
+    write_image(tmp_path / "p" / ".ipynb_checkpoints" / "1.png", 10)
+    (tmp_path / "p" / "a" / "x.heic").write_bytes(b"")
+    write_image(tmp_path / "p" / "loose.png", 11)
+    code, text, _ = udon("prepare", "folder", tmp_path / "p", "--out", tmp_path / "d")
+    assert code == 0
+    assert text.startswith("passed over: 1 .heic file, 1 hidden folder, 1 picture file outside of a class folder\n")
+    assert set.union(*labels_of(tmp_path / "d").values()) == {*"abcdef", "caf\u00e9"}
+
+
+def test_labels_of_a_parquet_table_keep_their_type_or_are_refused_with_their_rows(udon: Udon, tmp_path: Path) -> None:
+    write_classes(tmp_path, *"01234567")
+    paths = [f"{label}/{copy}.png" for label in range(8) for copy in range(2)]
+    whole = [float(label) for label in range(8) for _ in range(2)]
+    columns: dict[str, Any] = {
+        "floats": whole,
+        "texts": [f" {label:03.0f} " for label in whole],
+        "singles": [[int(label)] for label in whole],
+        "missing": [None if row in (0, 7) else label for row, label in enumerate(whole)],
+        "nan": [float("nan") if row == 3 else label for row, label in enumerate(whole)],
+        "half": [label + 0.5 for label in whole],
+        "lists": [[int(label), 99] for label in whole],
+        "structs": [{"id": label} for label in whole],
+        "booleans": [label > 3 for label in whole],
+    }
+    pq.write_table(pa.table({"path": paths, **columns}), tmp_path / "t.parquet")
+    found = {}
+    for name in columns:
+        words = ["prepare", "csv", tmp_path / "t.parquet", "--label-column", name, "--out", tmp_path / "d" / name]
+        found[name] = udon(*words, "--num-workers", 0)
+        assert found[name][0] == (0 if name in ("floats", "texts", "singles") else 2), found[name]
+        assert found[name][2].count("\n") <= 1
+    assert set.union(*labels_of(tmp_path / "d" / "floats").values()) == set(range(8))
+    assert set.union(*labels_of(tmp_path / "d" / "texts").values()) == {f"00{label}" for label in range(8)}
+    assert set.union(*labels_of(tmp_path / "d" / "singles").values()) == set(range(8))
+    assert "Got 2 rows, the first 1, 8 of" in found["missing"][2] and "Got row 4 of" in found["nan"][2]
+    for name, value in {"half": "0.5", "structs": "{'id': 0.0}", "booleans": "False"}.items():
+        assert f"text, whole numbers, or lists of them. Got {value} in row 1 of '{name}'" in found[name][2]
+    assert "one class for each picture to be split by class. Got [0, 99] for 0/0.png" in found["lists"][2]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+@pytest.mark.parametrize("delimiter", [",", ";", "\t"])
+def test_a_table_may_be_written_as_other_systems_do(
+    udon: Udon, tmp_path: Path, encoding: str, delimiter: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_classes(tmp_path / "pics", *"abcdefg", "e\u0301")
+    lines = [delimiter.join(["path", " label"])]
+    lines += [delimiter.join([rf"{label}\{copy}.png", f"{label} "]) for label in "abcdefg" for copy in (0, 1)]
+    lines += [delimiter.join([f"\u00e9/{copy}.png ", "e\u0301"]) for copy in (0, 1)]
+    first = ["sep=;"] if delimiter == ";" else []
+    (tmp_path / "t.csv").write_text("\r\n".join([*first, *lines, ""]), encoding=encoding, newline="")
+    # Relative paths, from where one stands.
+    monkeypatch.chdir(tmp_path)
+    words = ["prepare", "csv", "t.csv", "--images", "pics", "--out", "d", "--num-workers", 0]
+    code, text, error = udon(*words)
+    assert (code, error) == (0, "") and "left out" not in text
+    assert set.union(*labels_of(tmp_path / "d").values()) == {*"abcdefg", "\u00e9"}
+
+
+@pytest.mark.parametrize("where", ["pics/t.csv", "./pics/t.csv", "pics/../pics/t.csv"])
+def test_the_folder_of_a_table_may_be_named_from_where_one_stands(
+    udon: Udon, tmp_path: Path, where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_classes(tmp_path / "pics", *"abcdefg")
+    rows = "".join(f"{label}/{copy}.png,{label}\n" for label in "abcdefg" for copy in (0, 1))
+    (tmp_path / "pics" / "t.csv").write_text("path,label\n" + rows)
+    monkeypatch.chdir(tmp_path)
+    code, text, error = udon("prepare", "csv", where, "--out", "d", "--num-workers", 0)
+    assert (code, error) == (0, "") and "left out" not in text
+
+
+@pytest.mark.parametrize("path", [r"..\secret.png", "../secret.png", r"a\..\..\secret.png"])
+def test_a_path_as_windows_writes_it_does_not_lead_out_of_the_folder(tmp_path: Path, path: str) -> None:
+    write_image(tmp_path / "secret.png", 1)
+    write_image(tmp_path / "pics" / "a" / "1.png", 2)
+    with pytest.raises((ValueError, OSError)):
+        FolderReader(tmp_path / "pics", confined=True)(path)
+
+
+def test_several_classes_of_a_data_set_are_told_in_one_line_and_single_ones_are_taken(
+    udon: Udon, tmp_path: Path
+) -> None:
+    rows = [(label, copy) for label in range(7) for copy in range(2)]
+    images = [write_image(tmp_path / "x" / f"{n}.png", n).read_bytes() for n in range(len(rows))]
+    for name, labels in {"one": [[f"n{c}"] for c, _ in rows], "two": [[f"n{c}", "all"] for c, _ in rows]}.items():
+        data = Dataset.from_dict({"image": [{"bytes": b, "path": None} for b in images], "label": labels})
+        (tmp_path / name).mkdir()
+        data.cast_column("image", Image()).to_parquet(tmp_path / name / "train.parquet")
+    assert udon("prepare", "hub", tmp_path / "one", "--out", tmp_path / "d1")[0] == 0
+    assert set.union(*labels_of(tmp_path / "d1").values()) == {f"n{c}" for c in range(7)}
+    code, _, error = udon("prepare", "hub", tmp_path / "two", "--out", tmp_path / "d2")
+    assert code == 2 and error.count("\n") == 1 and "Got ['n0', 'all'] for train/0" in error
