@@ -9,12 +9,12 @@ if __name__ == "__main__":
     # The libraries take seconds to import, and would answer Ctrl-C with their traceback. `train` listens by itself.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
+from modeling_udon.cli.train import train_and_publish
 from modeling_udon.config import ConfigError
 from modeling_udon.config_file import load_config
 from modeling_udon.training.errors import explain
 from modeling_udon.training.run_lock import FolderInUseError
 from modeling_udon.training.signals import Stopped, resume_command
-from modeling_udon.training.trainer import train
 
 
 def main() -> int:
@@ -58,7 +58,9 @@ def main() -> int:
     allow = [name for name in arguments.resume_allow.split(",") if name]
     try:
         given = arguments.domain, arguments.init, arguments.add_domain
-        train(load_config(arguments.config, overrides, *given), arguments.resume, arguments.overwrite, allow)
+        train_and_publish(
+            load_config(arguments.config, overrides, *given), arguments.resume, arguments.overwrite, allow
+        )
     except (ConfigError, FolderInUseError) as error:
         sys.stderr.write(f"error: {error}\n")
         return 2

@@ -26,6 +26,7 @@ from PIL import Image as PILImage
 
 from modeling_udon.config_file import load_config
 from modeling_udon.data.dataset import DomainBatch
+from modeling_udon.training.run import build_run
 from modeling_udon.training.run_folder import RunFolder
 from modeling_udon.training.signals import StopSignals
 from modeling_udon.training.trainer import Trainer
@@ -75,16 +76,16 @@ def make_trainer(images: Path, num_domains: int, idle_heads: str, options: Seque
     # JSON is YAML, without the aliases that a dump of equal domains would have.
     path.write_text(json.dumps(config), encoding="utf-8")
     checked = load_config(path, options)
-    return Trainer(checked, RunFolder(checked), StopSignals())
+    return Trainer(build_run(checked, RunFolder(checked), StopSignals()))
 
 
 def take_steps(trainer: Trainer, num_steps: int) -> float:
     """Takes steps, one domain after the other, and returns the seconds of one."""
-    names = list(trainer.domains)
-    batch_size, side = trainer.config.train.batch_size, trainer.config.data.image_size
+    names = list(trainer.run.domains)
+    batch_size, side = trainer.run.config.train.batch_size, trainer.run.config.data.image_size
     pixels = torch.randint(256, (batch_size, side, side, 3), dtype=torch.uint8)
     labels = torch.randint(NUM_CLASSES, (batch_size,))
-    on_gpu = trainer.accelerator.device.type == "cuda"
+    on_gpu = trainer.run.accelerator.device.type == "cuda"
     clock = time.perf_counter if on_gpu else time.process_time
     start = clock()
     for _ in range(num_steps):

@@ -22,6 +22,7 @@ from PIL import Image as PILImage
 
 from modeling_udon.config import TrainConfig
 from modeling_udon.data.dataset import DomainBatch
+from modeling_udon.training.run import build_run
 from modeling_udon.training.run_folder import RunFolder
 from modeling_udon.training.signals import StopSignals
 from modeling_udon.training.trainer import Trainer
@@ -61,7 +62,7 @@ def make_trainer(folder: Path, name: str, heads_only: bool, num_workers: int) ->
         "train": {"num_steps": 10_000, "batch_size": BATCH_SIZE, "heads_only": heads_only},
     }
     config = TrainConfig.model_validate(values)
-    return Trainer(config, RunFolder(config), StopSignals())
+    return Trainer(build_run(config, RunFolder(config), StopSignals()))
 
 
 class Loop:
@@ -82,7 +83,7 @@ class Loop:
             batch = next(self._batches)
             losses = self._trainer.train_step(batch)
             self._trainer.count_step(batch, losses)
-        if self._trainer.accelerator.device.type == "cuda":
+        if self._trainer.run.accelerator.device.type == "cuda":
             torch.cuda.synchronize()
         return (time.perf_counter() - started) / steps
 
@@ -102,7 +103,7 @@ def main() -> None:
         cached = Loop(make_trainer(folder, "cached", True, arguments.num_workers))
         frozen = make_trainer(folder, "live", False, arguments.num_workers)
         # What a user without the cache would do: a backbone that needs no gradient builds no graph.
-        frozen.model.udon.backbone.requires_grad_(False)
+        frozen.run.model.udon.backbone.requires_grad_(False)
         live = Loop(frozen)
         full = Loop(make_trainer(folder, "full", False, arguments.num_workers))
         times = [(cached.take(20 * STEPS), live.take(STEPS), full.take(STEPS)) for _ in range(arguments.rounds)]

@@ -45,8 +45,7 @@ class Step:
         backbone = {"model_type": "vit", "hidden_size": WIDTH, "num_hidden_layers": 1, "num_attention_heads": 3}
         config = UdonConfig(backbone, domains={"many": num_classes})
         loss, optim = LossConfig(**objective), OptimConfig(idle_heads="hold")
-        self._model = UdonForDistillation(config, loss)
-        self._model.takes_features = True
+        self._model = UdonForDistillation(config, loss, takes_features=True)
         self._model.udon.backbone.requires_grad_(False)
         self._optim = optim
         self._optimizer = make_optimizer(self._model, optim)
@@ -61,8 +60,8 @@ class Step:
         features = torch.nn.functional.normalize(torch.randn(BATCH_SIZE, WIDTH), dim=1)
         labels = torch.randint(0, self._model.num_classes["many"], (BATCH_SIZE,))
         set_learning_rates(self._optimizer, learning_rates(self._optim, self._step, NUM_STEPS))
-        self._sampled.take("many", labels, self._step)
-        self._model(features, labels, "many").loss.backward()
+        classes = self._sampled.take("many", labels, self._step)
+        self._model(features, labels, "many", sampled_classes=classes).loss.backward()
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         self._sampled.put_back(self._step)

@@ -15,6 +15,7 @@ from datasets import disable_progress_bars
 from loader import SIZES, write_jpegs
 
 from modeling_udon.config import TrainConfig
+from modeling_udon.training.run import build_run
 from modeling_udon.training.run_folder import RunFolder
 from modeling_udon.training.signals import StopSignals
 from modeling_udon.training.trainer import Trainer
@@ -38,16 +39,16 @@ def make_trainer(folder: Path, images: Path, num_workers: int, num_steps: int) -
         "train": {"num_steps": num_steps, "batch_size": 128, "mixed_precision": "bf16" if on_gpu else "no"},
     }
     config = TrainConfig.model_validate(values)
-    return Trainer(config, RunFolder(config), StopSignals())
+    return Trainer(build_run(config, RunFolder(config), StopSignals()))
 
 
 def measure(trainer: Trainer) -> dict[str, float]:
     """Trains, and gives what the trainer logged of all steps but the first."""
     for batch in trainer.batches():
         trainer.count_step(batch, trainer.train_step(batch))
-        if trainer.step in (FIRST_STEPS, trainer.num_steps):
+        if trainer.step in (FIRST_STEPS, trainer.run.num_steps):
             trainer.log()
-    lines = (trainer.config.run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    lines = (trainer.run.config.run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     last = json.loads(lines[-1])
     return {name: last[name] for name in ("images_per_second", "data_wait_share")}
 

@@ -39,13 +39,16 @@ from PIL import Image as PILImage
 
 from modeling_udon import UdonConfig, UdonModel
 from modeling_udon.cli import main
+from modeling_udon.cli.train import train_and_publish
 from modeling_udon.config import TrainConfig
 from modeling_udon.config_file import load_config
 from modeling_udon.data.dataset import DomainBatch
 from modeling_udon.data.transforms import image_processor
+from modeling_udon.training.run import build_run
 from modeling_udon.training.run_folder import RunFolder
 from modeling_udon.training.signals import StopSignals
-from modeling_udon.training.trainer import Trainer, train
+from modeling_udon.training.step import StepResult
+from modeling_udon.training.trainer import Trainer
 
 # A student and pictures on disk, for the tests of embedding, search and evaluation.
 pytest_plugins = ["picture_fixtures"]
@@ -212,7 +215,7 @@ def run_train() -> Callable[..., Path]:
         values: dict[str, Any], *, resume: bool = False, overwrite: bool = False, allow: Sequence[str] = ()
     ) -> Path:
         _reset_accelerate()
-        train(load_config(write_config(values)), resume, overwrite, allow)
+        train_and_publish(load_config(write_config(values)), resume, overwrite, allow)
         return Path(values["output_dir"]) / values["name"]
 
     return run
@@ -328,7 +331,7 @@ def serve_page(searchable: Searchable) -> Callable[..., AbstractContextManager[S
 def open_trainer() -> Iterator[Callable[[TrainConfig], Trainer]]:
     """Makes a trainer; its folder is free again after the test."""
     with ExitStack() as folders:
-        yield lambda config: Trainer(config, folders.enter_context(RunFolder(config)), StopSignals())
+        yield lambda config: Trainer(build_run(config, folders.enter_context(RunFolder(config)), StopSignals()))
 
 
 class Answer(NamedTuple):
@@ -360,13 +363,13 @@ def _train_as_rank(rank: int, port: str, config: TrainConfig, resume: bool, stop
     _reset_accelerate()
     train_step = Trainer.train_step
 
-    def dying_train_step(self: Trainer, batch: DomainBatch) -> torch.Tensor:
+    def dying_train_step(self: Trainer, batch: DomainBatch) -> StepResult:
         if self.step == stop_at:
             os._exit(KILLED)
         return train_step(self, batch)
 
     Trainer.train_step = dying_train_step
-    train(config, resume)
+    train_and_publish(config, resume)
 
 
 def _reset_accelerate() -> None:

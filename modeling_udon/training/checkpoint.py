@@ -1,10 +1,10 @@
-"""Checkpoints: written aside, synced, renamed; checked by hash when read; safetensors and JSON, no pickle."""
+"""Checkpoints: atomic, fsynced writes; checked by hash when read; safetensors and JSON, no pickle."""
 
 import hashlib
 import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import nn
 
 from modeling_udon.faults import OneLineError
 from modeling_udon.storage import recover_folder, replaced_folder
+from modeling_udon.training.logging import LossWindow
 from modeling_udon.training.sharding import gather_shards, load_weights, shard_like
 
 MODEL_FILE = "model.safetensors"
@@ -34,19 +35,31 @@ class CheckpointError(OneLineError, ValueError):
 
 @dataclass
 class TrainState:
-    """All that a run goes on from, besides its config and data.
+    """All that a run goes on from, besides its weights, config and data; without values, the start of a run.
 
     Attributes:
         step: Optimiser steps taken.
         sampler: State of the sampler at that step.
         best: Step and mean R@1 of the best validation so far, or `None`.
-        extra: Further JSON values, such as the gradient scaler's.
+        validated: Step of the last validation, or `None`.
+        window: Losses since the last log.
+        heads: Step up to which the head of each domain is.
+        gradient_norms: Running gradient norm of each domain, as `StepGuard` gives it.
+        processes: Number of processes.
+        broken: Broken images drawn from each domain.
+        scaler: State of the gradient scaler, if there is one.
     """
 
-    step: int
-    sampler: dict[str, Any]
-    best: dict[str, float] | None
-    extra: dict[str, Any]
+    step: int = 0
+    sampler: dict[str, Any] = field(default_factory=dict)
+    best: dict[str, float] | None = None
+    validated: int | None = None
+    window: LossWindow = field(default_factory=LossWindow)
+    heads: dict[str, int] = field(default_factory=dict)
+    gradient_norms: dict[str, list[float]] = field(default_factory=dict)
+    processes: int = 1
+    broken: dict[str, int] = field(default_factory=dict)
+    scaler: dict[str, Any] | None = None
 
 
 def save_checkpoint(
@@ -82,7 +95,7 @@ def save_checkpoint(
     with replaced_folder(folder) as aside:
         save_file(weights, aside / MODEL_FILE)
         save_file(_flatten(moments), aside / OPTIMIZER_FILE)
-        _write_json(aside / STATE_FILE, vars(state))
+        _write_json(aside / STATE_FILE, asdict(state))
         if best_weights is not None:
             shutil.copyfile(best_weights, aside / BEST_FILE)
         files = sorted(aside.iterdir())
@@ -159,8 +172,18 @@ def check_checkpoint(folder: Path) -> None:
 
 
 def read_state(folder: Path) -> TrainState:
-    """Reads what a whole checkpoint says besides its tensors."""
-    return TrainState(**json.loads((folder / STATE_FILE).read_text(encoding="utf-8")))
+    """Reads what a whole checkpoint says besides its tensors.
+
+    Raises:
+        CheckpointError: If another version has written it, with other values.
+    """
+    values = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
+    if values.keys() != TrainState.__dataclass_fields__.keys():
+        raise CheckpointError(
+            f"{folder.name} must be a checkpoint of this version of the package. Got one that another version wrote; "
+            "go on with that version, or start a new run."
+        )
+    return TrainState(**values | {"window": LossWindow(**values["window"])})
 
 
 def check_weights(folder: Path, model: nn.Module) -> None:

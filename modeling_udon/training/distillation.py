@@ -1,4 +1,4 @@
-"""The training model: a `UdonModel` with the prototypes of its classes, giving the loss and its named terms."""
+"""Training model: a `UdonModel` with the prototypes of its classes; returns the loss and its named terms."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ RETENTION = "retention"
 
 @dataclass
 class DistillationOutput(ModelOutput):
-    """What one batch gives.
+    """Loss, terms, cosines and embeddings of one batch.
 
     Attributes:
         loss: Weighted sum of the terms over the sum of the weights, a scalar.
@@ -66,7 +66,7 @@ class Embeddings:
 
 @dataclass(frozen=True)
 class Cosines:
-    """Embeddings beside the prototypes they are told apart by.
+    """Embeddings beside the prototypes that they are classified by.
 
     Attributes:
         embeds: Shape `(batch_size, dim)`, unit norm.
@@ -77,6 +77,19 @@ class Cosines:
     embeds: torch.Tensor
     prototypes: torch.Tensor
     logits: torch.Tensor | None
+
+
+@dataclass(frozen=True)
+class Peers:
+    """The processes of a run that has several.
+
+    Attributes:
+        gather: Concatenates a tensor of every process along its first dimension.
+        rank: Number of this process.
+    """
+
+    gather: Callable[[torch.Tensor], torch.Tensor]
+    rank: int
 
 
 @dataclass(frozen=True)
@@ -95,7 +108,7 @@ class RelationalBank:
 
 
 class UdonForDistillation(nn.Module):
-    """Teachers and student learning together, one domain a batch; or what of it the objective asks for.
+    """Teachers and student that learn together, one domain per batch, or the part of it that the objective asks for.
 
     Args:
         config: Shape of the model; `config.domains` gives the classes of each domain that has a teacher head.
@@ -103,16 +116,10 @@ class UdonForDistillation(nn.Module):
         udon: A model to train instead of a new one; its configuration must be `config`.
         num_classes: Classes of each domain, where not all have a teacher head.
         frozen_teachers: Trained teachers that stand for the model's own, which learn with it.
-        old_student: The student that this one grew from and is held to.
-
-    Attributes:
-        gather: Concatenates a tensor of every process along its first dimension; `None` where there is one process.
-            The relational term then compares pairs of the whole global batch.
-        rank: This process's number.
-        distillation_share: Factor on both distillation terms, for a ramp.
-        sampled_classes: Ascending classes that the batch's domain is cut down to for this step, while its prototypes
-            hold these rows alone (see `sampled_classes.py`); `None` for all classes.
+        old_student: The student that this one starts from and is held to.
         takes_features: Whether the backbone's features come in place of images, and the backbone is not run.
+        peers: The processes of the run, so that the relational term compares the pairs of the whole global batch;
+            `None` where there is one process.
     """
 
     def __init__(
@@ -123,6 +130,8 @@ class UdonForDistillation(nn.Module):
         num_classes: Mapping[str, int] | None = None,
         frozen_teachers: FrozenTeachers | None = None,
         old_student: OldStudent | None = None,
+        takes_features: bool = False,
+        peers: Peers | None = None,
     ) -> None:
         super().__init__()
         self.config = config
@@ -130,11 +139,8 @@ class UdonForDistillation(nn.Module):
         self.num_classes = dict(num_classes or config.domains)
         self.frozen_teachers = frozen_teachers
         self.old_student = old_student
-        self.gather: Callable[[torch.Tensor], torch.Tensor] | None = None
-        self.rank = 0
-        self.distillation_share = 1.0
-        self.sampled_classes: torch.Tensor | None = None
-        self.takes_features = False
+        self.takes_features = takes_features
+        self.peers = peers
         self.udon = udon or UdonModel(config)
         self.student_prototypes = _make_prototypes(self.num_classes, config.embedding_dim)
         self.teacher_prototypes = _make_prototypes(config.domains, config.teacher_dim)
@@ -176,7 +182,13 @@ class UdonForDistillation(nn.Module):
         return Embeddings(output.image_embeds, output.backbone_embeds, teacher)
 
     def forward(
-        self, pixel_values: torch.Tensor, labels: torch.Tensor, domain: str, bank: RelationalBank | None = None
+        self,
+        pixel_values: torch.Tensor,
+        labels: torch.Tensor,
+        domain: str,
+        bank: RelationalBank | None = None,
+        distillation_share: float = 1.0,
+        sampled_classes: torch.Tensor | None = None,
     ) -> DistillationOutput:
         """Computes the loss of a batch.
 
@@ -186,23 +198,27 @@ class UdonForDistillation(nn.Module):
             domain: Name of the domain.
             bank: Embeddings of the global batch that this batch is a block of; `None` if this is the whole share of
                 its process.
+            distillation_share: Factor on the weights of both distillation terms, for a ramp.
+            sampled_classes: Classes, ascending, of shape `(num_sampled,)`, that the domain is cut down to while its
+                prototypes hold these rows alone (see `sampled_classes.py`); `None` for all classes.
         """
         embeds = self.embed(pixel_values, domain)
         old = None if self.old_student is None else self.old_student(pixel_values, self.takes_features)
-        if self.sampled_classes is not None:
-            labels = torch.searchsorted(self.sampled_classes, labels)
+        if sampled_classes is not None:
+            labels = torch.searchsorted(sampled_classes, labels)
         # Half precision would round the cosines to steps of 4e-3, a quarter of what one unit of `scale` can move.
         with torch.autocast(pixel_values.device.type, enabled=False):
             student = self._cosines(embeds.student, self._student_prototypes(domain))
             losses = {TERMS[0]: self._classification(student, self._student_labels(labels, domain))}
             teacher = None
             if self.objective.needs_teachers:
-                teacher, terms = self._teach(embeds, student, labels, domain, bank)
-                losses |= dict(zip(TERMS[1:], terms, strict=True))
+                prototypes = self._teacher_prototypes(domain, sampled_classes)
+                teacher, terms = self._teach(embeds, student, prototypes, labels, bank)
+                losses |= terms
             if old is not None:
                 losses[RETENTION] = retention_loss(embeds.student, old)
         return DistillationOutput(
-            loss=self._total(losses),
+            loss=self._total(losses, distillation_share),
             losses=losses,
             student_logits=student.logits,
             teacher_logits=None if teacher is None else teacher.logits,
@@ -231,47 +247,52 @@ class UdonForDistillation(nn.Module):
             if not name.startswith("udon.backbone.") and name not in owned
         ]
 
-    def _total(self, losses: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    def _total(self, losses: Mapping[str, torch.Tensor], distillation_share: float) -> torch.Tensor:
         """The weighted mean of the terms; a term without weight stays out of the graph."""
         weights = self.objective.weights()
         if self.old_student is not None:
             weights[RETENTION] = self.old_student.weight
-        shares = dict.fromkeys(TERMS[2:], self.distillation_share)
+        shares = dict.fromkeys(TERMS[2:], distillation_share)
         weighted = [weights[name] * shares.get(name, 1.0) * loss for name, loss in losses.items() if weights[name]]
         # Never the sum of nothing: the config sees to it that a weight is above 0.
         total: torch.Tensor = sum(weighted)  # type: ignore[assignment]
         return total / sum(weights.values())
 
     def _teach(
-        self, embeds: Embeddings, student: Cosines, labels: torch.Tensor, domain: str, bank: RelationalBank | None
-    ) -> tuple[Cosines, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-        """The teacher's cosines and the three terms that it has a part in."""
+        self,
+        embeds: Embeddings,
+        student: Cosines,
+        teacher_prototypes: torch.Tensor,
+        labels: torch.Tensor,
+        bank: RelationalBank | None,
+    ) -> tuple[Cosines, dict[str, torch.Tensor]]:
+        """Returns the teacher's cosines and the three terms that a teacher takes part in."""
         assert embeds.teacher is not None, "the config gives every domain a teacher where one is needed"
-        teacher = self._cosines(embeds.teacher, self._teacher_prototypes(domain))
+        teacher = self._cosines(embeds.teacher, teacher_prototypes)
         distilled = student
         if not self.objective.distill_through_backbone:
             # A joint classifier has no teacher, so these are the domain's own prototypes.
             distilled = self._cosines(self.udon.student_head(embeds.backbone.detach()), student.prototypes)
-        if bank is None and self.gather is not None:
-            position = self.rank * len(distilled.embeds)
-            banks = self.gather(embeds.student.detach()), self.gather(embeds.teacher.detach())
-            bank = RelationalBank(*banks, position)
-        return teacher, (
+        if bank is None and self.peers is not None:
+            banks = self.peers.gather(embeds.student.detach()), self.peers.gather(embeds.teacher.detach())
+            bank = RelationalBank(*banks, position=self.peers.rank * len(distilled.embeds))
+        terms = (
             self._classification(teacher, labels),
             self._logit_distillation(distilled, teacher),
             self._relational_distillation(distilled.embeds, embeds.teacher, bank),
         )
+        return teacher, dict(zip(TERMS[1:], terms, strict=True))
 
     def _student_prototypes(self, domain: str) -> torch.Tensor:
         if self.objective.classifier == "joint":
             return torch.cat(list(self.student_prototypes.values()))
         return self.student_prototypes[domain]
 
-    def _teacher_prototypes(self, domain: str) -> torch.Tensor:
+    def _teacher_prototypes(self, domain: str, sampled_classes: torch.Tensor | None) -> torch.Tensor:
         if self.frozen_teachers is None:
             return self.teacher_prototypes[domain]
         prototypes = self.frozen_teachers.prototypes(domain)
-        return prototypes if self.sampled_classes is None else prototypes[self.sampled_classes]
+        return prototypes if sampled_classes is None else prototypes[sampled_classes]
 
     def _student_labels(self, labels: torch.Tensor, domain: str) -> torch.Tensor:
         if self.objective.classifier == "separate":

@@ -1,4 +1,4 @@
-"""A run that starts from a trained one: what it takes over, what it is held to, what it gained and forgot."""
+"""Extension of a trained run: weights it starts from, the old student it is held to, gain and forgetting."""
 
 import copy
 import json
@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
+from torch import nn
 
 from modeling_udon.config import ConfigError, TrainConfig
 from modeling_udon.config_file import read_initial_run
@@ -18,7 +19,6 @@ from modeling_udon.evaluation.protocol import METRICS, Scores, SplitScores
 from modeling_udon.modeling_udon import UdonModel
 from modeling_udon.run_record import RunRecord
 from modeling_udon.storage import write_text
-from modeling_udon.training.distillation import UdonForDistillation
 from modeling_udon.training.teachers import OldStudent
 
 OLD_SCORES_FILE = "old_student.json"
@@ -81,30 +81,38 @@ def trained_domains(config: TrainConfig, domains: Mapping[str, Domain]) -> dict[
     return new
 
 
-def load_start(model: UdonForDistillation, start: Start, domains: Mapping[str, Domain]) -> None:
-    """Gives a model the weights of the run it starts from; what belongs to a new domain stays as it was drawn.
+def load_start(module: nn.Module, start: Start, domains: Mapping[str, Domain], prefix: str = "") -> None:
+    """Gives weights the values of the run to start from; what belongs to a new domain stays as it was drawn.
+
+    Args:
+        module: The training model, or a part of it.
+        start: The run to start from.
+        domains: The domains that are trained on.
+        prefix: Name of the part in the training model, with a dot after it.
 
     Raises:
         ConfigError: If a domain of the run has other data now, or the run has no weights for a part of the model.
     """
-    for name, now in label_maps(domains).items():
+    maps = label_maps(domains)
+    for name, now in maps.items():
         then = start.label_maps.get(name)
         if then is not None and any(then[what] != now[what] for what in ("classes", "fingerprint")):
             raise ConfigError(
                 f"`domains.{name}` must hold the images and classes that {start.run.folder} was trained on. They "
                 "changed; bring the old data back, or leave the domain out with --init.old_data none."
             )
-    new = [name for name in model.num_classes if name not in start.label_maps]
+    new = [name for name in maps if name not in start.label_maps]
     fresh = [f"{kind}_prototypes.{name}" for kind in ("student", "teacher") for name in new]
     heads = tuple(f"udon.teacher_heads.{name}." for name in new)
-    wanted = [key for key in model.state_dict() if key not in fresh and not key.startswith(heads)]
-    missing = [key for key in wanted if key not in start.weights]
+    names = {f"{prefix}{name}": name for name in module.state_dict()}
+    wanted = {full: name for full, name in names.items() if full not in fresh and not full.startswith(heads)}
+    missing = [full for full in wanted if full not in start.weights]
     if missing:
         raise ConfigError(
             f"`init.run` must be a run that has trained all that this one keeps. Got {start.run.folder} without "
             f"{missing[0]}; start from the run that trained it, or leave its domain out with --init.old_data none."
         )
-    model.load_state_dict({key: start.weights[key] for key in wanted}, strict=False)
+    module.load_state_dict({name: start.weights[full] for full, name in wanted.items()}, strict=False)
 
 
 def old_student(udon: UdonModel, weight: float, shares_backbone: bool) -> OldStudent:

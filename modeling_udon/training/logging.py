@@ -1,8 +1,8 @@
-"""What a run tells: `metrics.jsonl`, trackers, a progress bar on a terminal, plain lines in a log."""
+"""Progress of a run: `metrics.jsonl`, trackers, a progress bar on a terminal, plain lines in a log."""
 
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,27 +17,37 @@ from modeling_udon.storage import sync, write_text
 
 @dataclass
 class LossWindow:
-    """Sums of the losses of each domain since the last log, which a checkpoint keeps."""
+    """Sums of the losses of each domain since the last log, which a checkpoint keeps.
 
-    sums: dict[str, list[float]] = field(default_factory=dict)
+    Attributes:
+        totals: Sum of the total loss of each domain.
+        terms: Sums of the terms by their names, of each domain.
+        counts: Applied steps of each domain.
+        skipped: Steps that were not applied.
+    """
+
+    totals: dict[str, float] = field(default_factory=dict)
+    terms: dict[str, dict[str, float]] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=dict)
     skipped: int = 0
 
-    def add(self, domain: str, losses: list[float]) -> None:
-        """Adds the losses of one step, the total first."""
-        old = self.sums.get(domain, [0.0] * len(losses))
-        self.sums[domain] = [a + b for a, b in zip(old, losses, strict=True)]
+    def add(self, domain: str, loss: float, terms: Mapping[str, float]) -> None:
+        """Adds the total loss of one step and its terms by name."""
+        sums = self.terms.get(domain, {})
+        self.totals[domain] = self.totals.get(domain, 0.0) + loss
+        self.terms[domain] = {name: sums.get(name, 0.0) + value for name, value in terms.items()}
         self.counts[domain] = self.counts.get(domain, 0) + 1
 
-    def means(self, terms: Sequence[str]) -> dict[str, Any]:
+    def means(self) -> dict[str, Any]:
         """Returns means over all applied steps, of the named terms as well, and the total of each domain."""
         skipped = {"skipped": self.skipped} if self.skipped else {}
         if not self.counts:
             return skipped
         steps = sum(self.counts.values())
-        total, *losses = (sum(values) / steps for values in zip(*self.sums.values(), strict=True))
-        domains = {name: self.sums[name][0] / self.counts[name] for name in sorted(self.sums)}
-        return {"loss": total, "losses": dict(zip(terms, losses, strict=True)), "domain_losses": domains, **skipped}
+        names = next(iter(self.terms.values()))
+        losses = {name: sum(terms[name] for terms in self.terms.values()) / steps for name in names}
+        domains = {name: self.totals[name] / self.counts[name] for name in sorted(self.totals)}
+        return {"loss": sum(self.totals.values()) / steps, "losses": losses, "domain_losses": domains, **skipped}
 
 
 class Reporter:

@@ -1,4 +1,4 @@
-"""A run's folder: what lies where in it, when it may be used, and whether a run may go on from it."""
+"""Run folder: layout, lock and resume checks."""
 
 import json
 import os
@@ -28,12 +28,12 @@ from modeling_udon.training.run_lock import LOCK_FILE, RunLock
 # What of a domain may change where `data` is allowed.
 _IMAGES = ("num_images", "fingerprint")
 _NOT_AS_WRITTEN = (
-    "`--resume` must find {} as the run wrote it. Got {}, which {}; bring it back, or start anew with --overwrite."
+    "`--resume` must find {} as the run wrote it. Got {}, which {}; bring it back, or start over with --overwrite."
 )
 
 
 class RunFolder:
-    """The folder of one run, which it has for itself until it leaves it as a context.
+    """The folder of one run, locked for it until the context ends.
 
     Args:
         config: The run.
@@ -87,7 +87,7 @@ class RunFolder:
         if not (resume or overwrite) and self.metrics.exists():
             raise ConfigError(
                 f"`output_dir`/`name` must be a new folder. Got {self.path}, which holds a run; go on with --resume, "
-                "start anew with --overwrite, or choose another --name."
+                "start over with --overwrite, or choose another --name."
             )
         if overwrite:
             self._check_overwritten()
@@ -130,7 +130,7 @@ class RunFolder:
             for name in (self.baseline.name, *([OLD_SCORES_FILE] if self._config.init else [])):
                 self._read(name, json.loads)
         before = self._read("config.yaml", yaml.safe_load)
-        before["processes"] = read_state(checkpoint).extra["processes"]
+        before["processes"] = read_state(checkpoint).processes
         changes = differences(before, self._described() | {"processes": processes})
         check_changes(changes, allow)
         for name, now in label_maps(domains).items():

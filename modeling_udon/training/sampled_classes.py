@@ -1,4 +1,4 @@
-"""Partial FC: a step tells a batch's classes apart from a random sample of the others of its domain.
+"""Partial FC: a step classifies its batch among its own classes and a random sample of the others of its domain.
 
 Method: An et al., "Killing Two Birds with One Stone: Efficient and Robust Training of Face Recognition CNNs by Partial
 FC", CVPR 2022 (arXiv 2203.15565).
@@ -71,38 +71,41 @@ class SampledClasses:
         self._idle_heads = idle_heads
         self._wanted = wanted
         self._seed = seed
+        self._rows = torch.empty(0, dtype=torch.int64)
         self._whole: list[tuple[nn.Parameter, torch.Tensor, dict[str, torch.Tensor]]] = []
 
-    def take(self, domain: str, labels: torch.Tensor, step: int) -> None:
+    def take(self, domain: str, labels: torch.Tensor, step: int) -> torch.Tensor | None:
         """Takes the rows of a step.
 
         Args:
             domain: The step's domain, whose heads have been caught up.
             labels: This process's share of the batch's classes, of shape `(batch_size,)`.
             step: Number of the step.
+
+        Returns:
+            The sampled classes, ascending, of shape `(num_sampled,)`; `None` for all classes.
         """
         if self._wanted is None:
-            return
-        everyones = labels if self._model.gather is None else self._model.gather(labels)
+            return None
+        everyones = labels if self._model.peers is None else self._model.peers.gather(labels)
         number = self._model.num_classes[domain]
         classes = draw_classes(everyones.cpu().numpy(), number, self._wanted, self._seed, step)
-        rows = torch.from_numpy(classes).to(labels.device)
-        self._model.sampled_classes = rows
+        rows = self._rows = torch.from_numpy(classes).to(labels.device)
         for parameter in self._prototypes(domain):
             state = self._idle_heads.state_of(parameter)
             self._whole.append((parameter, parameter.data, dict(state)))
             parameter.data = parameter.data[rows]
             state |= {name: value[rows] for name, value in state.items() if name != "step"}
+        return rows
 
     def put_back(self, step: int) -> None:
         """Brings the rows back to their places after the optimiser's step `step`."""
-        rows, self._model.sampled_classes = self._model.sampled_classes, None
         for parameter, data, whole in self._whole:
             state = self._optimizer.state[parameter]
             self._idle_heads.coast_once(data, whole | {"step": state["step"].clone()}, step)
-            data[rows] = parameter.data
+            data[self._rows] = parameter.data
             for name in whole.keys() - {"step"}:
-                whole[name][rows] = state[name]
+                whole[name][self._rows] = state[name]
                 state[name] = whole[name]
             parameter.data = data
         self._whole.clear()

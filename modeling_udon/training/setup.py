@@ -1,4 +1,4 @@
-"""From a config to the objects of a run: model, preprocessing, sampler, processes."""
+"""Setup of a run: processes, model, preprocessing and sampler from a config."""
 
 import math
 from collections.abc import Mapping
@@ -9,6 +9,7 @@ import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.utils import get_int_from_env, parse_flag_from_env
 from transformers import AutoConfig, AutoModel, PretrainedConfig
+from transformers.utils import logging as transformers_logging
 
 from modeling_udon.config import ConfigError, DataConfig, ModelConfig, TrainConfig
 from modeling_udon.configuration_udon import UdonConfig
@@ -25,10 +26,10 @@ from modeling_udon.data.transforms import (
 )
 from modeling_udon.encoder import check_remote_code
 from modeling_udon.modeling_udon import UdonModel
-from modeling_udon.training.distillation import UdonForDistillation
+from modeling_udon.training.distillation import Peers, UdonForDistillation
 from modeling_udon.training.extension import load_start, old_student, open_start
 from modeling_udon.training.memory import describe_memory, estimate_prototypes, free_memory
-from modeling_udon.training.teachers import FrozenTeachers, load_frozen_teachers
+from modeling_udon.training.teachers import FrozenTeachers, OldStudent, load_frozen_teachers
 
 # How long one process may keep the others waiting: a process that has died is noticed at once, one that hangs after
 # this. The main process alone writes checkpoints and reports, which takes minutes at the most.
@@ -88,13 +89,19 @@ def describe_prototypes(config: TrainConfig, domains: Mapping[str, Domain], acce
     return describe_memory(estimate, free_memory(accelerator.device))
 
 
-def build_model(config: TrainConfig, domains: Mapping[str, Domain]) -> UdonForDistillation:
+def build_model(config: TrainConfig, domains: Mapping[str, Domain], accelerator: Accelerator) -> UdonForDistillation:
     """Builds the training model, with the generator seeded so that every process draws the same weights.
+
+    Args:
+        config: The run.
+        domains: The domains that are trained on.
+        accelerator: The run's processes.
 
     Raises:
         ConfigError: If the backbone cannot be opened or built, its image size is not the data's, or the run to start
             from does not go with the config.
     """
+    transformers_logging.disable_progress_bar()
     start = open_start(config)
     torch.manual_seed(config.seed)
     learning = config.loss.needs_teachers and config.teachers is None
@@ -117,15 +124,26 @@ def build_model(config: TrainConfig, domains: Mapping[str, Domain]) -> UdonForDi
         # transformers 5 has another name for it, and warns about the one that transformers 4 has.
         enable = getattr(udon, "activation_checkpointing_enable", None) or udon.gradient_checkpointing_enable
         enable({"use_reentrant": False})
-    num_classes = {name: len(domain.classes) for name, domain in domains.items()}
-    model = UdonForDistillation(udon.config, config.loss, udon, num_classes, _frozen_teachers(config, domains))
+    old: OldStudent | None = None
+    if start is not None:
+        load_start(udon, start, domains, prefix="udon.")
+        assert config.init is not None, "a start is opened for `init` alone"
+        if config.init.retain > 0:
+            old = old_student(udon, config.init.retain, config.train.heads_only)
+    if config.train.heads_only:
+        udon.backbone.requires_grad_(False)
+    model = UdonForDistillation(
+        udon.config,
+        config.loss,
+        udon,
+        num_classes={name: len(domain.classes) for name, domain in domains.items()},
+        frozen_teachers=_frozen_teachers(config, domains),
+        old_student=old,
+        takes_features=config.train.heads_only,
+        peers=Peers(accelerator.gather, accelerator.process_index) if accelerator.num_processes > 1 else None,
+    )
     if start is not None:
         load_start(model, start, domains)
-    if config.train.heads_only:
-        model.takes_features = True
-        udon.backbone.requires_grad_(False)
-    if config.init is not None and config.init.retain > 0:
-        model.old_student = old_student(udon, config.init.retain, config.train.heads_only)
     return model
 
 

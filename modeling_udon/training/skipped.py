@@ -1,4 +1,4 @@
-"""Steps that are not applied: a loss or gradient that is not finite, or a gradient far above the usual.
+"""Skipped steps: a loss or gradient that is not finite, or a gradient far above the usual.
 
 The judgement is made on the device and AdamW obeys it there, so that a GPU is not stopped at every step to ask. The
 host learns of it where it brings the losses over, and then writes down which batch it was.
@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterable, Mapping
 from enum import IntEnum
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -31,6 +31,18 @@ class Verdict(IntEnum):
     APPLIED = 0
     NOT_FINITE = 1
     SPIKE = 2
+
+
+class Judgement(NamedTuple):
+    """What `StepGuard` says of a step, as scalars on the device and the same on every process.
+
+    Attributes:
+        verdict: The value of a `Verdict`, int64.
+        norm: Norm of the gradient over all parameters, float32; NaN where a gradient scaler decides.
+    """
+
+    verdict: torch.Tensor
+    norm: torch.Tensor
 
 
 class StepGuard:
@@ -57,26 +69,23 @@ class StepGuard:
         self._running = {name: torch.zeros(2, device=device, dtype=torch.float64) for name in domains}
 
     @torch.no_grad()
-    def judge(self, domain: str, faulty: torch.Tensor, norm: torch.Tensor | None = None) -> torch.Tensor:
+    def judge(self, domain: str, faulty: torch.Tensor, norm: torch.Tensor | None = None) -> Judgement:
         """Judges the step whose gradients stand.
 
         Args:
             domain: Domain of the batch.
             faulty: On how many processes a loss is not finite, a scalar.
             norm: Norm of the gradient over all parameters, if it is known already.
-
-        Returns:
-            The `Verdict` and the norm, of shape `(2,)`, the same on every process.
         """
         if self._scaled:
-            return torch.stack([(faulty > 0).float(), torch.full_like(faulty, math.nan)])
+            return Judgement((faulty > 0).long(), torch.full_like(faulty, math.nan))
         if norm is None:
             norm = total_norm(with_gradients(self._optimizer))
         finite = (faulty == 0) & norm.isfinite()
         spike = self._is_spike(domain, norm, finite)
-        verdict = torch.where(finite, spike.float() * Verdict.SPIKE, float(Verdict.NOT_FINITE))
+        verdict = torch.where(finite, spike.long() * Verdict.SPIKE, int(Verdict.NOT_FINITE))
         self._optimizer.found_inf = (verdict > 0).float()  # type: ignore[attr-defined]
-        return torch.stack([verdict, norm.float()])
+        return Judgement(verdict, norm.float())
 
     def state_dict(self) -> dict[str, list[float]]:
         """Returns the running norms as JSON takes them."""

@@ -16,6 +16,7 @@ from hurt import Patch, at, die, raising
 from safetensors import SafetensorError
 
 from modeling_udon import storage as files
+from modeling_udon.cli import train as publishing
 from modeling_udon.training import checkpoint
 from modeling_udon.training import validation as assessment
 from modeling_udon.training.errors import explain
@@ -49,7 +50,7 @@ FAILURES: dict[str, tuple[Patch, str]] = {
     "full disk in a manifest": (at(checkpoint, "_write_json", 2, raising(FULL)), "the disk is full at /somewhere"),
     "full disk in a log": (at(Reporter, "record", 3, raising(FULL)), "the disk is full at /somewhere"),
     "full disk in the best": (at(assessment, "export_student", 1, raising(FULL)), "the disk is full at /somewhere"),
-    "full disk in the report": (at(assessment, "write_report", 1, raising(FULL)), "the disk is full at /somewhere"),
+    "full disk in the report": (at(publishing, "write_report", 1, raising(FULL)), "the disk is full at /somewhere"),
 }
 
 

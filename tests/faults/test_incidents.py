@@ -31,8 +31,8 @@ def poison(*steps: int, factor: float = float("nan"), ranks: tuple[int, ...] = (
             now[0] = self.step
             return train_step(self, batch)
 
-        def poisoned(self: UdonForDistillation, *values: Any) -> Any:
-            output = forward(self, *values)
+        def poisoned(self: UdonForDistillation, *values: Any, **options: Any) -> Any:
+            output = forward(self, *values, **options)
             if now[0] in steps and rank in ranks:
                 output.loss = output.loss * factor
             return output

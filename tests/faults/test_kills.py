@@ -8,7 +8,8 @@ from typing import Any
 
 from hurt import at, die
 
-from modeling_udon.training import checkpoint, run_folder, trainer
+from modeling_udon.cli import train as publishing
+from modeling_udon.training import checkpoint, run, run_folder
 from modeling_udon.training import validation as assessment
 from modeling_udon.training.logging import Reporter
 from modeling_udon.training.skipped import StepGuard
@@ -27,7 +28,7 @@ def die_within_a_row(rank: int) -> None:
 # In the order of the run, which goes on after each: checkpoints come after steps 3, 6, 9 and 11, validations after 0,
 # 5, 10 and 11, logs every 2 steps.
 KILLS = {
-    "at the very start": at(trainer, "open_domain", 1, die),
+    "at the very start": at(run, "open_domain", 1, die),
     "while the folder is made": at(run_folder, "write_text", 2, die),
     "in the first validation": at(assessment, "evaluate_model", 1, die),
     "between the weights and the optimiser of the first checkpoint": at(checkpoint, "_flatten", 1, die),
@@ -42,7 +43,7 @@ KILLS = {
     "in the last validation": at(assessment, "evaluate_model", 2, die),
     "before the last checkpoint": at(checkpoint, "save_file", 1, die),
     "in the test": at(assessment, "search_model", 1, die),
-    "while the results are written": at(assessment, "write_report", 1, die),
+    "while the results are written": at(publishing, "write_report", 1, die),
     "at the very end": at(Reporter, "close", 1, die),
 }
 
@@ -69,6 +70,6 @@ def test_where_the_results_lie_the_run_has_come_to_its_end(
 ) -> None:
     config = write(make_values(tmp_path, train__num_steps=1))
     assert start(config, before=at(assessment, "write_results", 1, die)).wait() == [128 + signal.SIGKILL]
-    run = tmp_path / "run"
-    assert not (run / "results.json").exists() and (run / "report.html").exists()
-    assert "raw pixels" in (run / "best" / "README.md").read_text(), "the card has its table"
+    folder = tmp_path / "run"
+    assert not (folder / "results.json").exists() and (folder / "report.html").exists()
+    assert "raw pixels" in (folder / "best" / "README.md").read_text(), "the card has its table"

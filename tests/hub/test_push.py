@@ -14,9 +14,9 @@ from loopback import CUT, READ_TOKEN, WRITE_TOKEN, Fault, LoopbackHub
 from safetensors import safe_open
 from safetensors.torch import load as load_tensors
 
+from modeling_udon.cli.train import train_and_publish
 from modeling_udon.config_file import load_config
 from modeling_udon.hub.push import MAX_TRIES, MAX_WAIT, PushError, PushOptions, push
-from modeling_udon.training.trainer import train
 
 REPO = "org/udon-tiny"
 FILES = {
@@ -379,9 +379,9 @@ def test_a_failed_push_at_the_end_takes_nothing_from_the_run(
     values = make_values(tmp_path, push={"repo": REPO})
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump(values))
-    results = train(load_config(path))
+    results = train_and_publish(load_config(path))
     run = tmp_path / "run"
-    assert results is not None and json.loads((run / "results.json").read_text())["splits"] == results["splits"]
+    assert results is not None and json.loads((run / "results.json").read_text())["splits"] == results.results["splits"]
     told = capsys.readouterr()
     assert "its student is not on the Hub: nothing was published to org/udon-tiny" in told.out + told.err
     assert f"udon push {run} --repo {REPO}" in told.out + told.err

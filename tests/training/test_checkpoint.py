@@ -17,6 +17,7 @@ from modeling_udon.training.checkpoint import (
     load_checkpoint,
     save_checkpoint,
 )
+from modeling_udon.training.logging import LossWindow
 
 FILES = ("manifest.json", "model.safetensors", "optimizer.safetensors", "state.json")
 
@@ -35,7 +36,12 @@ def take_step(model: nn.Module, optimizer: torch.optim.Optimizer, number: int) -
 
 
 def make_state(step: int) -> TrainState:
-    return TrainState(step, {"weights": [1 / 3, 2 / 3]}, {"step": 1, "R@1": 0.1 + 0.2}, {"window": {}})
+    return TrainState(
+        step,
+        {"weights": [1 / 3, 2 / 3]},
+        {"step": 1, "R@1": 0.1 + 0.2},
+        window=LossWindow({"a": 0.1}, {"a": {"b": 0.2}}),
+    )
 
 
 @pytest.fixture

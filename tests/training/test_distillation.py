@@ -6,7 +6,7 @@ import torch
 from modeling_udon.config import LossConfig
 from modeling_udon.configuration_udon import UdonConfig
 from modeling_udon.modeling_udon import UdonModel
-from modeling_udon.training.distillation import TERMS, RelationalBank, UdonForDistillation
+from modeling_udon.training.distillation import TERMS, Peers, RelationalBank, UdonForDistillation
 
 BACKBONE = {
     "model_type": "vit",
@@ -20,9 +20,9 @@ BACKBONE = {
 CONFIG = {"backbone_config": BACKBONE, "embedding_dim": 4, "teacher_dim": 6, "domains": {"cars": 5, "sop": 7}}
 
 
-def make_model(dtype=torch.float32, **objective):
+def make_model(dtype=torch.float32, peers=None, **objective):
     torch.manual_seed(0)
-    return UdonForDistillation(UdonConfig(**CONFIG), LossConfig(**objective)).to(dtype)
+    return UdonForDistillation(UdonConfig(**CONFIG), LossConfig(**objective), peers=peers).to(dtype)
 
 
 @pytest.fixture
@@ -161,13 +161,11 @@ def test_blocks_of_a_batch_give_loss_and_gradients_of_the_whole(batch_size, num_
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_process_compares_its_pairs_with_those_of_all_processes(batch, rank):
     images, labels = batch
-    model = make_model()
     with torch.no_grad():
-        embeds = model.udon(images, domain="cars")
+        embeds = make_model().udon(images, domain="cars")
     own = slice(4 * rank, 4 * rank + 4)
-    model.rank = rank
-    model.gather = lambda local: embeds.image_embeds if local.shape[1] == 4 else embeds.teacher_embeds
-    gathered = model(images[own], labels[own], "cars").losses["relational_distillation"]
+    peers = Peers(lambda local: embeds.image_embeds if local.shape[1] == 4 else embeds.teacher_embeds, rank)
+    gathered = make_model(peers=peers)(images[own], labels[own], "cars").losses["relational_distillation"]
     expected = 0.0
     for i in range(own.start, own.stop):
         for j in range(8):

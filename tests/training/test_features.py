@@ -21,6 +21,8 @@ from modeling_udon.data.transforms import EvalTransform, normalize
 from modeling_udon.modeling_udon import UdonModel
 from modeling_udon.training import features as cached_features
 from modeling_udon.training.features import FeatureDataset
+from modeling_udon.training.run import training_data
+from modeling_udon.training.step import StepResult
 from modeling_udon.training.trainer import Trainer
 
 Values = Callable[..., dict[str, Any]]
@@ -62,7 +64,7 @@ def test_steps_run_no_backbone(
 ) -> None:
     train_step, forward, running = Trainer.train_step, UdonModel.forward, []
 
-    def watched_step(self: Trainer, batch: DomainBatch) -> torch.Tensor:
+    def watched_step(self: Trainer, batch: DomainBatch) -> StepResult:
         running.append(True)
         losses = train_step(self, batch)
         running.clear()
@@ -80,10 +82,10 @@ def test_steps_run_no_backbone(
 def test_the_first_view_is_the_evaluations(tiny_config: Callable[..., Path], open_trainer: Open) -> None:
     trainer = open_trainer(load_config(tiny_config(**HEADS_ONLY)))
     batch = next(iter(trainer.batches()))
-    domain = trainer.domains[batch.domain]
+    domain = trainer.run.domains[batch.domain]
     plain = EvalTransform(16)
-    (draw,) = [draw for number, draw in enumerate(trainer.sampler) if number == 0]
-    images = MultiDomainDataset(trainer.domains, lambda image, rng: plain(image), 0)[draw]
+    (draw,) = [draw for number, draw in enumerate(trainer.run.sampler) if number == 0]
+    images = MultiDomainDataset(trainer.run.domains, lambda image, rng: plain(image), 0)[draw]
     model = trainer.model.udon.eval()
     with torch.no_grad():
         expected = model(normalize(images.pixels, trainer.mean, trainer.std)).backbone_embeds
@@ -100,7 +102,7 @@ def test_each_pass_over_the_images_takes_their_next_view(tiny_config: Callable[.
     rows, size = np.load(file), 30
     views = rows.reshape(3, size, -1)
     assert np.abs(views[0] - views[1]).max() > 1e-3 and np.abs(views[1] - views[2]).max() > 1e-3
-    for draw, batch in zip(trainer.sampler, trainer.batches(), strict=False):
+    for draw, batch in zip(trainer.run.sampler, trainer.batches(), strict=False):
         if draw.domain == "blobs":
             expected = [
                 views[position // size % 3, row] for position, row in zip(draw.positions, draw.rows, strict=True)
@@ -110,7 +112,7 @@ def test_each_pass_over_the_images_takes_their_next_view(tiny_config: Callable[.
 
 def _fill(trainer: Trainer) -> list[Path]:
     next(iter(trainer.batches()))
-    return feature_files(trainer.folder.path / "features")
+    return feature_files(trainer.run.folder.path / "features")
 
 
 def test_cached_features_train_the_heads_as_the_frozen_backbone_does(
@@ -119,9 +121,7 @@ def test_cached_features_train_the_heads_as_the_frozen_backbone_does(
     steady = {"model__backbone_config__hidden_dropout_prob": 0.0, "log__every": 1}
     cached = run_train(make_values(tmp_path / "cached", **HEADS_ONLY, **steady))
     plain = EvalTransform(16)
-    monkeypatch.setattr(
-        "modeling_udon.training.trainer.training_transform", lambda data: lambda image, rng: plain(image)
-    )
+    monkeypatch.setattr("modeling_udon.training.run.training_transform", lambda data: lambda image, rng: plain(image))
     live = run_train(make_values(tmp_path / "live", **steady, optim__backbone_lr=0.0, optim__weight_decay=0.0))
     losses = [
         [row["loss"] for row in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()) if "loss" in row]
@@ -174,19 +174,19 @@ def test_another_image_stands_in_for_one_that_has_no_features(
     tiny_config: Callable[..., Path], open_trainer: Open
 ) -> None:
     trainer = open_trainer(load_config(tiny_config(**HEADS_ONLY)))
-    dataset, (draw, *_) = trainer._training_data(), list(trainer.sampler)
+    dataset, (draw, *_) = training_data(trainer.run, lambda line: None), list(trainer.run.sampler)
     whole, place = dataset[draw], 3
     features = dict(dataset._features)
     features[draw.domain] = features[draw.domain].copy()
     features[draw.domain][draw.rows[place]] = np.nan
-    batch = FeatureDataset(trainer.domains, features, seed=3, replace_broken=True)[draw]
+    batch = FeatureDataset(trainer.run.domains, features, seed=3, replace_broken=True)[draw]
     assert [(image.row, image.position) for image in batch.broken] == [(draw.rows[place], draw.positions[place])]
     others = np.arange(len(draw.rows)) != place
     assert torch.equal(batch.pixels[others], whole.pixels[others]) and batch.pixels.isfinite().all()
     (row,) = (features[draw.domain] == batch.pixels[place].numpy()).all(axis=1).nonzero()[0]
-    assert batch.labels[place] == trainer.domains[draw.domain].labels[row]
+    assert batch.labels[place] == trainer.run.domains[draw.domain].labels[row]
     with pytest.raises(BrokenImageError, match=f"has a broken image in row {draw.rows[place]}: it has no features"):
-        FeatureDataset(trainer.domains, features, seed=3, replace_broken=False)[draw]
+        FeatureDataset(trainer.run.domains, features, seed=3, replace_broken=False)[draw]
 
 
 def test_an_image_that_cannot_be_read_gets_no_features(

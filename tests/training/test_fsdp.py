@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModel
 
 from modeling_udon.data.dataset import DomainBatch
+from modeling_udon.training.step import StepResult
 from modeling_udon.training.trainer import Trainer
 
 Values = Callable[..., dict[str, Any]]
@@ -53,14 +54,14 @@ def sharded(make_values: Values, run_two_processes: Run, tmp_path_factory: pytes
     values = make_values(tmp_path_factory.mktemp("sharded"), **SHARDS)
     train_step = Trainer.train_step
 
-    def telling_step(self: Trainer, batch: DomainBatch) -> torch.Tensor:
+    def telling_step(self: Trainer, batch: DomainBatch) -> StepResult:
         held = {"backbone": 0, "moments": 0, "whole": 0}
         losses = train_step(self, batch)
-        for parameter in self.model.udon.backbone.parameters():
+        for parameter in self.run.model.udon.backbone.parameters():
             held["whole"] += parameter.numel()
             held["backbone"] += parameter.to_local().numel() if isinstance(parameter, DTensor) else parameter.numel()
-            held["moments"] += self._optimizer.state[parameter]["exp_avg"].to_local().numel()
-        path = self.config.run_dir / f"held-{self.accelerator.process_index}.json"
+            held["moments"] += self.run.optimizer.state[parameter]["exp_avg"].to_local().numel()
+        path = self.run.config.run_dir / f"held-{self.run.accelerator.process_index}.json"
         path.write_text(json.dumps(held))
         return losses
 

@@ -43,8 +43,7 @@ class Setting:
         loss = LossConfig(**objective)
         taught = CLASSES if loss.needs_teachers else {}
         config = UdonConfig(BACKBONE, embedding_dim=DIMS[0], teacher_dim=DIMS[1], domains=taught)
-        self.model = UdonForDistillation(config, loss, num_classes=CLASSES)
-        self.model.takes_features = True
+        self.model = UdonForDistillation(config, loss, num_classes=CLASSES, takes_features=True)
         optim = OptimConfig(idle_heads=idle_heads)
         self.optimizer = make_optimizer(self.model, optim)
         self.idle_heads = IdleHeads(self.model, self.optimizer, optim, 50)
@@ -59,8 +58,8 @@ class Setting:
     def backward(self, domain, step):
         features = torch.nn.functional.normalize(torch.randn(BATCH, 8), dim=1)
         labels = torch.randint(0, CLASSES[domain], (BATCH,))
-        self.sampled.take(domain, labels, step)
-        self.model(features, labels, domain).loss.backward()
+        classes = self.sampled.take(domain, labels, step)
+        self.model(features, labels, domain, sampled_classes=classes).loss.backward()
 
     def take_step(self, domain, step):
         self.idle_heads.catch_up(domain, step)

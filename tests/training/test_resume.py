@@ -31,7 +31,7 @@ def run_with_kills(monkeypatch: pytest.MonkeyPatch, run_train: Run) -> Run:
     def run(values: dict[str, Any]) -> Path:
         for number, stop in enumerate(STOPS):
 
-            def dying_train_step(self: Trainer, batch: Any, stop: int = stop) -> torch.Tensor:
+            def dying_train_step(self: Trainer, batch: Any, stop: int = stop) -> Any:
                 if self.step == stop:
                     raise Killed
                 return train_step(self, batch)

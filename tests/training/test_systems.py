@@ -175,9 +175,8 @@ def test_the_ramp_scales_both_distillation_terms() -> None:
     model = make_model()
     batch = torch.randn(4, 3, 8, 8), torch.tensor([0, 2, 1, 2]), "cars"
     losses = list(model(*batch).losses.values())
-    model.distillation_share = 0.25
     expected = (losses[0] + losses[1] + 0.25 * (losses[2] + losses[3])) / 4
-    torch.testing.assert_close(model(*batch).loss, expected)
+    torch.testing.assert_close(model(*batch, distillation_share=0.25).loss, expected)
 
 
 def test_a_ramp_changes_the_run_and_ends(make_values: Values, run_train: Run, tmp_path: Path) -> None:

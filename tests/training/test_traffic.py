@@ -14,6 +14,7 @@ from torch.distributed import GradBucket
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
 from modeling_udon.data.dataset import DomainBatch
+from modeling_udon.training.step import StepResult
 from modeling_udon.training.trainer import Trainer
 
 Values = Callable[..., dict[str, Any]]
@@ -48,12 +49,12 @@ def count_bytes(monkeypatch: pytest.MonkeyPatch, run_two_processes: Run) -> Rows
             counted.update({"ddp": size, "all_reduce": -size})
             return allreduce_hook(group, bucket)
 
-        def counting_step(self: Trainer, batch: DomainBatch) -> torch.Tensor:
+        def counting_step(self: Trainer, batch: DomainBatch) -> StepResult:
             if self.step == 0:
-                self._wrapped.register_comm_hook(None, counting_hook)
+                self.run.wrapped.register_comm_hook(None, counting_hook)
             counted.clear()
             losses = train_step(self, batch)
-            if self.accelerator.is_main_process:
+            if self.run.accelerator.is_main_process:
                 with file.open("a") as rows:
                     rows.write(json.dumps({"domain": batch.domain} | +counted) + "\n")
             return losses

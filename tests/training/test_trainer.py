@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from modeling_udon.config import ConfigError
 from modeling_udon.config_file import load_config
 from modeling_udon.training.errors import TrainingError
+from modeling_udon.training.run import build_run
 from modeling_udon.training.run_folder import RunFolder
 from modeling_udon.training.signals import StopSignals
 from modeling_udon.training.trainer import Trainer
@@ -226,8 +227,8 @@ def test_tensorboard_gets_the_numbers_of_the_run(make_values: Values, run_train:
 def test_dropout_draws_from_seed_step_and_process_alone(tiny_config: Callable[..., Path]) -> None:
     config = load_config(tiny_config())
     with RunFolder(config) as folder:
-        trainer = Trainer(config, folder, StopSignals())
-        trainer.model.train()
+        trainer = Trainer(build_run(config, folder, StopSignals()))
+        trainer.run.model.train()
         batch = next(iter(trainer.batches()))
         torch.manual_seed(99)
         trainer.train_step(batch)

@@ -1,0 +1,287 @@
+"""A run in its order of making: domains, sampler, model, processes, optimiser, state, folder."""
+
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.utils import broadcast_object_list
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from modeling_udon.config import ConfigError, TrainConfig
+from modeling_udon.config_file import dump_config
+from modeling_udon.data.dataset import DomainBatch, MultiDomainDataset
+from modeling_udon.data.domains import Domain, find_known_classes, open_domain, with_images_as_classes
+from modeling_udon.data.sampling import DomainBatchSampler
+from modeling_udon.data.transforms import EvalTransform
+from modeling_udon.training.checkpoint import CheckpointError, TrainState, check_weights, load_checkpoint
+from modeling_udon.training.distillation import UdonForDistillation
+from modeling_udon.training.extension import trained_domains
+from modeling_udon.training.features import FeatureDataset, make_feature_cache
+from modeling_udon.training.optimization import IdleHeads, frozen_steps, learning_rates, make_optimizer
+from modeling_udon.training.resuming import leaves
+from modeling_udon.training.run_folder import RunFolder
+from modeling_udon.training.run_lock import FolderInUseError
+from modeling_udon.training.sampled_classes import SampledClasses
+from modeling_udon.training.setup import (
+    Channels,
+    build_model,
+    channel_statistics,
+    describe_prototypes,
+    make_accelerator,
+    make_sampler,
+    training_transform,
+)
+from modeling_udon.training.sharding import shard_backbone
+from modeling_udon.training.signals import StopSignals
+from modeling_udon.training.skipped import StepGuard
+
+Answer = TypeVar("Answer")
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a config becomes: all objects that training works with, ready for the next step.
+
+    Attributes:
+        config: The run's configuration.
+        folder: Its folder, locked.
+        signals: The signals that end it.
+        accelerator: Its processes.
+        domains: All opened domains by name, those that are only measured among them.
+        sampler: Draws the batches and counts the steps.
+        model: The training model.
+        wrapped: The same model as the processes share it: the one to call for a gradient.
+        optimizer: AdamW.
+        wrapped_optimizer: The same, which a gradient scaler may hold back.
+        shared_heads: Heads whose gradients nobody averages over processes, where the backbone is in shards.
+        guard: Decides whether a step is applied.
+        idle_heads: Moves the heads of domains that are not in the batch.
+        sampled_classes: Cuts a step down to some classes.
+        mean: Mean of each channel that the model is trained with.
+        std: Standard deviation of each channel.
+        state: What the run goes on from; the start, if it is new.
+        checkpoint: Folder of the checkpoint that it goes on from, if any.
+    """
+
+    config: TrainConfig
+    folder: RunFolder
+    signals: StopSignals
+    accelerator: Accelerator
+    domains: dict[str, Domain]
+    sampler: DomainBatchSampler
+    model: UdonForDistillation
+    wrapped: nn.Module
+    optimizer: torch.optim.AdamW
+    wrapped_optimizer: AcceleratedOptimizer
+    shared_heads: tuple[nn.Parameter, ...]
+    guard: StepGuard
+    idle_heads: IdleHeads
+    sampled_classes: SampledClasses
+    mean: Channels
+    std: Channels
+    state: TrainState
+    checkpoint: Path | None
+
+    @property
+    def step(self) -> int:
+        """Optimiser steps taken."""
+        return self.sampler.step
+
+    @property
+    def num_steps(self) -> int:
+        """Optimiser steps of the whole run."""
+        return self.sampler.num_steps
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the process that writes."""
+        return self.accelerator.is_main_process
+
+
+def build_run(
+    config: TrainConfig,
+    folder: RunFolder,
+    signals: StopSignals,
+    resume: bool = False,
+    overwrite: bool = False,
+    allow: Collection[str] = (),
+) -> Run:
+    """Makes a run and restores its state; the folder is written only when all else has been found right.
+
+    Args:
+        config: The run.
+        folder: Its folder.
+        signals: What ends it.
+        resume: Goes on from the last checkpoint, or starts if there is none.
+        overwrite: Removes what is in the folder first.
+        allow: What may have changed since the run was started, see `train`.
+
+    Raises:
+        ConfigError: If the config does not go with the data, the backbone or the folder.
+        CheckpointError: If there is no whole checkpoint to go on from.
+        FolderInUseError: If another run is using the folder.
+    """
+    accelerator = make_accelerator(config)
+    checkpoint, faults = _on_main(accelerator, lambda: folder.find_checkpoint(resume, overwrite))
+    for fault in faults:
+        accelerator.print(f"WARNING: {fault}; going on from {checkpoint.name if checkpoint else 'nothing'}")
+    domains = _open_domains(config)
+    trained = trained_domains(config, domains)
+    sampler = make_sampler(config, trained, accelerator)
+    # Estimated before anything is made: an out-of-memory error says nothing useful.
+    for line in describe_prototypes(config, trained, accelerator):
+        accelerator.print(line)
+    model = build_model(config, trained, accelerator)
+    mean, std = channel_statistics(config.data, model.config.backbone_config)
+    wrapped, shared_heads = _share_model(config, model, accelerator)
+    optimizer = make_optimizer(model, config.optim)
+    wrapped_optimizer = accelerator.prepare_optimizer(optimizer)
+    _start_equal(model, shared_heads, accelerator)
+    guard = StepGuard(config.optim, optimizer, domains, accelerator.scaler is not None)
+    state = TrainState()
+    if checkpoint:
+        _on_main(accelerator, lambda: folder.check_unchanged(domains, checkpoint, accelerator.num_processes, allow))
+        check_weights(checkpoint, model)
+        state = load_checkpoint(checkpoint, model, optimizer)
+        _restore(state, sampler, guard, accelerator)
+    idle_heads = IdleHeads(model, optimizer, config.optim, sampler.num_steps, state.heads)
+    sampled = SampledClasses(model, optimizer, idle_heads, config.loss.sampled_classes, config.seed)
+    _on_main(accelerator, lambda: folder.prepare(domains, overwrite, sampler.step))
+    return Run(
+        config=config,
+        folder=folder,
+        signals=signals,
+        accelerator=accelerator,
+        domains=domains,
+        sampler=sampler,
+        model=model,
+        wrapped=wrapped,
+        optimizer=optimizer,
+        wrapped_optimizer=wrapped_optimizer,
+        shared_heads=shared_heads,
+        guard=guard,
+        idle_heads=idle_heads,
+        sampled_classes=sampled,
+        mean=mean,
+        std=std,
+        state=state,
+        checkpoint=checkpoint,
+    )
+
+
+def describe_run(run: Run) -> Iterator[str]:
+    """Gives lines on domains and parameter groups."""
+    for name, domain in run.domains.items():
+        yield f"domain {name}: {len(domain.images)} images, {len(domain.classes)} classes"
+        if run.config.data.targets == "classes":
+            for line in find_known_classes(domain):
+                yield f"WARNING: {line}; its scores are not those of new classes"
+    optim = run.config.optim
+    rates, frozen = learning_rates(optim, run.step, run.num_steps), frozen_steps(optim, run.num_steps)
+    for group in run.optimizer.param_groups:
+        size = sum(parameter.numel() for parameter in group["params"])
+        state = f"learning rate {rates[group['name']]:g} now"
+        if group["name"] == "backbone" and frozen:
+            state += f", 0 for the first {frozen} of {run.num_steps} steps, then {optim.backbone_lr:g}"
+        yield f"parameter group {group['name']}: {size:,} weights, {state}"
+    if run.step:
+        yield f"going on from step {run.step} of {run.num_steps}"
+
+
+def training_data(run: Run, say: Callable[[str], None]) -> MultiDomainDataset | FeatureDataset:
+    """Opens the training images, or the features of a frozen backbone, which are computed where they are missing.
+
+    Args:
+        run: The run.
+        say: Takes lines for the user.
+    """
+    config, transform = run.config, training_transform(run.config.data)
+    replace_broken = config.data.max_broken_share > 0
+    if not config.train.heads_only:
+        return MultiDomainDataset(run.domains, transform, config.seed, replace_broken)
+    plain = EvalTransform(config.data.image_size, config.data.eval_antialias)
+    cache = make_feature_cache(config, transform, plain, run.mean, run.std)
+    names, workers = run.sampler.names, config.data.num_workers
+    with run.signals.interruptible():
+        features = cache.open(run.domains, names, run.model.udon, run.accelerator, workers, say)
+    return FeatureDataset(run.domains, features, config.seed, replace_broken)
+
+
+def as_it_is(batch: DomainBatch) -> DomainBatch:
+    """Collates nothing: each draw of the sampler is a whole batch."""
+    return batch
+
+
+def start_trackers(run: Run) -> None:
+    """Starts the trackers of the config, if any, with its values."""
+    if run.config.log.trackers:
+        values = leaves(dump_config(run.config))
+        numbers = {key: value for key, value in values.items() if isinstance(value, int | float | str)}
+        run.accelerator.init_trackers(run.config.log.project, config=numbers)
+
+
+def _open_domains(config: TrainConfig) -> dict[str, Domain]:
+    try:
+        domains = {name: open_domain(name, spec, config.seed) for name, spec in config.domains.items()}
+    except (ValueError, ImportError) as error:
+        raise ConfigError(" ".join(str(error).split())) from error
+    if config.data.targets == "images":
+        return {name: with_images_as_classes(domain) for name, domain in domains.items()}
+    return domains
+
+
+def _share_model(
+    config: TrainConfig, model: UdonForDistillation, accelerator: Accelerator
+) -> tuple[nn.Module, tuple[nn.Parameter, ...]]:
+    """Brings the model to the device and shares it between processes: wrapped by DDP, or its backbone in shards."""
+    sharded = config.train.shard_backbone and accelerator.num_processes > 1
+    # Heads and prototypes of one domain get gradients in a step; DDP would wait for all the others.
+    owned = [name for domain in model.num_classes for name in model.domain_parameters(domain)]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, owned)
+    if config.train.compile:
+        model.udon.backbone.compile()
+    # In shards, the backbone reduces its own gradients; around it there is nothing for DDP.
+    wrapped = accelerator.prepare_model(model, evaluation_mode=sharded)
+    model.move_frozen(accelerator.device)
+    if not sharded:
+        return wrapped, ()
+    shard_backbone(model.udon, accelerator.device.type, accelerator.num_processes)
+    return wrapped, tuple(model.shared_head_parameters())
+
+
+def _start_equal(model: UdonForDistillation, shared_heads: tuple[nn.Parameter, ...], accelerator: Accelerator) -> None:
+    """Gives every process the first one's weights, as far as DDP does not."""
+    if accelerator.num_processes > 1:
+        owned = [parameter for domain in model.num_classes for parameter in model.domain_parameters(domain).values()]
+        for parameter in (*shared_heads, *owned):
+            torch.distributed.broadcast(parameter.data, src=0)
+
+
+def _restore(state: TrainState, sampler: DomainBatchSampler, guard: StepGuard, accelerator: Accelerator) -> None:
+    if state.step > sampler.num_steps:
+        raise ConfigError(
+            f"`train.num_steps` must be at least the steps taken, {state.step}. Got {sampler.num_steps}; raise it."
+        )
+    sampler.load_state_dict(state.sampler)
+    guard.load_state_dict(state.gradient_norms)
+    if accelerator.scaler is not None and state.scaler is not None:
+        accelerator.scaler.load_state_dict(state.scaler)
+
+
+def _on_main(accelerator: Accelerator, work: Callable[[], Answer]) -> Answer:
+    """Has the main process work on the run's folder, and all of them know how it went."""
+    answer: list[Any] = [None, None]
+    if accelerator.is_main_process:
+        try:
+            answer[0] = work()
+        except (ConfigError, CheckpointError, FolderInUseError, OSError) as error:
+            answer[1] = error
+    found, fault = broadcast_object_list(answer)
+    if fault is not None:
+        raise fault
+    return found

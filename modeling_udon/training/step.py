@@ -1,0 +1,151 @@
+"""One training step: batch to gradients to weights, with the losses by name."""
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator
+
+from modeling_udon.data.dataset import DomainBatch
+from modeling_udon.data.transforms import normalize
+from modeling_udon.training.distillation import RelationalBank
+from modeling_udon.training.optimization import average_gradients, learning_rates, set_learning_rates, with_gradients
+from modeling_udon.training.run import Run
+from modeling_udon.training.sharding import clip_gradients
+from modeling_udon.training.skipped import Judgement, Verdict
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """Losses and judgement of one step, still on the device.
+
+    Attributes:
+        step: Number of the step, from 0.
+        domain: Domain of the batch.
+        loss: Total loss of this process's share of the batch, a scalar.
+        losses: Its terms by name, scalars.
+        verdict: The value of a `Verdict`, the same on every process.
+        gradient_norm: Norm of the gradient, the same on every process.
+    """
+
+    step: int
+    domain: str
+    loss: torch.Tensor
+    losses: dict[str, torch.Tensor]
+    verdict: torch.Tensor
+    gradient_norm: torch.Tensor
+
+
+@dataclass(frozen=True)
+class StepLosses:
+    """A `StepResult` on the host, its losses averaged over processes."""
+
+    step: int
+    domain: str
+    loss: float
+    losses: dict[str, float]
+    verdict: Verdict
+    gradient_norm: float
+
+
+def take_step(run: Run, batch: DomainBatch) -> StepResult:
+    """Takes one optimiser step on a batch of one domain; all processes have to call it, each with its share."""
+    config, step, domain = run.config, run.step, batch.domain
+    # Dropout, where a backbone has it, depends on seed, step and process alone.
+    torch.manual_seed((config.seed * 1_000_003 + step) * 8191 + run.accelerator.process_index)
+    run.idle_heads.catch_up(domain, step)
+    set_learning_rates(run.optimizer, learning_rates(config.optim, step, run.num_steps))
+    inputs = batch.pixels.to(run.accelerator.device, non_blocking=True)
+    if not run.model.takes_features:
+        inputs = normalize(inputs, run.mean, run.std)
+    labels = batch.labels.to(run.accelerator.device, non_blocking=True)
+    loss, losses = _backward(run, inputs, labels, domain)
+    judgement = _judge(run, domain, torch.stack([loss, *losses.values()]))
+    # AdamW reads on the device whether it may move, see `StepGuard`.
+    run.wrapped_optimizer.step()
+    run.wrapped_optimizer.zero_grad(set_to_none=True)
+    run.sampled_classes.put_back(step)
+    return StepResult(step, domain, loss, losses, judgement.verdict, judgement.norm)
+
+
+def fetch_losses(results: Sequence[StepResult], accelerator: Accelerator) -> list[StepLosses]:
+    """Brings steps from the device, averaged over processes; all processes have to call it, with the same steps."""
+    if not results:
+        return []
+    columns = {name: torch.stack([result.losses[name] for result in results]) for name in results[0].losses}
+    totals = torch.stack([result.loss for result in results])
+    totals, columns = accelerator.reduce((totals, columns), reduction="mean")
+    terms = {name: column.tolist() for name, column in columns.items()}
+    verdicts = torch.stack([result.verdict for result in results]).tolist()
+    norms = torch.stack([result.gradient_norm for result in results]).tolist()
+    return [
+        StepLosses(
+            result.step,
+            result.domain,
+            total,
+            {name: values[number] for name, values in terms.items()},
+            Verdict(verdict),
+            norm,
+        )
+        for number, (result, total, verdict, norm) in enumerate(
+            zip(results, totals.tolist(), verdicts, norms, strict=True)
+        )
+    ]
+
+
+def _backward(
+    run: Run, inputs: torch.Tensor, labels: torch.Tensor, domain: str
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Adds up the gradients of the batch's parts and returns the loss and its terms, averaged over the parts."""
+    parts = run.config.train.accumulation_steps
+    input_parts, label_parts = inputs.chunk(parts), labels.chunk(parts)
+    banks = _relational_banks(run, input_parts, domain)
+    classes = run.sampled_classes.take(domain, labels, run.step)
+    ramp = run.config.loss.distillation_ramp_steps
+    share = min(1.0, (run.step + 1) / ramp) if ramp else 1.0
+    loss = torch.zeros((), device=inputs.device)
+    losses = {name: torch.zeros((), device=inputs.device) for name in run.model.terms}
+    for number, (part, part_labels, bank) in enumerate(zip(input_parts, label_parts, banks, strict=True)):
+        # Gradients cross processes once, with the last part.
+        with nullcontext() if number == parts - 1 else run.accelerator.no_sync(run.wrapped):
+            output = run.wrapped(part, part_labels, domain, bank, distillation_share=share, sampled_classes=classes)
+            run.accelerator.backward(output.loss / parts)
+        loss += output.loss.detach().float() / parts
+        for name, value in output.losses.items():
+            losses[name] += value.detach().float() / parts
+    return loss, losses
+
+
+def _judge(run: Run, domain: str, losses: torch.Tensor) -> Judgement:
+    """Averages the gradients of the domain's heads over processes, clips, and says whether the step is applied."""
+    config, processes = run.config, run.accelerator.num_processes
+    faulty = 1 - losses.isfinite().all().float()
+    if processes > 1:
+        ours = (*run.shared_heads, *run.model.domain_parameters(domain).values())
+        faulty = average_gradients(ours, processes, faulty)
+    norm = None
+    if config.optim.max_grad_norm is not None:
+        norm = _clip_gradients(run, config.optim.max_grad_norm)
+    return run.guard.judge(domain, faulty, norm)
+
+
+def _relational_banks(run: Run, input_parts: tuple[torch.Tensor, ...], domain: str) -> list[RelationalBank | None]:
+    """Embeds the global batch once more without gradient, so that each accumulated part sees all others' pairs."""
+    if len(input_parts) == 1 or run.config.loss.relational_distillation == 0:
+        return [None] * len(input_parts)
+    with torch.no_grad(), run.accelerator.autocast():
+        embeds = [run.model.embed(part, domain) for part in input_parts]
+    student = run.accelerator.gather(torch.cat([part.student for part in embeds]))
+    teacher = run.accelerator.gather(torch.cat([part.teacher for part in embeds if part.teacher is not None]))
+    size = len(input_parts[0])
+    start = run.accelerator.process_index * size * len(input_parts)
+    return [RelationalBank(student, teacher, start + number * size) for number in range(len(input_parts))]
+
+
+def _clip_gradients(run: Run, max_norm: float) -> torch.Tensor:
+    parameters = with_gradients(run.optimizer)
+    if run.shared_heads:
+        return clip_gradients(parameters, max_norm)
+    norm: torch.Tensor = run.accelerator.clip_grad_norm_(parameters, max_norm)
+    return norm
