@@ -35,7 +35,7 @@ def last_weights(run: Path) -> dict[str, torch.Tensor]:
 
 
 def start_weights(config: Any, open_trainer: Open) -> dict[str, torch.Tensor]:
-    return open_trainer(config).model.state_dict()
+    return open_trainer(config).run.model.state_dict()
 
 
 @pytest.fixture(scope="module")

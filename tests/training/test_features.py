@@ -86,9 +86,9 @@ def test_the_first_view_is_the_evaluations(tiny_config: Callable[..., Path], ope
     plain = EvalTransform(16)
     (draw,) = [draw for number, draw in enumerate(trainer.run.sampler) if number == 0]
     images = MultiDomainDataset(trainer.run.domains, lambda image, rng: plain(image), 0)[draw]
-    model = trainer.model.udon.eval()
+    model = trainer.run.model.udon.eval()
     with torch.no_grad():
-        expected = model(normalize(images.pixels, trainer.mean, trainer.std)).backbone_embeds
+        expected = model(normalize(images.pixels, trainer.run.mean, trainer.run.std)).backbone_embeds
     torch.testing.assert_close(batch.pixels, expected)
     assert torch.equal(batch.labels, torch.from_numpy(domain.labels[draw.rows]))
 
