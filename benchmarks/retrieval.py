@@ -32,8 +32,9 @@ from accelerate import Accelerator
 from PIL import Image
 
 from modeling_udon import UdonConfig, UdonModel
+from modeling_udon.data.preprocessing import IMAGENET_STANDARD
 from modeling_udon.data.transforms import EvalTransform
-from modeling_udon.encoder import EmbeddingModel
+from modeling_udon.encoder import Encoder
 from modeling_udon.evaluation.metrics import mean_modified_precision_at_k, recall_at_k
 from modeling_udon.search.embed import EmbedOptions, ShardSlices, embed_source, make_loader
 from modeling_udon.search.exact_search import exact_search
@@ -150,13 +151,12 @@ def write_pictures(folder: Path, num: int) -> Iterator[str]:
         yield f"{number:06d}.jpg"
 
 
-def make_model(gpu: bool) -> EmbeddingModel:
+def make_model(gpu: bool) -> Encoder:
     """ViT-B/16 on a GPU; on a CPU a small one that takes about as long as decoding."""
     sizes = {"hidden_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 192}
     backbone = {"model_type": "vit", "image_size": 224, "patch_size": 16} | ({} if gpu else sizes)
-    half = (0.5, 0.5, 0.5)
     network = UdonModel(UdonConfig(backbone_config=backbone)).eval()
-    return EmbeddingModel("benchmark", network, EvalTransform(224), half, half, 64, "none", None)
+    return Encoder.of_student(network, IMAGENET_STANDARD, EvalTransform(224), "benchmark")
 
 
 def measure_embed() -> Figures:

@@ -3,6 +3,7 @@
 This file travels to the Hub beside `modeling_udon.py`, so it uses nothing of the package it comes from.
 """
 
+import inspect
 from typing import Any
 
 from transformers import AutoConfig, PretrainedConfig
@@ -61,6 +62,14 @@ class UdonConfig(PretrainedConfig):
             raise ValueError(f"`pooling` must be one of {', '.join(POOLINGS)} or None. Got {pooling!r}.")
         self.pooling = pooling
         super().__init__(**kwargs)
+
+    def shape(self) -> dict[str, Any]:
+        """Returns the values that make a model of the same shape, teacher heads included."""
+        values = {name: getattr(self, name) for name in _SHAPE}
+        return values | {"head_hidden_dims": list(self.head_hidden_dims), "domains": dict(self.domains)}
+
+
+_SHAPE = tuple(inspect.signature(UdonConfig.__init__).parameters)[1:-1]
 
 
 def _resolve_backbone(backbone_config: PretrainedConfig | dict[str, Any] | None) -> PretrainedConfig:

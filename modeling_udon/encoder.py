@@ -1,215 +1,379 @@
-"""A published model as a function from pixels to embeddings, with its own preprocessing and a fingerprint."""
+"""Encoder: a network with its preprocessing, fingerprint and calibration; an image becomes a vector here.
+
+One way for students, runs, vision encoders of transformers and timm, and raw pixels: `Encoder.open(name)`.
+"""
 
 import hashlib
 import json
-import re
-from collections.abc import Callable
-from dataclasses import dataclass
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoImageProcessor, AutoModel, PretrainedConfig
-from transformers.utils import cached_file
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+from transformers import AutoConfig, PretrainedConfig
+from transformers.image_processing_utils import BaseImageProcessor
 
-from modeling_udon.data.transforms import EvalTransform, normalize
+from modeling_udon.backbones import (
+    RAW_PIXELS_SIZE,
+    TIMM_PREFIX,
+    ImageFeatures,
+    Pooling,
+    RawPixels,
+    TimmFeatures,
+    check_missing,
+    check_remote_code,
+    one_line,
+    open_backbone,
+    open_processor,
+    open_timm,
+    shrink_to_thumbnail,
+)
+from modeling_udon.calibration import Calibration, read_calibration
+from modeling_udon.configuration_udon import UdonConfig
+from modeling_udon.data.image_list import ImageLike, ImageList, UnreadableImage
+from modeling_udon.data.preprocessing import ChannelStatistics, processor_fields, processor_transform
+from modeling_udon.data.transforms import EvalTransform, ImageTransform, use_one_thread
 from modeling_udon.modeling_udon import UdonModel
 
-CALIBRATION_FILE = "calibration.json"
+RAW_PIXELS = "raw-pixels"
 
-_COMMIT = re.compile(r"[0-9a-f]{40}")
-
-Transform = Callable[[np.ndarray], np.ndarray]
+Kind = Literal["student", "backbone", "features", "raw_pixels"]
 
 
 @dataclass(frozen=True)
-class Calibration:
-    """From which score on an image counts as one of the index.
+class Encoded:
+    """Embeddings of a list of images.
 
     Attributes:
-        threshold: The least score that is accepted.
-        false_accept_rate: Share of foreign images that were accepted at this threshold, on the validation split.
+        embeddings: Shape `(num_images, dim)`, float32, unit norm; NaN in the rows of `unreadable`.
+        unreadable: The images that could not be read, in order.
     """
 
-    threshold: float
-    false_accept_rate: float
+    embeddings: np.ndarray
+    unreadable: tuple[UnreadableImage, ...] = ()
 
 
 @dataclass(frozen=True)
-class EmbeddingModel:
-    """A model with the preprocessing that it was published with.
+class Encoder:
+    """A network with everything that turns a decoded image into an embedding.
 
     Attributes:
-        name: The folder or Hub id that it came from.
-        network: The model, in float32 and evaluation mode.
-        transform: Turns a decoded image, `(height, width, 3)`, uint8, into one of the model's size.
-        mean: Mean of each channel.
-        std: Standard deviation of each channel.
+        name: What it is called in results: the folder or Hub id that it came from, or the run's name.
+        network: A `UdonModel`, or a module from normalised images to features; in evaluation mode.
+        transform: Turns a decoded image, `(height, width, 3)`, uint8, into one of the network's size.
+        statistics: Channel statistics that the network takes.
+        image_size: Side in pixels of the images that the network takes.
         dim: Size of an embedding.
-        fingerprint: Digest of the weights and of the preprocessing: equal embeddings have equal ones.
+        kind: `"student"`, a UDON student's embedding; `"backbone"`, its backbone's features; `"features"`, those of
+            another vision encoder; `"raw_pixels"`.
+        pooling: How the features of the backbone were pooled; `None` for the model's own way.
         calibration: What `udon evaluate --calibrate` left with the model, if it did.
+        processor: The model's image processor, if it has one.
+        folder: The model's folder on disk, if it has one.
+        run: Folder of the run that the student was found in, `None` if the student was named itself.
+        settings: What makes the embeddings repeatable, as JSON takes it.
     """
 
     name: str
     network: nn.Module
-    transform: Transform
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
+    transform: ImageTransform
+    statistics: ChannelStatistics
+    image_size: int
     dim: int
-    fingerprint: str
-    calibration: Calibration | None
+    kind: Kind = "student"
+    pooling: str | None = None
+    calibration: Calibration | None = None
+    processor: BaseImageProcessor | None = None
+    folder: Path | None = None
+    run: Path | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
+    @classmethod
+    def open(
+        cls,
+        name: str | os.PathLike[str],
+        *,
+        revision: str | None = None,
+        trust_remote_code: bool = False,
+        pooling: Pooling | None = None,
+        image_size: int | None = None,
+        device: str | torch.device | None = None,
+    ) -> "Encoder":
+        """Opens a model with its preprocessing.
+
+        Args:
+            name: Folder of a student or of a run, whose best student counts; folder or Hub id of any model that
+                `AutoModel` opens; `timm:NAME`; or `raw-pixels`, the baseline.
+            revision: Commit, tag or branch on the Hub.
+            trust_remote_code: Whether code beside a model of another kind may run. A UDON model needs none of it.
+            pooling: Which feature of a vision encoder: `"cls"`, the class token; `"mean"`, the mean over all
+                positions; `"pooler"`, the model's own. A UDON student needs none; `"cls"` gives its backbone's
+                features in place of its embedding.
+            image_size: Side in pixels to prepare images at, other than the model's own: shorter side to it, bilinear,
+                centre crop.
+            device: Where the network goes; default: where it was loaded.
+
+        Raises:
+            ValueError: If the model or its image processor cannot be opened, weights are missing, `pooling` does not
+                fit, or code may run and no commit says which.
+            ImportError: If timm is asked for and not installed.
+        """
+        name = os.fspath(name)
+        if name == RAW_PIXELS:
+            encoder = _raw_pixels(pooling)
+        elif name.startswith(TIMM_PREFIX):
+            encoder = _open_timm(name, pooling, image_size)
+        else:
+            encoder = _open_folder(name, revision, trust_remote_code, pooling, image_size)
+        return encoder if device is None else encoder.to(device)
+
+    @classmethod
+    def of_student(
+        cls, model: UdonModel, statistics: ChannelStatistics, transform: EvalTransform, name: str, **others: Any
+    ) -> "Encoder":
+        """Makes an encoder of a model in memory.
+
+        Args:
+            model: The model; it may have teacher heads.
+            statistics: Channel statistics that it was trained with.
+            transform: Its evaluation transform.
+            name: What it is called in results.
+            others: Further attributes.
+        """
+        size = transform.image_size
+        return cls(name, model, transform, statistics, size, model.config.embedding_dim, "student", **others)
+
+    @torch.no_grad()
     def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
         """Embeds pixels of shape `(batch_size, height, width, 3)`, uint8: `(batch_size, dim)`, float32, unit norm."""
-        return _embed(self.network, normalize(pixels, self.mean, self.std))
+        return self.embed(pixels)[self.kind]
 
+    def embed(self, pixels: torch.Tensor, domain: str | None = None) -> dict[str, torch.Tensor]:
+        """Embeds pixels by each kind of embedding that the network has.
 
-@dataclass(frozen=True)
-class ProcessorTransform:
-    """Resizes and crops as an image processor does, for one that does otherwise than `EvalTransform`."""
+        Args:
+            pixels: Shape `(batch_size, height, width, 3)`, uint8, on the network's device.
+            domain: Domain whose teacher embeds as well, where a student has it.
 
-    processor: Any
+        Returns:
+            `kind`, and `"teacher"` with a teacher for the domain; unit norm.
+        """
+        inputs = self.statistics.normalize(pixels)
+        if not isinstance(self.network, UdonModel):
+            return {self.kind: F.normalize(self.network(inputs).float(), dim=-1)}
+        taught = self.kind == "student" and domain is not None and domain in self.network.teacher_heads
+        outputs = self.network(inputs, domain=domain if taught else None)
+        if self.kind == "backbone":
+            return {self.kind: outputs.backbone_embeds}
+        return {self.kind: outputs.image_embeds} | ({"teacher": outputs.teacher_embeds} if taught else {})
 
-    def __call__(self, image: np.ndarray) -> np.ndarray:
-        """`(height, width, 3)` -> the processor's size, uint8."""
-        done = self.processor(image, do_rescale=False, do_normalize=False, input_data_format="channels_last")
-        return np.ascontiguousarray(np.asarray(done["pixel_values"][0]).transpose(1, 2, 0)).astype(np.uint8)
+    def encode(
+        self, images: Sequence[ImageLike], *, batch_size: int = 32, num_workers: int = 0, progress: bool = False
+    ) -> Encoded:
+        """Embeds images.
 
+        Args:
+            images: Paths, PIL images, or decoded arrays of shape `(height, width, 3)`, uint8.
+            batch_size: Images of one forward pass.
+            num_workers: Processes that decode.
+            progress: Whether to show a bar.
+        """
+        loader = DataLoader(
+            ImageList(images, self.transform),
+            batch_size=batch_size,
+            num_workers=num_workers,
+            collate_fn=list,
+            worker_init_fn=use_one_thread,
+        )
+        embeddings = np.full((len(images), self.dim), np.nan, np.float32)
+        unreadable: list[UnreadableImage] = []
+        device = next(iter(self.network.parameters()), torch.empty(0)).device
+        with tqdm(total=len(images), unit="image", disable=not progress) as bar:
+            for found in loader:
+                good = {row: pixels for row, pixels in found if isinstance(pixels, np.ndarray)}
+                unreadable += [pixels for _, pixels in found if isinstance(pixels, UnreadableImage)]
+                if good:
+                    batch = torch.from_numpy(np.stack(list(good.values()))).to(device)
+                    embeddings[list(good)] = self(batch).cpu().numpy()
+                bar.update(len(found))
+        return Encoded(embeddings, tuple(unreadable))
 
-def load_embedding_model(model: str, revision: str | None = None, trust_remote_code: bool = False) -> EmbeddingModel:
-    """Loads a model with its image processor.
+    @cached_property
+    def fingerprint(self) -> str:
+        """Digest of the weights and of the preprocessing: encoders with equal ones give equal embeddings."""
+        return _fingerprint(self)
 
-    Args:
-        model: A folder, or an id on the Hub. A UDON model needs no remote code.
-        revision: Commit, tag or branch on the Hub.
-        trust_remote_code: Whether code that lies beside a model of another kind may run.
+    def to(self, device: str | torch.device) -> "Encoder":
+        """Moves the network to a device and returns the encoder."""
+        self.network.to(device)
+        return self
 
-    Raises:
-        ValueError: If the model or its image processor cannot be opened, or it gives no embedding; or its code may
-            run, and no commit says which.
-    """
-    check_remote_code(model, revision, trust_remote_code)
-    source = {"revision": revision or "main", "trust_remote_code": trust_remote_code}
-    try:
-        config = AutoConfig.from_pretrained(model, **source)
-        network = AutoModel.from_pretrained(model, config=config, dtype=torch.float32, **source).eval()
-    except Exception as error:  # On damaged or hostile folders transformers raises nearly every type there is.
-        raise ValueError(
-            f"`model` must be a model folder or Hub id that opens. Got {model!r}: {_line(error)}"
-        ) from error
-    try:
-        processor = AutoImageProcessor.from_pretrained(model, **source)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"`model` must have a preprocessor_config.json. Got {model!r}: {_line(error)}") from error
-    if isinstance(network, UdonModel):
-        network = network.student()
-    mean, std = tuple(processor.image_mean), tuple(processor.image_std)
-    transform = _transform(processor)
-    return EmbeddingModel(
-        name=model,
-        network=network,
-        transform=transform,
-        mean=mean,
-        std=std,
-        dim=_probe(network, transform, model),
-        fingerprint=_fingerprint(network, config, processor.to_dict()),
-        calibration=_read_calibration(model, revision),
-    )
-
-
-def check_remote_code(model: str, revision: str | None, trust_remote_code: bool) -> None:
-    """Refuses to run code of the Hub that may be another tomorrow than what was read today.
-
-    Args:
-        model: A folder, or an id on the Hub.
-        revision: What is asked for of it.
-        trust_remote_code: Whether its code may run.
-
-    Raises:
-        ValueError: If the code of a model on the Hub may run and `revision` is no commit.
-    """
-    if trust_remote_code and not Path(model).is_dir() and not _COMMIT.fullmatch(revision or ""):
-        raise ValueError(
-            f"`revision` must be a commit, 40 digits, where code of {model} may run: a branch or tag can be moved. Got "
-            f"{revision!r}; read the code and name its commit."
+    def backbone(self) -> "Encoder":
+        """Returns the encoder of a student's backbone, whose features have their full width."""
+        assert isinstance(self.network, UdonModel), "only a student has a backbone of its own"
+        return replace(
+            self,
+            kind="backbone",
+            dim=self.network.feature_dim,
+            pooling=self.network.config.pooling,
+            calibration=None,
+            folder=None,
+            settings={**self.settings, "pooling": self.network.config.pooling},
         )
 
 
-def _embed(network: nn.Module, pixel_values: torch.Tensor) -> torch.Tensor:
-    outputs = network(pixel_values)
-    embeds = outputs["image_embeds"] if "image_embeds" in outputs else outputs["pooler_output"]
-    return F.normalize(embeds.float(), dim=-1)
+def _raw_pixels(pooling: str | None) -> Encoder:
+    if pooling is not None:
+        raise ValueError(f"--pooling must be left out for {RAW_PIXELS}, which are no tokens. Got {pooling}.")
+    # Their statistics leave the values 0 to 255 as they are.
+    statistics = ChannelStatistics((0.0,) * 3, (1 / 255,) * 3)
+    dim = 4 * RAW_PIXELS_SIZE**2
+    return Encoder(RAW_PIXELS, RawPixels(), shrink_to_thumbnail, statistics, RAW_PIXELS_SIZE, dim, "raw_pixels")
+
+
+def _open_timm(name: str, pooling: Pooling | None, image_size: int | None) -> Encoder:
+    model, data, timm = open_timm(name)
+    statistics = ChannelStatistics(tuple(data["mean"]), tuple(data["std"]))
+    size = image_size or data["input_size"][-1]
+    settings = preparation(size, statistics) | {"pooling": pooling, "timm": timm.__version__}
+    return _probed(
+        Encoder(
+            name,
+            TimmFeatures(model, pooling),
+            EvalTransform(size),
+            statistics,
+            size,
+            0,
+            "features",
+            pooling,
+            settings=settings,
+        )
+    )
+
+
+def _open_folder(
+    name: str, revision: str | None, trust_remote_code: bool, pooling: Pooling | None, image_size: int | None
+) -> Encoder:
+    check_remote_code(name, revision, trust_remote_code)
+    run = Path(name) if (Path(name) / "best" / "config.json").is_file() else None
+    source = name if run is None else str(run / "best")
+    options: dict[str, Any] = {"revision": revision or "main", "trust_remote_code": trust_remote_code}
+    try:
+        config = AutoConfig.from_pretrained(source, **options)
+        network = _open_network(source, config, pooling, options)
+    except ValueError as error:
+        if str(error).startswith(("`model`", "--")):
+            raise
+        raise _refusal(name, error) from error
+    except Exception as error:  # On damaged or hostile folders transformers raises nearly every type there is.
+        raise _refusal(name, error) from error
+    processor = open_processor(source, **options)
+    statistics = ChannelStatistics.of_processor(processor)
+    transform = processor_transform(processor) if image_size is None else EvalTransform(image_size)
+    size = _side(transform, name)
+    settings = preparation(size, statistics)
+    if not isinstance(network, UdonModel):
+        processing = json.loads(processor.to_json_string())
+        settings = {"pooling": pooling, "image_size": image_size, "processor": processing}
+    encoder = _probed(
+        Encoder(
+            name,
+            network,
+            transform,
+            statistics,
+            size,
+            0,
+            "student" if isinstance(network, UdonModel) else "features",
+            pooling,
+            read_calibration(source, revision),
+            processor,
+            Path(source) if Path(source).is_dir() else None,
+            run,
+            settings | {"revision": options["revision"]},
+        )
+    )
+    return encoder.backbone() if isinstance(network, UdonModel) and pooling is not None else encoder
+
+
+def _open_network(name: str, config: PretrainedConfig, pooling: Pooling | None, options: dict[str, Any]) -> nn.Module:
+    if not isinstance(config, UdonConfig):
+        return ImageFeatures(open_backbone(name, config, pooling, **options), pooling).eval()
+    if pooling not in (None, config.pooling):
+        raise ValueError(
+            f"--pooling must be left out for the student {name}, or {config.pooling} for its backbone's own features. "
+            f"Got {pooling}."
+        )
+    loaded: Any = UdonModel.from_pretrained(
+        name, config=config, dtype=torch.float32, output_loading_info=True, revision=options["revision"]
+    )
+    model, found = loaded
+    check_missing(name, found["missing_keys"], None)
+    # What is published with its teachers is searched without.
+    return model.student().eval()
+
+
+def _refusal(name: str, error: Exception) -> ValueError:
+    return ValueError(
+        f"`model` must be a model folder or Hub id that opens, timm:NAME or {RAW_PIXELS}. Got {name!r}: {one_line(error)}"
+    )
+
+
+def _side(transform: ImageTransform, name: str) -> int:
+    """Side of the square images that a transform gives, whatever their shape was.
+
+    Raises:
+        ValueError: If it gives others.
+    """
+    shapes = {transform(np.full((*shape, 3), 128, np.uint8)).shape[:2] for shape in ((64, 64), (64, 96))}
+    if len(shapes) > 1 or len(set(next(iter(shapes)))) > 1:
+        raise ValueError(
+            f"`model` must prepare all images as squares of one size. Got {name!r}, which gives "
+            f"{' and '.join(f'{height} x {width}' for height, width in sorted(shapes))}; name `image_size`."
+        )
+    return next(iter(shapes))[0]
 
 
 @torch.no_grad()
-def _probe(network: nn.Module, transform: Transform, name: str) -> int:
-    """Embeds a grey image; returns the size of the embedding."""
-    size = transform(np.full((64, 64, 3), 128, dtype=np.uint8)).shape
+def _probed(encoder: Encoder) -> Encoder:
+    """Embeds a grey image and keeps the size of the embedding."""
+    grey = torch.full((1, encoder.image_size, encoder.image_size, 3), 128, dtype=torch.uint8)
     try:
-        return _embed(network, torch.zeros(1, size[2], size[0], size[1])).shape[-1]
-    except (KeyError, ValueError, TypeError) as error:
+        return replace(encoder, dim=encoder(grey).shape[-1])
+    except (KeyError, ValueError, TypeError, RuntimeError) as error:
         raise ValueError(
-            "`model` must take images alone and give `image_embeds` or `pooler_output`. "
-            f"Got {name!r}, a {type(network).__name__}: {_line(error)}"
+            "`model` must take images alone and give `image_embeds`, `pooler_output` or what `pooling` names. "
+            f"Got {encoder.name!r}: {one_line(error)}"
         ) from error
 
 
-def _transform(processor: Any) -> Transform:
-    """Ours where it does the same, since it is quicker."""
-    values = processor.to_dict()
-    size, crop = dict(values.get("size") or {}), dict(values.get("crop_size") or {})
-    side = size.get("shortest_edge")
-    ours = {"do_resize": True, "do_center_crop": True, "do_rescale": True, "do_normalize": True, "resample": 2}
-    same = all(values.get(key) == value for key, value in ours.items())
-    if same and side is not None and list(size) == ["shortest_edge"] and crop == {"height": side, "width": side}:
-        return EvalTransform(side)
-    return ProcessorTransform(processor)
+def preparation(image_size: int, statistics: ChannelStatistics) -> dict[str, Any]:
+    """Returns what results say about the preparation of images."""
+    return {"image_size": image_size, "image_mean": list(statistics.mean), "image_std": list(statistics.std)}
 
 
-def _fingerprint(network: nn.Module, config: PretrainedConfig, processing: dict[str, Any]) -> str:
+def _fingerprint(encoder: Encoder) -> str:
     """Digest of values, not of names: those of weights change with the version of transformers.
 
     Teacher heads do not count, since the student's embeddings do not depend on them.
     """
+    network = encoder.network.student() if isinstance(encoder.network, UdonModel) else encoder.network
     digests = []
     for value in network.state_dict().values():
         array = value.contiguous().cpu().numpy()
         digests.append(hashlib.sha256(str((array.shape, array.dtype.str)).encode() + array.data).digest())
-    fields = ("size", "crop_size", "do_resize", "do_center_crop", "resample", "image_mean", "image_std")
-    kept = {field: _plain(processing.get(field)) for field in fields}
-    described = json.dumps([kept, getattr(config, "pooling", None)], sort_keys=True)
-    return hashlib.sha256(b"".join(sorted(digests)) + described.encode()).hexdigest()[:16]
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict) or hasattr(value, "items"):
-        return {key: part for key, part in dict(value).items() if part is not None}
-    return list(value) if isinstance(value, tuple) else value
-
-
-def _read_calibration(model: str, revision: str | None) -> Calibration | None:
-    path = cached_file(
-        model,
-        CALIBRATION_FILE,
-        revision=revision,
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-    )
-    if path is None:
-        return None
-    try:
-        with open(path, encoding="utf-8") as file:
-            values = json.load(file)
-        return Calibration(float(values["threshold"]), float(values["false_accept_rate"]))
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{CALIBRATION_FILE} of `model` must hold the numbers `threshold` and `false_accept_rate`. "
-            f"Got {path}: {_line(error)}; write it anew with `udon evaluate --calibrate`."
-        ) from error
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]
+    processor = encoder.processor
+    processing = {} if processor is None else processor_fields(processor)
+    pooling = network.config.pooling if isinstance(network, UdonModel) else encoder.pooling
+    described: list[Any] = [processing, pooling]
+    if processor is None or encoder.kind == "backbone" or encoder.transform != processor_transform(processor):
+        # Not as published: what was changed counts too.
+        described += [encoder.kind, encoder.image_size, str(encoder.transform), str(encoder.statistics)]
+    return hashlib.sha256(b"".join(sorted(digests)) + json.dumps(described, sort_keys=True).encode()).hexdigest()[:16]

@@ -144,11 +144,15 @@ class UdonModel(UdonPreTrainedModel):
         model.backbone = _drop_unused_pooler(backbone, model.config)
         return model
 
+    @property
+    def feature_dim(self) -> int:
+        """Width of the backbone's features."""
+        return self.config.backbone_config.hidden_size
+
     def student(self) -> "UdonModel":
         """Returns a model that shares backbone and student head with this one and has no teacher heads."""
-        values = self.config.to_dict() | {"domains": {}, "backbone_config": self.config.backbone_config}
         with torch.device("meta"):
-            student = UdonModel(UdonConfig(**{name: values[name] for name in _CONFIG_NAMES}))
+            student = UdonModel(UdonConfig(**self.config.shape() | {"domains": {}}))
         student.backbone = self.backbone
         student.student_head = self.student_head
         return student
@@ -208,7 +212,7 @@ class UdonModel(UdonPreTrainedModel):
 
     def _make_head(self, out_dim: int) -> UdonHead:
         config = self.config
-        return UdonHead(config.backbone_config.hidden_size, config.head_hidden_dims, out_dim, config.head_bias)
+        return UdonHead(self.feature_dim, config.head_hidden_dims, out_dim, config.head_bias)
 
     def _interpolation(self, wanted: bool) -> dict[str, bool]:
         if not wanted:
@@ -219,9 +223,6 @@ class UdonModel(UdonPreTrainedModel):
                 f"Got True with {type(self.backbone).__name__}."
             )
         return {"interpolate_pos_encoding": True}
-
-
-_CONFIG_NAMES = tuple(inspect.signature(UdonConfig.__init__).parameters)[1:-1]
 
 
 def _drop_unused_pooler(backbone: PreTrainedModel, config: UdonConfig) -> PreTrainedModel:

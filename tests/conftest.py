@@ -43,7 +43,7 @@ from modeling_udon.cli.train import train_and_publish
 from modeling_udon.config import TrainConfig
 from modeling_udon.config_file import load_config
 from modeling_udon.data.dataset import DomainBatch
-from modeling_udon.data.transforms import image_processor
+from modeling_udon.data.preprocessing import IMAGENET_STANDARD, image_processor
 from modeling_udon.training.run import build_run
 from modeling_udon.training.run_folder import RunFolder
 from modeling_udon.training.signals import StopSignals
@@ -174,7 +174,7 @@ def make_searchable(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., S
         backbone = {"model_type": "vit", "image_size": 16, "patch_size": 8, "hidden_size": 16, "num_hidden_layers": 1}
         backbone |= {"num_attention_heads": 2, "intermediate_size": 32, "initializer_range": 0.3}
         UdonModel(UdonConfig(backbone_config=backbone, embedding_dim=8)).student().save_pretrained(made.model)
-        image_processor(16, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)).save_pretrained(made.model)
+        image_processor(16, IMAGENET_STANDARD).save_pretrained(made.model)
         rng = np.random.default_rng(0)
         for number, domain in enumerate(domains):
             (made.pictures / domain).mkdir(parents=True)

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from modeling_udon import UdonConfig, UdonModel
-from modeling_udon.data.transforms import image_processor
+from modeling_udon.data.preprocessing import ChannelStatistics, image_processor
 
 BACKBONE = {
     "model_type": "vit",
@@ -29,7 +29,7 @@ def save_student(folder: Path, seed: int = 0, embedding_dim: int = 8) -> Path:
     torch.manual_seed(seed)
     model = UdonModel(UdonConfig(backbone_config=dict(BACKBONE), embedding_dim=embedding_dim, domains={"cars": 3}))
     model.student().save_pretrained(folder)
-    image_processor(16, (0.5, 0.4, 0.3), (0.5, 0.5, 0.4)).save_pretrained(folder)
+    image_processor(16, ChannelStatistics((0.5, 0.4, 0.3), (0.5, 0.5, 0.4))).save_pretrained(folder)
     return folder
 
 

@@ -43,13 +43,16 @@ FLOORS = {
     PACKAGE: 6,
     f"{PACKAGE}.data": 7,
     f"{PACKAGE}.prepare": 8,
-    f"{PACKAGE}.encoder": 8,
-    f"{PACKAGE}.search": 9,
-    f"{PACKAGE}.evaluation": 10,
-    f"{PACKAGE}.hub": 11,
-    f"{PACKAGE}.training": 12,
-    f"{PACKAGE}.cli": 13,
-    "train_udon": 14,
+    f"{PACKAGE}.calibration": 2,
+    f"{PACKAGE}.backbones": 8,
+    f"{PACKAGE}.encoder": 9,
+    f"{PACKAGE}.run_models": 10,
+    f"{PACKAGE}.search": 10,
+    f"{PACKAGE}.evaluation": 11,
+    f"{PACKAGE}.hub": 12,
+    f"{PACKAGE}.training": 13,
+    f"{PACKAGE}.cli": 14,
+    "train_udon": 15,
 }
 # Math and mechanics that know nothing of models and configs.
 LEAVES = {

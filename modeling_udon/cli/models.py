@@ -23,10 +23,10 @@ class Side:
 
 def open_model(model: str, revision: str | None, trust_remote_code: bool) -> Any:
     """Opens a model without a progress bar in a log."""
-    from modeling_udon.encoder import load_embedding_model
+    from modeling_udon.encoder import Encoder
 
     hide_bars_in_logs()
-    return load_embedding_model(model, revision, trust_remote_code)
+    return Encoder.open(model, revision=revision, trust_remote_code=trust_remote_code)
 
 
 def make_sides(first: Side, model2: str | None, index2: str | None, revision2: str | None) -> list[Side]:

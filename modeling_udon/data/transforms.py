@@ -18,19 +18,6 @@ import cv2
 import numpy as np
 import torch
 from PIL import Image
-from transformers import BaseImageProcessor
-
-try:
-    from transformers import CLIPImageProcessorPil as PillowImageProcessor
-except ImportError:  # transformers 4.x: there it is the only one, and bears the plain name.
-    from transformers import CLIPImageProcessor as PillowImageProcessor  # type: ignore[assignment]
-
-# The original's `MEAN_RGB` and `STDDEV_RGB` for its ViT backbones; transformers.image_utils has them by the same name.
-IMAGENET_STANDARD_MEAN = (0.5, 0.5, 0.5)
-IMAGENET_STANDARD_STD = (0.5, 0.5, 0.5)
-# Of the data that OpenAI trained CLIP on: the preprocessing in their `clip/clip.py`, and the original's CLIP config.
-OPENAI_CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-OPENAI_CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 # Pillow's default limit, 2**30 // 4 // 3, kept here because other libraries move Pillow's own.
 MAX_IMAGE_PIXELS = 89_478_485
@@ -159,6 +146,16 @@ def _to_rgb(image: Image.Image) -> np.ndarray:
     return np.array(image.convert("RGB"))
 
 
+def read_picture(image: Image.Image) -> np.ndarray:
+    """Turn a PIL image into upright RGB as `decode_image` does a file: `(H, W, 3)` uint8, contiguous and writable.
+
+    Raises:
+        ValueError: if the file behind it is damaged or cut short.
+    """
+    pixels = _decode_with_pillow(image)
+    return _turn_upright(pixels, _read_orientation(image))
+
+
 def _to_grey_8_bit(image: Image.Image) -> np.ndarray:
     values = np.asarray(image)
     if image.mode == "F":
@@ -251,10 +248,10 @@ class TrainTransform:
 class EvalTransform:
     """Resize the shorter side to `image_size`, keeping the aspect ratio, and cut out the centre.
 
-    With `antialias` (default) it equals, bit for bit, what `image_processor` gives to a user of the published student
-    from the same RGB image in its Pillow backend. Without, it is the original's preprocessing, rounded to uint8.
-    Beyond `MAX_ASPECT_RATIO` only the middle of the image is resized, so that memory stays bounded: whole, an image of
-    1 x 5000 pixels would become one of 224 x 1,120,000.
+    With `antialias` (default) it equals, bit for bit, what `preprocessing.image_processor` gives to a user of the
+    published student from the same RGB image in its Pillow backend. Without, it is the original's preprocessing,
+    rounded to uint8. Beyond `MAX_ASPECT_RATIO` only the middle of the image is resized, so that memory stays bounded:
+    whole, an image of 1 x 5000 pixels would become one of 224 x 1,120,000.
 
     Raises:
         ValueError: if `image_size` is not positive.
@@ -327,25 +324,3 @@ def _scale_and_shift(
     scale = [1 / (255 * channel_std) for channel_std in std]
     shift = [-channel_mean / channel_std for channel_mean, channel_std in zip(mean, std, strict=True)]
     return torch.tensor(scale, device=device).view(3, 1, 1), torch.tensor(shift, device=device).view(3, 1, 1)
-
-
-def image_processor(image_size: int, mean: Sequence[float], std: Sequence[float]) -> BaseImageProcessor:
-    """Build the published student's image processor; its `save_pretrained` writes `preprocessor_config.json`.
-
-    It does to an RGB image what `EvalTransform(image_size)` and `normalize` do. The file names `CLIPImageProcessor`,
-    which `AutoImageProcessor` finds in transformers 4.56 as in 5.x, without torchvision. Where torchvision is
-    installed, 5.x takes that backend, whose resize differs by a grey level; `backend="pil"` brings the equality back.
-    Unlike `decode_image` it neither turns an image upright nor composites it on white.
-
-    Raises:
-        ValueError: if `image_size` is not positive.
-    """
-    check_image_size(image_size)
-    return PillowImageProcessor(
-        size={"shortest_edge": image_size},
-        crop_size={"height": image_size, "width": image_size},
-        resample=Image.Resampling.BILINEAR,
-        image_mean=list(mean),
-        image_std=list(std),
-        do_convert_rgb=True,
-    )

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from modeling_udon.encoder import CALIBRATION_FILE
+from modeling_udon.calibration import CALIBRATION_FILE
 from modeling_udon.evaluation.metrics import flatten_labels
 from modeling_udon.evaluation.protocol import EmbeddedDomain, search_merged, versions
 from modeling_udon.storage import write_json

@@ -6,15 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-import torch
 from accelerate import PartialState
 from transformers.utils import logging as transformers_logging
 
+from modeling_udon.backbones import POOLINGS, Pooling
 from modeling_udon.data.domains import Domain, check_label_maps, open_domain
 from modeling_udon.domain_spec import DomainSpec
+from modeling_udon.encoder import Encoder
 from modeling_udon.evaluation.calibration import calibrate, write_calibration
-from modeling_udon.evaluation.encoders import Encoder, Pooling, open_model, open_run
 from modeling_udon.evaluation.gallery import GALLERY_FOLDER, make_gallery, write_sheets
 from modeling_udon.evaluation.measure import Embedder, Study, encode_with, measure, merge_results
 from modeling_udon.evaluation.neighbours import choose_kind, domains_with
@@ -22,6 +21,7 @@ from modeling_udon.evaluation.precomputed import KIND, read_split
 from modeling_udon.evaluation.protocol import check_metrics, write_results
 from modeling_udon.evaluation.report import write_report
 from modeling_udon.evaluation.tables import format_calibration, format_measurement
+from modeling_udon.run_models import open_run
 from modeling_udon.run_record import RunRecord, read_run
 
 RESULTS_FILE = "results.json"
@@ -33,10 +33,10 @@ class EvaluateOptions:
 
     Attributes:
         run: Folder of a run.
-        model: As `open_model` takes it.
+        model: As `Encoder.open` takes it.
         embeddings: As `read_split` takes them.
         split: The split to measure.
-        pooling: As `open_model` takes it, as are `image_size`, `revision` and `trust_remote_code`.
+        pooling: As `Encoder.open` takes it, as are `image_size`, `revision` and `trust_remote_code`.
         batch_size: Images of one forward pass on each process.
         num_workers: Processes that decode.
         mixed_precision: As Accelerate names it.
@@ -201,24 +201,24 @@ def _open_encoder(options: EvaluateOptions, run: RunRecord | None) -> Encoder | 
         return open_run(run)
     if options.model is None:
         return None
-    return open_model(
+    encoder = Encoder.open(
         options.model,
-        options.pooling,
+        pooling=options.pooling,
         revision=options.revision,
         trust_remote_code=options.trust_remote_code,
         image_size=options.image_size,
     )
+    if encoder.kind == "features" and options.pooling is None:
+        raise ValueError(
+            f"--pooling must be named for {options.model}, which is not a UDON model: one of {', '.join(POOLINGS)}"
+        )
+    return encoder
 
 
 def _check_pca(dims: Sequence[int], encoder: Encoder | None) -> None:
     """Refuses dimensions that the model does not have before all images are embedded."""
-    if not dims or encoder is None:
-        return
-    grey = torch.from_numpy(encoder.transform(np.full((64, 64, 3), 128, np.uint8)))[None]
-    with torch.no_grad():
-        dim = encoder.embed_for("")(grey)[encoder.kind].shape[1]
-    if wrong := [wanted for wanted in dims if wanted > dim]:
-        raise ValueError(f"--pca must be at most {dim}, the dimension of {encoder.name}. Got {wrong[0]}.")
+    if encoder is not None and (wrong := [wanted for wanted in dims if wanted > encoder.dim]):
+        raise ValueError(f"--pca must be at most {encoder.dim}, the dimension of {encoder.name}. Got {wrong[0]}.")
 
 
 def _open_domains(specs: Mapping[str, DomainSpec], seed: int) -> dict[str, Domain]:

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 from tqdm import tqdm
 
 from modeling_udon.data.domains import Domain
+from modeling_udon.encoder import Encoder
 from modeling_udon.evaluation.analysis import (
     bootstrap_intervals,
     domain_confusion,
@@ -19,8 +19,7 @@ from modeling_udon.evaluation.analysis import (
     values_by_domain,
 )
 from modeling_udon.evaluation.compression import quality_per_byte, reduce_domains
-from modeling_udon.evaluation.embedder import Embed, ImageEmbedder
-from modeling_udon.evaluation.encoders import Encoder
+from modeling_udon.evaluation.embedder import ImageEmbedder
 from modeling_udon.evaluation.leaks import Content, find_leaks
 from modeling_udon.evaluation.neighbours import (
     EmbeddedSplit,
@@ -81,9 +80,7 @@ def encode_with(encoder: Encoder, batch_size: int, num_workers: int, mixed_preci
         mixed_precision: As Accelerate names it: "no", "bf16", "fp16".
     """
     accelerator = Accelerator(mixed_precision=mixed_precision)
-    if encoder.module is not None:
-        encoder.module.to(accelerator.device)
-    embedder = ImageEmbedder(encoder.transform, batch_size, num_workers, accelerator)
+    encoder.to(accelerator.device)
 
     def embed(domains: Mapping[str, Domain], split: str) -> EmbeddedSplit:
         chosen = domains_with(domains, split)
@@ -91,17 +88,11 @@ def encode_with(encoder: Encoder, batch_size: int, num_workers: int, mixed_preci
         total = sum(_num_images(domain, split) for domain in chosen.values()) // accelerator.num_processes
         with tqdm(total=total, unit="image", dynamic_ncols=True, disable=silent) as bar:
 
-            def embed_for(name: str) -> Embed:
+            def tell(name: str, num_images: int) -> None:
                 bar.set_description(name)
-                function = encoder.embed_for(name)
+                bar.update(num_images)
 
-                def counted(pixels: torch.Tensor) -> Mapping[str, torch.Tensor]:
-                    bar.update(len(pixels))
-                    return function(pixels)
-
-                return counted
-
-            return embed_split(chosen, split, embedder, embed_for)
+            return embed_split(chosen, split, ImageEmbedder(batch_size, num_workers, accelerator, tell), encoder)[0]
 
     return embed
 

@@ -1,20 +1,18 @@
 """A model's retrieval on the splits of its domains, and what it has to beat."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+from torch import nn
 
-from modeling_udon.data.domains import Domain, EvaluationSplit, ImageSplit
+from modeling_udon.data.dataset import BrokenImage
+from modeling_udon.data.domains import Domain, EvaluationSplit
 from modeling_udon.data.labels import Labels
-from modeling_udon.evaluation.embedder import (
-    Embed,
-    ImageEmbedder,
-    embed_raw_pixels,
-    embed_with_model,
-    shrink_to_thumbnail,
-)
+from modeling_udon.encoder import RAW_PIXELS, Encoder
+from modeling_udon.evaluation.embedder import EmbeddedImages, ImageEmbedder
 from modeling_udon.evaluation.protocol import (
     METRICS,
     EmbeddedDomain,
@@ -26,9 +24,7 @@ from modeling_udon.evaluation.protocol import (
     search_merged,
     search_separate,
 )
-from modeling_udon.modeling_udon import UdonModel
 
-Channels = tuple[float, float, float]
 # By domain, then by kind of embedding: "student", "teacher", "backbone".
 EmbeddedSplit = dict[str, dict[str, EmbeddedDomain]]
 
@@ -41,11 +37,13 @@ class SplitNeighbours:
         merged: In the index of all domains.
         separate: In the index of the own domain.
         teachers: In the index of the own domain, by the teachers' embeddings; empty without teachers.
+        broken: Images that could not be read.
     """
 
     merged: dict[str, Neighbours]
     separate: dict[str, Neighbours]
     teachers: dict[str, Neighbours]
+    broken: tuple[BrokenImage, ...] = ()
 
     def scores(self, metrics: Sequence[str] = METRICS) -> SplitScores:
         """Scores what was found."""
@@ -57,75 +55,59 @@ class SplitNeighbours:
         )
 
 
-def evaluate_model(
-    model: UdonModel,
-    domains: Mapping[str, Domain],
-    split: str,
-    embedder: ImageEmbedder,
-    mean: Channels,
-    std: Channels,
-) -> SplitScores:
-    """Scores student and teachers on every domain that has the split.
-
-    Args:
-        model: The model; it is put into evaluation mode for the while.
-        domains: The opened domains.
-        split: `"validation"` or `"test"`.
-        embedder: Runs the images through the model.
-        mean: Mean of each channel that the model was trained with.
-        std: Standard deviation of each channel.
-    """
-    return search_model(model, domains, split, embedder, mean, std).scores()
+def evaluate_model(encoder: Encoder, domains: Mapping[str, Domain], split: str, embedder: ImageEmbedder) -> SplitScores:
+    """Scores student and teachers on every domain that has the split; see `search_model`."""
+    return search_model(encoder, domains, split, embedder).scores()
 
 
 def search_model(
-    model: UdonModel,
-    domains: Mapping[str, Domain],
-    split: str,
-    embedder: ImageEmbedder,
-    mean: Channels,
-    std: Channels,
+    encoder: Encoder, domains: Mapping[str, Domain], split: str, embedder: ImageEmbedder
 ) -> SplitNeighbours:
-    """Finds what `evaluate_model` scores; the same arguments."""
-    was_training = model.training
-    model.eval()
-    embedded = embed_split(domains, split, embedder, lambda name: embed_with_model(model, mean, std, name))
-    model.train(was_training)
-    return search_split(embedded, "student", **search_options(embedder))
+    """Finds the neighbours of student and teachers on every domain that has the split.
+
+    Args:
+        encoder: A student; its network is put into evaluation mode meanwhile.
+        domains: The opened domains.
+        split: `"validation"` or `"test"`.
+        embedder: Runs the images through the encoder.
+    """
+    with _evaluation_mode(encoder.network):
+        embedded, broken = embed_split(domains, split, embedder, encoder)
+    return replace(search_split(embedded, encoder.kind, **search_options(embedder)), broken=broken)
 
 
 def evaluate_baselines(
-    model: UdonModel,
-    domains: Mapping[str, Domain],
-    split: str,
-    embedder: ImageEmbedder,
-    mean: Channels,
-    std: Channels,
-) -> dict[str, Scores]:
+    encoder: Encoder, domains: Mapping[str, Domain], split: str, embedder: ImageEmbedder
+) -> tuple[dict[str, Scores], tuple[BrokenImage, ...]]:
     """Scores what a trained student has to beat, on the merged index.
 
     Args:
-        model: The model before training.
+        encoder: The student before training.
         domains: The opened domains.
         split: `"validation"` or `"test"`.
-        embedder: Runs the images through the model.
-        mean: Mean of each channel that the model is trained with.
-        std: Standard deviation of each channel.
+        embedder: Runs the images through the encoder.
 
     Returns:
-        `"untrained"`, the backbone's own features at their full width, and `"raw_pixels"`.
+        Scores of `"untrained"`, the backbone's own features at their full width, and `"raw_pixels"`; and the images
+        that could not be read.
     """
-    was_training = model.training
-    model.eval()
-    backbone = embed_split(domains, split, embedder, lambda name: embed_with_model(model, mean, std))
-    model.train(was_training)
-    thumbnails = replace(embedder, transform=shrink_to_thumbnail)
-    pixels = embed_split(domains, split, thumbnails, lambda name: embed_raw_pixels)
-    search = search_options(embedder)
-    return {
-        "untrained": score_merged(choose_kind(backbone, "backbone"), **search),
-        "raw_pixels": score_merged(choose_kind(pixels, "raw_pixels"), **search),
-    }
+    scores, search = {}, search_options(embedder)
+    broken: tuple[BrokenImage, ...] = ()
+    for name, baseline in (("untrained", encoder.backbone()), ("raw_pixels", Encoder.open(RAW_PIXELS))):
+        with _evaluation_mode(baseline.network):
+            embedded, broken = embed_split(domains, split, embedder, baseline)
+        scores[name] = score_merged(choose_kind(embedded, baseline.kind), **search)
+    return scores, broken
+
+
+@contextmanager
+def _evaluation_mode(network: nn.Module) -> Iterator[None]:
+    was_training = network.training
+    network.eval()
+    try:
+        yield
+    finally:
+        network.train(was_training)
 
 
 def domains_with(domains: Mapping[str, Domain], split: str) -> dict[str, Domain]:
@@ -134,50 +116,52 @@ def domains_with(domains: Mapping[str, Domain], split: str) -> dict[str, Domain]
 
 
 def embed_split(
-    domains: Mapping[str, Domain], split: str, embedder: ImageEmbedder, embed_for: Callable[[str], Embed]
-) -> EmbeddedSplit:
+    domains: Mapping[str, Domain], split: str, embedder: ImageEmbedder, encoder: Encoder
+) -> tuple[EmbeddedSplit, tuple[BrokenImage, ...]]:
     """Embeds query and index set of every domain that has the split.
 
     Args:
         domains: The opened domains.
         split: `"validation"` or `"test"`.
-        embedder: Runs the images through the embedding function.
-        embed_for: Gives the embedding function of a domain.
+        embedder: Runs the images through the encoder.
+        encoder: The encoder, in evaluation mode.
+
+    Returns:
+        The embeddings, and the images that could not be read.
     """
     embedded: EmbeddedSplit = {}
+    broken: list[BrokenImage] = []
     for name, domain in domains_with(domains, split).items():
-        images, embed = domain.evaluation[split], embed_for(name)
+        images = domain.evaluation[split]
         query_labels, index_labels = integer_labels(images)
-        query, query_rows = _embed_whole(images.query, embedder, embed, name, f"{split} query")
-        index, index_rows = None, None
-        if images.index is not None:
-            index, index_rows = _embed_whole(images.index, embedder, embed, name, f"{split} index")
-        num_images = len(images.query) + (0 if images.index is None else len(images.index))
-        for kind, values in query.items():
-            of_index = None if index is None else index[kind]
+        query = embedder(images.query.images, encoder, name, f"{split} query")
+        index = None if images.index is None else embedder(images.index.images, encoder, name, f"{split} index")
+        broken += [*query.broken, *(() if index is None else index.broken)]
+        query_rows = _readable_rows(query)
+        index_rows = None if index is None else _readable_rows(index)
+        for kind in query.embeddings:
             embedded.setdefault(name, {})[kind] = EmbeddedDomain(
-                values,
+                _chosen(query.embeddings[kind], query_rows),
                 query_labels if query_rows is None else [query_labels[row] for row in query_rows],
-                of_index,
+                None if index is None else _chosen(index.embeddings[kind], index_rows),
                 index_labels if index_labels is None or index_rows is None else index_labels[index_rows],
                 query_rows,
                 index_rows,
-                num_images - len(values) - (0 if of_index is None else len(of_index)),
+                len(query.broken) + (0 if index is None else len(index.broken)),
             )
-    return embedded
+    return embedded, tuple(broken)
 
 
-def _embed_whole(
-    images: ImageSplit, embedder: ImageEmbedder, embed: Embed, name: str, split: str
-) -> tuple[dict[str, np.ndarray], np.ndarray | None]:
-    """Embeds what can be read; gives its rows as well, `None` for all."""
-    num_broken = len(embedder.broken)
-    embeds = embedder(images.images, embed, name, split)
-    broken = [image.row for image in embedder.broken[num_broken:]]
-    if not broken:
-        return embeds, None
-    rows = np.setdiff1d(np.arange(len(images)), broken)
-    return {kind: values[rows] for kind, values in embeds.items()}, rows
+def _readable_rows(images: EmbeddedImages) -> np.ndarray | None:
+    """Rows of the images that could be read; `None` for all."""
+    if not images.broken:
+        return None
+    num_images = len(next(iter(images.embeddings.values())))
+    return np.setdiff1d(np.arange(num_images), [image.row for image in images.broken])
+
+
+def _chosen(values: np.ndarray, rows: np.ndarray | None) -> np.ndarray:
+    return values if rows is None else values[rows]
 
 
 def search_split(

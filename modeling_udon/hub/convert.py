@@ -12,13 +12,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from torch.nn import functional as F
 from transformers import AutoConfig, CLIPVisionModel, PreTrainedModel, ViTModel
 
-from modeling_udon.data.transforms import (
-    IMAGENET_STANDARD_MEAN,
-    IMAGENET_STANDARD_STD,
-    OPENAI_CLIP_MEAN,
-    OPENAI_CLIP_STD,
-    image_processor,
-)
+from modeling_udon.data.preprocessing import IMAGENET_STANDARD, OPENAI_CLIP, image_processor
 from modeling_udon.hub.checkpoints import read_arrays
 from modeling_udon.hub.originals import STUDENT_HEAD, Original, describe
 from modeling_udon.hub.student import check_out
@@ -185,8 +179,7 @@ def _load_head(head: torch.nn.Module, prefix: str, state: Mapping[str, torch.Ten
 def _write(model: PreTrainedModel, card: ModelCard, folder: Path) -> None:
     config = model.config.backbone_config if isinstance(model, UdonModel) else model.config
     is_clip = config.model_type == "clip_vision_model"
-    mean, std = (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD) if is_clip else (IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_STD)
-    processor = image_processor(config.image_size, mean, std)
+    processor = image_processor(config.image_size, OPENAI_CLIP if is_clip else IMAGENET_STANDARD)
     if isinstance(model, UdonModel):
         export_student(model, processor, card, folder, keep_teachers=True)
         return

@@ -1,25 +1,24 @@
 """`udon export`: a student in a form that needs no remote code, checked against the student itself."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import nn
 
 from modeling_udon.data.domains import open_domain
-from modeling_udon.data.transforms import normalize
 from modeling_udon.domain_spec import DomainSpec
-from modeling_udon.evaluation.embedder import Embed
-from modeling_udon.evaluation.encoders import Encoder
+from modeling_udon.encoder import Encoder
 from modeling_udon.evaluation.measure import encode_with
 from modeling_udon.evaluation.neighbours import choose_kind, domains_with
 from modeling_udon.evaluation.protocol import score_merged
 from modeling_udon.evaluation.tables import align
 from modeling_udon.hub.modules_format import embed_with_modules, write_modules
 from modeling_udon.hub.native_format import embed_natively, write_native
-from modeling_udon.hub.onnx_format import FLOAT_FILE, INT8_FILE, open_onnx, quantise, write_onnx
-from modeling_udon.hub.student import Student, check_out, open_student, probe_images
+from modeling_udon.hub.onnx_format import FLOAT_FILE, INT8_FILE, OnnxModel, open_onnx, quantise, write_onnx
+from modeling_udon.hub.student import check_out, embed_as_published, open_student, probe_images, processed
 from modeling_udon.run_record import read_run
 from modeling_udon.storage import replaced_folder
 
@@ -97,20 +96,22 @@ def export_model(
         elif options.format == "native":
             write_native(student, draft)
             images = probe_images()
-            _check(embed_natively(student, draft, images), student.embed(images), TOLERANCE, "transformers", say)
+            actual, expected = embed_natively(student, draft, images), embed_as_published(student, images)
+            _check(actual, expected, TOLERANCE, "transformers", say)
         else:
             write_modules(student, draft)
             images = probe_images()
-            _check(embed_with_modules(draft, images), student.embed(images), TOLERANCE, "sentence-transformers", say)
+            actual, expected = embed_with_modules(draft, images), embed_as_published(student, images)
+            _check(actual, expected, TOLERANCE, "sentence-transformers", say)
     for path in sorted(path for path in out.rglob("*") if path.is_file()):
         say(f"{path.stat().st_size:>13,}  {path.relative_to(out)}")
     say(f"wrote {out}")
 
 
-def _export_onnx(student: Student, folder: Path, say: Say) -> None:
+def _export_onnx(student: Encoder, folder: Path, say: Say) -> None:
     write_onnx(student, folder)
     graph, images = open_onnx(folder / FLOAT_FILE), probe_images()
-    pixels, expected = student.pixels(images).numpy(), student.embed(images)
+    pixels, expected = processed(student, images).numpy(), embed_as_published(student, images)
     # One image and several: the batch is free.
     single = np.concatenate([graph(pixels[row : row + 1]) for row in range(len(pixels))])
     _check(np.concatenate([graph(pixels), single]), np.concatenate([expected] * 2), ONNX_TOLERANCE, "onnxruntime", say)
@@ -136,7 +137,7 @@ def _check(actual: np.ndarray, expected: np.ndarray, tolerance: float, library: 
 
 
 def _export_int8(
-    student: Student, folder: Path, options: ExportOptions, specs: Mapping[str, DomainSpec], seed: int, say: Say
+    student: Encoder, folder: Path, options: ExportOptions, specs: Mapping[str, DomainSpec], seed: int, say: Say
 ) -> None:
     domains = {name: open_domain(name, spec, seed) for name, spec in specs.items()}
     if not domains_with(domains, options.split):
@@ -144,10 +145,9 @@ def _export_int8(
     quantise(folder)
     graph = open_onnx(folder / INT8_FILE)
     scores = []
-    for embed in (student.embedding, lambda pixels: torch.from_numpy(graph(_normalised(student, pixels)))):
-        encoder = _encoder(student, embed)
+    for encoder in (student, replace(student, network=_Graph(graph), kind="features")):
         embedded = encode_with(encoder, options.batch_size, options.num_workers, "no")(domains, options.split)
-        scores.append(score_merged(choose_kind(embedded, "student"), ("R@1",)))
+        scores.append(score_merged(choose_kind(embedded, encoder.kind), ("R@1",)))
     full, small = scores
     rows = [(name, full["domains"][name]["R@1"], small["domains"][name]["R@1"]) for name in full["domains"]] + [
         ("mean", full["mean"]["R@1"], small["mean"]["R@1"])
@@ -157,14 +157,13 @@ def _export_int8(
     say(align([("domain", "float32", "int8", "loss"), *cells]) + "\n")
 
 
-def _normalised(student: Student, pixels: torch.Tensor) -> np.ndarray:
-    return normalize(pixels, student.embedding.mean, student.embedding.std).cpu().numpy()
+class _Graph(nn.Module):
+    """An ONNX graph in the place of a student's network."""
 
+    def __init__(self, graph: OnnxModel) -> None:
+        super().__init__()
+        self._graph = graph
 
-def _encoder(student: Student, embed: Callable[[torch.Tensor], torch.Tensor]) -> Encoder:
-    def embed_kinds(pixels: torch.Tensor) -> dict[str, torch.Tensor]:
-        return {"student": embed(pixels)}
-
-    function: Embed = embed_kinds
-    embedding = student.embedding
-    return Encoder(embedding.name, "student", embedding.transform, lambda domain: function, embedding.network, None, {})
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """`(batch_size, 3, height, width)` -> `(batch_size, embedding_dim)`."""
+        return torch.from_numpy(self._graph(pixel_values.cpu().numpy()))

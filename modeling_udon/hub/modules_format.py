@@ -10,7 +10,8 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
 
-from modeling_udon.hub.student import Student, require
+from modeling_udon.encoder import Encoder
+from modeling_udon.hub.student import require, student_network, student_processor
 from modeling_udon.hub.student_folder import (
     MODULES_FILE,
     TRANSFORMER_FILE,
@@ -26,13 +27,13 @@ _NORMALIZE = f"{_BASE}.normalize.Normalize"
 _DENSE = f"{_BASE}.dense.Dense"
 
 
-def write_modules(student: Student, folder: Path) -> None:
+def write_modules(student: Encoder, folder: Path) -> None:
     """Writes `Transformer -> [Pooling] -> Normalize -> Dense -> Normalize`: backbone, class token, head.
 
     Raises:
         ValueError: If the head has hidden layers.
     """
-    model = student.network
+    model = student_network(student)
     if model.config.head_hidden_dims:
         raise ValueError(
             "--format sentence-transformers must have a linear head: its Dense takes activations of torch that have "
@@ -45,7 +46,7 @@ def write_modules(student: Student, folder: Path) -> None:
         *(("pooler_output", "sentence_embedding") if pooled else ("last_hidden_state", "token_embeddings"))
     )
     model.backbone.save_pretrained(folder)
-    student.processor.save_pretrained(folder)
+    student_processor(student).save_pretrained(folder)
     write_json(folder / TRANSFORMER_FILE, settings | _without_pooler(model.backbone))
     modules: list[tuple[str, dict[str, Any]]] = []
     if not pooled:

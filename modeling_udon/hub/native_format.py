@@ -12,21 +12,22 @@ from PIL import Image
 from torch.nn import functional as F
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection, PreTrainedModel, ViTConfig, ViTModel
 
-from modeling_udon.hub.student import Student
+from modeling_udon.encoder import Encoder
+from modeling_udon.hub.student import processed, student_network, student_processor
 from modeling_udon.modeling_udon import UdonModel
 
 # The backbones that have a place for the head, and the pooling with which it takes the same token.
 _POOLINGS = {"vit": "cls", "clip_vision_model": "pooler"}
 
 
-def write_native(student: Student, folder: Path) -> None:
+def write_native(student: Encoder, folder: Path) -> None:
     """Writes a `CLIPVisionModelWithProjection`, or a `ViTModel` whose pooler is the head.
 
     Raises:
         ValueError: If no such model is exact.
     """
-    _check_exact(student.network)
-    backbone, head = student.network.backbone, student.network.student_head.projection
+    _check_exact(student_network(student))
+    backbone, head = student_network(student).backbone, student_network(student).student_head.projection
     state, values = backbone.state_dict(), backbone.config.to_dict()
     model: PreTrainedModel
     if backbone.config.model_type == "vit":
@@ -43,14 +44,14 @@ def write_native(student: Student, folder: Path) -> None:
         state["visual_projection.weight"] = head.weight
     model.load_state_dict(state)
     model.save_pretrained(folder)
-    student.processor.save_pretrained(folder)
+    student_processor(student).save_pretrained(folder)
 
 
 @torch.no_grad()
-def embed_natively(student: Student, folder: Path, images: list[Image.Image]) -> np.ndarray:
+def embed_natively(student: Encoder, folder: Path, images: list[Image.Image]) -> np.ndarray:
     """Embeds images as a user of the plain model does, with the normalisation that it lacks."""
-    pixels = student.pixels(images)
-    if student.network.backbone.config.model_type == "vit":
+    pixels = processed(student, images)
+    if student_network(student).backbone.config.model_type == "vit":
         embeds = ViTModel.from_pretrained(folder).eval()(pixels).pooler_output
     else:
         embeds = CLIPVisionModelWithProjection.from_pretrained(folder).eval()(pixels).image_embeds

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from modeling_udon.hub.student import Student, require
+from modeling_udon.encoder import Encoder
+from modeling_udon.hub.student import require, student_network, student_processor
 from modeling_udon.modeling_udon import UdonModel
 
 FLOAT_FILE = "model.onnx"
@@ -35,21 +36,20 @@ class _Embed(nn.Module):
         return self.model(pixel_values).image_embeds
 
 
-def write_onnx(student: Student, folder: Path) -> None:
+def write_onnx(student: Encoder, folder: Path) -> None:
     """Writes the graph with its weights in float32, and the image processor.
 
     Raises:
         ImportError: If a package of the extra is missing.
     """
     require("onnxscript", "export")
-    config = student.network.config.backbone_config
-    size = student.embedding.transform(np.zeros((64, 64, 3), np.uint8)).shape
-    num_bytes = sum(value.nbytes for value in student.network.state_dict().values())
+    config = student_network(student).config.backbone_config
+    num_bytes = sum(value.nbytes for value in student_network(student).state_dict().values())
     # Two images: torch.export takes a dimension of one for fixed.
     with _without_notes():
         torch.onnx.export(
-            _Embed(student.network).eval(),
-            (torch.zeros(2, config.num_channels, size[0], size[1]),),
+            _Embed(student_network(student)).eval(),
+            (torch.zeros(2, config.num_channels, student.image_size, student.image_size),),
             str(folder / FLOAT_FILE),
             input_names=[INPUT],
             output_names=[OUTPUT],
@@ -60,7 +60,7 @@ def write_onnx(student: Student, folder: Path) -> None:
             verbose=False,
         )
     _strip_traces(folder / FLOAT_FILE)
-    student.processor.save_pretrained(folder)
+    student_processor(student).save_pretrained(folder)
 
 
 def quantise(folder: Path) -> None:

@@ -26,7 +26,7 @@ from tqdm import tqdm
 from transformers.utils import cached_file
 from transformers.utils.hub import extract_commit_hash
 
-from modeling_udon.encoder import load_embedding_model
+from modeling_udon.encoder import Encoder
 from modeling_udon.hub.errors import reason_of
 from modeling_udon.search.index import ABOUT_FILE, INDEX_FILE, METADATA_FILE, ImageIndex
 from modeling_udon.search.query import check_model
@@ -195,7 +195,7 @@ def _check_target(target: Path, force: bool) -> None:
 def _place(side: SpaceSide, number: int, space: Path, trust_remote_code: bool, say: Say) -> _Placed:
     """Checks that the model is the index's, and brings both into the Space."""
     index = ImageIndex(side.index)
-    check_model(index, load_embedding_model(side.model, side.revision, trust_remote_code))
+    check_model(index, Encoder.open(side.model, revision=side.revision, trust_remote_code=trust_remote_code))
     source, model, revision = Path(side.model), side.model, side.revision
     title = model
     if source.is_dir():
@@ -297,15 +297,15 @@ def _requirements(modules: Mapping[str, Path]) -> str:
 
 def _app_file(placed: Sequence[_Placed], has_examples: bool, trust_remote_code: bool) -> str:
     sides = "".join(
-        f"        open_side({side.index!r}, lambda: load_embedding_model({side.model!r}, {side.revision!r}, "
-        f"{trust_remote_code}), {side.title!r}),\n"
+        f"        open_side({side.index!r}, lambda: Encoder.open({side.model!r}, revision={side.revision!r}, "
+        f"trust_remote_code={trust_remote_code}), {side.title!r}),\n"
         for side in placed
     )
     examples = 'find_examples("examples")' if has_examples else "[]"
     return f'''"""The page of `udon app`, as a Space."""
 
 from modeling_udon.search.app import find_examples, make_page, open_side, start
-from modeling_udon.encoder import load_embedding_model
+from modeling_udon.encoder import Encoder
 
 page = make_page(
     [

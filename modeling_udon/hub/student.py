@@ -1,17 +1,15 @@
 """A published student, opened to be written in another form, and images by which the forms are compared."""
 
 import importlib
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
-from transformers import AutoImageProcessor
 from transformers.image_processing_utils import BaseImageProcessor
 
-from modeling_udon.encoder import EmbeddingModel, load_embedding_model
+from modeling_udon.encoder import Encoder
 from modeling_udon.modeling_udon import UdonModel
 
 # The file that every folder of a model has, in whatever form.
@@ -20,33 +18,7 @@ PROCESSOR_FILE = "preprocessor_config.json"
 _PROBE_SIZES = ((48, 64), (200, 150), (301, 97), (64, 64), (33, 240), (120, 90))
 
 
-@dataclass(frozen=True)
-class Student:
-    """A student with its preprocessing.
-
-    Attributes:
-        network: The model without teachers, in float32 and evaluation mode.
-        embedding: The same as a function of pixels.
-        processor: What turns images into its input.
-        run: Folder of the run that it was found in, `None` if it was named itself.
-    """
-
-    network: UdonModel
-    embedding: EmbeddingModel
-    processor: BaseImageProcessor
-    run: Path | None
-
-    @torch.no_grad()
-    def embed(self, images: list[Image.Image]) -> np.ndarray:
-        """Embeds images as a user of transformers does: `(len(images), embedding_dim)`."""
-        return self.network(self.pixels(images)).image_embeds.numpy()
-
-    def pixels(self, images: list[Image.Image]) -> torch.Tensor:
-        """What the image processor makes of images, of shape `(len(images), 3, height, width)`."""
-        return self.processor(images=images, return_tensors="pt")["pixel_values"]
-
-
-def open_student(model: str, revision: str | None = None) -> Student:
+def open_student(model: str, revision: str | None = None) -> Encoder:
     """Opens a student.
 
     Args:
@@ -56,13 +28,33 @@ def open_student(model: str, revision: str | None = None) -> Student:
     Raises:
         ValueError: If it does not open or is no UDON model.
     """
-    run = Path(model) if (Path(model) / "best" / "config.json").is_file() else None
-    source = model if run is None else str(run / "best")
-    embedding = load_embedding_model(source, revision)
-    if not isinstance(embedding.network, UdonModel):
-        raise ValueError(f"`model` must be a UDON student. Got {model!r}, a {type(embedding.network).__name__}.")
-    processor = AutoImageProcessor.from_pretrained(source, revision=revision or "main")
-    return Student(embedding.network, embedding, processor, run)
+    encoder = Encoder.open(model, revision=revision)
+    if not isinstance(encoder.network, UdonModel):
+        raise ValueError(f"`model` must be a UDON student. Got {model!r}, a model of another kind.")
+    return encoder
+
+
+def student_network(student: Encoder) -> UdonModel:
+    """Returns the model of an encoder that `open_student` gave."""
+    assert isinstance(student.network, UdonModel), "checked when it was opened"
+    return student.network
+
+
+def student_processor(student: Encoder) -> BaseImageProcessor:
+    """Returns the image processor of an encoder that `open_student` gave."""
+    assert student.processor is not None, "a student in a folder has one"
+    return student.processor
+
+
+def processed(student: Encoder, images: list[Image.Image]) -> torch.Tensor:
+    """Returns what the student's image processor makes of images, of shape `(len(images), 3, height, width)`."""
+    return student_processor(student)(images=images, return_tensors="pt")["pixel_values"]
+
+
+@torch.no_grad()
+def embed_as_published(student: Encoder, images: list[Image.Image]) -> np.ndarray:
+    """Embeds images as a user of transformers does: `(len(images), embedding_dim)`."""
+    return student_network(student)(processed(student, images)).image_embeds.numpy()
 
 
 def probe_images() -> list[Image.Image]:

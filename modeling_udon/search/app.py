@@ -14,7 +14,7 @@ from gradio.utils import get_upload_folder
 from modeling_udon.data.files import lies_in, read_file
 from modeling_udon.data.folders import walk_images
 from modeling_udon.data.transforms import decode_image
-from modeling_udon.encoder import EmbeddingModel
+from modeling_udon.encoder import Encoder
 from modeling_udon.search.index import ImageIndex
 from modeling_udon.search.limits import Middleware, RateLimit
 from modeling_udon.search.query import QueryResult, check_model, search_decoded
@@ -85,11 +85,11 @@ class Side:
     """
 
     title: str
-    model: EmbeddingModel
+    model: Encoder
     index: ImageIndex
 
 
-def open_side(index: str | os.PathLike[str], load: Callable[[], EmbeddingModel], title: str | None = None) -> Side:
+def open_side(index: str | os.PathLike[str], load: Callable[[], Encoder], title: str | None = None) -> Side:
     """Opens an index and its model.
 
     Args:

@@ -16,8 +16,8 @@ from torch.utils.data import DataLoader, Sampler
 from torch.utils.data import Dataset as TorchDataset
 from tqdm import tqdm
 
-from modeling_udon.data.transforms import decode_image, use_one_thread
-from modeling_udon.encoder import EmbeddingModel, Transform
+from modeling_udon.data.transforms import ImageTransform, decode_image, use_one_thread
+from modeling_udon.encoder import Encoder
 from modeling_udon.search.shards import (
     LISTING_FILE,
     SKIPPED_FILE,
@@ -114,7 +114,7 @@ class DecodedSlices(TorchDataset[DecodedImages]):
         thumbnails: Whether to make them.
     """
 
-    def __init__(self, source: ImageSource, transform: Transform, thumbnails: bool = False) -> None:
+    def __init__(self, source: ImageSource, transform: ImageTransform, thumbnails: bool = False) -> None:
         self._source = source
         self._transform = transform
         self._thumbnails = thumbnails
@@ -165,7 +165,7 @@ class _Shard:
 
 def embed_source(
     spec: SourceSpec,
-    model: EmbeddingModel,
+    model: Encoder,
     out: str | os.PathLike[str],
     options: EmbedOptions,
     force: bool = False,
@@ -218,7 +218,7 @@ def embed_source(
 def _prepare(
     folder: Path,
     opened: OpenedSource,
-    model: EmbeddingModel,
+    model: Encoder,
     options: EmbedOptions,
     force: bool,
     say: Callable[[str], None],
@@ -245,7 +245,7 @@ def _prepare(
 @torch.inference_mode()
 def _embed_shards(
     source: ImageSource,
-    model: EmbeddingModel,
+    model: Encoder,
     shards: ShardFolder,
     mine: Sequence[int],
     options: EmbedOptions,
@@ -281,7 +281,7 @@ def _embed_shards(
 
 def make_loader(
     source: ImageSource,
-    transform: Transform,
+    transform: ImageTransform,
     slices: Sampler[Slice],
     options: EmbedOptions,
     accelerator: Accelerator,

@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from modeling_udon.calibration import Calibration
 from modeling_udon.data.files import read_file
 from modeling_udon.data.folders import walk_images
 from modeling_udon.data.transforms import decode_image
-from modeling_udon.encoder import Calibration, EmbeddingModel
+from modeling_udon.encoder import Encoder
 from modeling_udon.search.index import ImageIndex
 from modeling_udon.search.thumbnails import make_thumbnail
 from modeling_udon.text import printable
@@ -103,7 +104,7 @@ class SearchResults:
 def search_images(
     queries: Sequence[str | os.PathLike[str]],
     index: str | os.PathLike[str],
-    model: Callable[[], EmbeddingModel] | EmbeddingModel,
+    model: Callable[[], Encoder] | Encoder,
     k: int = 5,
     domain: str | None = None,
     batch_size: int = 32,
@@ -128,7 +129,7 @@ def search_images(
         known = ", ".join(opened.domains()) or "none, since its images were embedded without"
         raise ValueError(f"`domain` must be one of the index: {known}. Got {domain!r}.")
     files = list(_query_files(queries))
-    loaded = model if isinstance(model, EmbeddingModel) else model()
+    loaded = model if isinstance(model, Encoder) else model()
     check_model(opened, loaded)
     results: list[QueryResult] = []
     readable = _readable(files, warn)
@@ -140,7 +141,7 @@ def search_images(
     return SearchResults(results, str(index), about.kind, about.num_images, loaded.name, domain, loaded.calibration)
 
 
-def check_model(index: ImageIndex, model: EmbeddingModel) -> None:
+def check_model(index: ImageIndex, model: Encoder) -> None:
     """Refuses a model that the index was not made with.
 
     Raises:
@@ -202,7 +203,7 @@ def _readable(files: Sequence[Path], warn: Callable[[str], None]) -> Iterator[tu
 
 @torch.inference_mode()
 def search_decoded(
-    index: ImageIndex, model: EmbeddingModel, batch: Sequence[tuple[str, np.ndarray]], k: int, domain: str | None
+    index: ImageIndex, model: Encoder, batch: Sequence[tuple[str, np.ndarray]], k: int, domain: str | None
 ) -> list[QueryResult]:
     """Searches an opened index for the images most like each of a batch.
 
@@ -225,7 +226,7 @@ def search_decoded(
     ]
 
 
-def _found(index: ImageIndex, model: EmbeddingModel, row: int, score: float) -> FoundImage:
+def _found(index: ImageIndex, model: Encoder, row: int, score: float) -> FoundImage:
     values = index.describe(row)
     return FoundImage(
         score,

@@ -1,7 +1,7 @@
 """Images that cannot be read on the way: skipped, counted, named, and too many of them end the run."""
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -76,8 +76,8 @@ class BrokenImages:
                 )
         return lines
 
-    def leave_out(self, images: list[BrokenImage], step: int) -> None:
-        """Names images that an evaluation has left out, and empties the list.
+    def leave_out(self, images: Sequence[BrokenImage], step: int) -> None:
+        """Names images that an evaluation has left out.
 
         Raises:
             BrokenImageError: If there is one and none may be.
@@ -85,7 +85,6 @@ class BrokenImages:
         if images and self._max_share == 0:
             raise BrokenImageError(str(images[0]))
         self._name([(step, image) for image in images])
-        images.clear()
 
     def _name(self, found: Iterable[tuple[int, BrokenImage]]) -> None:
         if not self._is_main:

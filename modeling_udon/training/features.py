@@ -25,16 +25,15 @@ from modeling_udon.config import TrainConfig
 from modeling_udon.data.dataset import BrokenImage, BrokenImageError, DomainBatch, MultiDomainDataset, substitutes
 from modeling_udon.data.domains import Domain
 from modeling_udon.data.loader import WorkerLoader
+from modeling_udon.data.preprocessing import ChannelStatistics
 from modeling_udon.data.sampling import BatchDraw
-from modeling_udon.data.transforms import EvalTransform, RandomTransform, normalize
+from modeling_udon.data.transforms import EvalTransform, RandomTransform
 from modeling_udon.modeling_udon import UdonModel
 
 # Images of one forward pass and of one checksum, whatever the run's batch size: features must not depend on it.
 BLOCK = 128
 # Stands for a block that has not been written.
 _MISSING = -1
-
-Channels = tuple[float, float, float]
 
 
 class FeatureDataset(TorchDataset[DomainBatch]):
@@ -91,8 +90,7 @@ class FeatureCache:
         num_views: Views of each image.
         transform: The training's random transform, of views after the first.
         plain: The evaluation's transform, of the first view.
-        mean: Mean of each channel that the backbone takes.
-        std: Standard deviation of each channel.
+        statistics: Channel statistics that the backbone takes.
         seed: Seed of the random views.
     """
 
@@ -100,8 +98,7 @@ class FeatureCache:
     num_views: int
     transform: RandomTransform
     plain: EvalTransform
-    mean: Channels
-    std: Channels
+    statistics: ChannelStatistics
     seed: int
 
     def open(
@@ -132,7 +129,7 @@ class FeatureCache:
         for name in names:
             domain = domains[name]
             rows = self.num_views * len(domain.labels)
-            width = model.config.backbone_config.hidden_size
+            width = model.feature_dim
             file = _FeatureFile(self._path(domain, list(domains).index(name), settings), (rows, width))
             if accelerator.is_main_process:
                 file.make()
@@ -179,7 +176,7 @@ class FeatureCache:
         )
         for block, (pixels, broken) in zip(blocks, loader, strict=True):
             with accelerator.autocast():
-                inputs = normalize(pixels.to(accelerator.device, non_blocking=True), self.mean, self.std)
+                inputs = self.statistics.normalize(pixels.to(accelerator.device, non_blocking=True))
                 values = model(inputs).backbone_embeds.float().cpu().numpy()
             values[broken] = np.nan
             yield block, values
@@ -194,7 +191,7 @@ class FeatureCache:
             "backbone_config": model.config.backbone_config.to_dict(),
             "pooling": model.config.pooling,
             "plain": asdict(self.plain),
-            "channels": [self.mean, self.std],
+            "channels": [self.statistics.mean, self.statistics.std],
             "precision": precision,
             "num_views": self.num_views,
         }
@@ -208,11 +205,11 @@ class FeatureCache:
 
 
 def make_feature_cache(
-    config: TrainConfig, transform: RandomTransform, plain: EvalTransform, mean: Channels, std: Channels
+    config: TrainConfig, transform: RandomTransform, plain: EvalTransform, statistics: ChannelStatistics
 ) -> FeatureCache:
     """Makes the cache that a config asks for; nothing is computed yet."""
     folder = config.train.feature_cache or config.run_dir / "features"
-    return FeatureCache(folder, config.train.feature_views, transform, plain, mean, std, config.seed)
+    return FeatureCache(folder, config.train.feature_views, transform, plain, statistics, config.seed)
 
 
 class _Views(TorchDataset[tuple[torch.Tensor, list[int]]]):

@@ -16,6 +16,7 @@ from modeling_udon.config import ConfigError, TrainConfig
 from modeling_udon.config_file import dump_config
 from modeling_udon.data.dataset import DomainBatch, MultiDomainDataset
 from modeling_udon.data.domains import Domain, find_known_classes, open_domain, with_images_as_classes
+from modeling_udon.data.preprocessing import ChannelStatistics
 from modeling_udon.data.sampling import DomainBatchSampler
 from modeling_udon.data.transforms import EvalTransform
 from modeling_udon.training.checkpoint import CheckpointError, TrainState, check_weights, load_checkpoint
@@ -28,7 +29,6 @@ from modeling_udon.training.run_folder import RunFolder
 from modeling_udon.training.run_lock import FolderInUseError
 from modeling_udon.training.sampled_classes import SampledClasses
 from modeling_udon.training.setup import (
-    Channels,
     build_model,
     channel_statistics,
     describe_prototypes,
@@ -62,8 +62,7 @@ class Run:
         guard: Decides whether a step is applied.
         idle_heads: Moves the heads of domains that are not in the batch.
         sampled_classes: Cuts a step down to some classes.
-        mean: Mean of each channel that the model is trained with.
-        std: Standard deviation of each channel.
+        statistics: Channel statistics that the model is trained with.
         state: What the run goes on from; the start, if it is new.
         checkpoint: Folder of the checkpoint that it goes on from, if any.
     """
@@ -82,8 +81,7 @@ class Run:
     guard: StepGuard
     idle_heads: IdleHeads
     sampled_classes: SampledClasses
-    mean: Channels
-    std: Channels
+    statistics: ChannelStatistics
     state: TrainState
     checkpoint: Path | None
 
@@ -137,7 +135,7 @@ def build_run(
     for line in describe_prototypes(config, trained, accelerator):
         accelerator.print(line)
     model = build_model(config, trained, accelerator)
-    mean, std = channel_statistics(config.data, model.config.backbone_config)
+    statistics = channel_statistics(config.data, model.config.backbone_config)
     wrapped, shared_heads = _share_model(config, model, accelerator)
     optimizer = make_optimizer(model, config.optim)
     wrapped_optimizer = accelerator.prepare_optimizer(optimizer)
@@ -167,8 +165,7 @@ def build_run(
         guard=guard,
         idle_heads=idle_heads,
         sampled_classes=sampled,
-        mean=mean,
-        std=std,
+        statistics=statistics,
         state=state,
         checkpoint=checkpoint,
     )
@@ -205,7 +202,7 @@ def training_data(run: Run, say: Callable[[str], None]) -> MultiDomainDataset | 
     if not config.train.heads_only:
         return MultiDomainDataset(run.domains, transform, config.seed, replace_broken)
     plain = EvalTransform(config.data.image_size, config.data.eval_antialias)
-    cache = make_feature_cache(config, transform, plain, run.mean, run.std)
+    cache = make_feature_cache(config, transform, plain, run.statistics)
     names, workers = run.sampler.names, config.data.num_workers
     with run.signals.interruptible():
         features = cache.open(run.domains, names, run.model.udon, run.accelerator, workers, say)

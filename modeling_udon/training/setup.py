@@ -11,20 +11,14 @@ from accelerate.utils import get_int_from_env, parse_flag_from_env
 from transformers import AutoConfig, AutoModel, PretrainedConfig
 from transformers.utils import logging as transformers_logging
 
+from modeling_udon.backbones import check_remote_code
 from modeling_udon.config import ConfigError, DataConfig, ModelConfig, TrainConfig
 from modeling_udon.configuration_udon import UdonConfig
 from modeling_udon.data.augment import StrongTransform
 from modeling_udon.data.domains import Domain, label_maps
+from modeling_udon.data.preprocessing import IMAGENET_STANDARD, OPENAI_CLIP, ChannelStatistics
 from modeling_udon.data.sampling import DomainBatchSampler
-from modeling_udon.data.transforms import (
-    IMAGENET_STANDARD_MEAN,
-    IMAGENET_STANDARD_STD,
-    OPENAI_CLIP_MEAN,
-    OPENAI_CLIP_STD,
-    RandomTransform,
-    TrainTransform,
-)
-from modeling_udon.encoder import check_remote_code
+from modeling_udon.data.transforms import RandomTransform, TrainTransform
 from modeling_udon.modeling_udon import UdonModel
 from modeling_udon.training.distillation import Peers, UdonForDistillation
 from modeling_udon.training.extension import load_start, old_student, open_start
@@ -34,8 +28,6 @@ from modeling_udon.training.teachers import FrozenTeachers, OldStudent, load_fro
 # How long one process may keep the others waiting: a process that has died is noticed at once, one that hangs after
 # this. The main process alone writes checkpoints and reports, which takes minutes at the most.
 SILENCE = timedelta(minutes=10)
-
-Channels = tuple[float, float, float]
 
 
 def make_accelerator(config: TrainConfig) -> Accelerator:
@@ -154,12 +146,10 @@ def training_transform(data: DataConfig) -> RandomTransform:
     return TrainTransform(data.image_size, data.resize_size, data.flip)
 
 
-def channel_statistics(data: DataConfig, backbone: PretrainedConfig) -> tuple[Channels, Channels]:
+def channel_statistics(data: DataConfig, backbone: PretrainedConfig) -> ChannelStatistics:
     """Mean and standard deviation of each channel: the config's, or those the backbone is known by."""
-    clip = backbone.model_type.startswith("clip")
-    mean = data.image_mean or (OPENAI_CLIP_MEAN if clip else IMAGENET_STANDARD_MEAN)
-    std = data.image_std or (OPENAI_CLIP_STD if clip else IMAGENET_STANDARD_STD)
-    return mean, std
+    known = OPENAI_CLIP if backbone.model_type.startswith("clip") else IMAGENET_STANDARD
+    return ChannelStatistics(data.image_mean or known.mean, data.image_std or known.std)
 
 
 def make_sampler(config: TrainConfig, domains: Mapping[str, Domain], accelerator: Accelerator) -> DomainBatchSampler:

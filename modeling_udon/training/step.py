@@ -8,7 +8,6 @@ import torch
 from accelerate import Accelerator
 
 from modeling_udon.data.dataset import DomainBatch
-from modeling_udon.data.transforms import normalize
 from modeling_udon.training.distillation import RelationalBank
 from modeling_udon.training.optimization import average_gradients, learning_rates, set_learning_rates, with_gradients
 from modeling_udon.training.run import Run
@@ -58,7 +57,7 @@ def take_step(run: Run, batch: DomainBatch) -> StepResult:
     set_learning_rates(run.optimizer, learning_rates(config.optim, step, run.num_steps))
     inputs = batch.pixels.to(run.accelerator.device, non_blocking=True)
     if not run.model.takes_features:
-        inputs = normalize(inputs, run.mean, run.std)
+        inputs = run.statistics.normalize(inputs)
     labels = batch.labels.to(run.accelerator.device, non_blocking=True)
     loss, losses = _backward(run, inputs, labels, domain)
     judgement = _judge(run, domain, torch.stack([loss, *losses.values()]))

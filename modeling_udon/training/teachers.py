@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from modeling_udon.evaluation.encoders import open_teachers
 from modeling_udon.modeling_udon import UdonModel
+from modeling_udon.run_models import open_teachers
 from modeling_udon.run_record import read_run
 
 

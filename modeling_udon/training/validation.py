@@ -10,7 +10,9 @@ from safetensors.torch import load_file, save_file
 
 from modeling_udon.config_file import dump_config
 from modeling_udon.data.domains import Domain
-from modeling_udon.data.transforms import EvalTransform, image_processor
+from modeling_udon.data.preprocessing import image_processor
+from modeling_udon.data.transforms import EvalTransform
+from modeling_udon.encoder import Encoder
 from modeling_udon.evaluation.embedder import ImageEmbedder
 from modeling_udon.evaluation.measure import analyse
 from modeling_udon.evaluation.neighbours import (
@@ -69,17 +71,19 @@ class Assessment:
         self._reporter = reporter
         self._broken = broken
         transform = EvalTransform(config.data.image_size, config.data.eval_antialias)
-        self._embedder = ImageEmbedder(transform, config.eval.batch_size, config.data.num_workers, run.accelerator)
+        self._encoder = Encoder.of_student(run.model.udon, run.statistics, transform, config.name)
+        self._embedder = ImageEmbedder(config.eval.batch_size, config.data.num_workers, run.accelerator)
 
     def measure_start(self) -> None:
         """Scores the baselines on the test split, and the old student where the run starts from another."""
         tested = domains_with(self._domains, "test")
         if not tested:
             return
-        measured = (self._model.udon, tested, "test", self._embedder, self._run.mean, self._run.std)
+        measured = (self._encoder, tested, "test", self._embedder)
         with self._run.signals.interruptible():
-            scores = evaluate_baselines(*measured)
+            scores, broken = evaluate_baselines(*measured)
             old = evaluate_model(*measured) if self._config.init is not None else None
+        self._broken.leave_out(broken, step=0)
         if self._run.is_main:
             write_text(self._folder.baseline, json.dumps(scores, indent=1))
             if old is not None:
@@ -91,11 +95,9 @@ class Assessment:
         if not validated:
             return None
         with self._run.signals.interruptible():
-            scores = evaluate_model(
-                self._model.udon, validated, "validation", self._embedder, self._run.mean, self._run.std
-            )
-        self._broken.leave_out(self._embedder.broken, step)
-        return scores
+            found = search_model(self._encoder, validated, "validation", self._embedder)
+        self._broken.leave_out(found.broken, step)
+        return found.scores()
 
     def quality(self, scores: SplitScores) -> float:
         """What the best is chosen by: the student's mean R@1, or the teachers' where the student learns nothing."""
@@ -134,8 +136,8 @@ class Assessment:
         if not tested:
             return None
         with self._run.signals.interruptible():
-            found = search_model(self._model.udon, tested, "test", self._embedder, self._run.mean, self._run.std)
-        self._broken.leave_out(self._embedder.broken, step)
+            found = search_model(self._encoder, tested, "test", self._embedder)
+        self._broken.leave_out(found.broken, step)
         scores = found.scores()
         baseline = json.loads(self._folder.baseline.read_text(encoding="utf-8"))
         results = build_results({"test": scores}, baseline=baseline, config=dump_config(self._config))
@@ -180,7 +182,7 @@ class Assessment:
         with replaced_folder(best) as folder:
             export_student(
                 udon,
-                image_processor(self._config.data.image_size, self._run.mean, self._run.std),
+                image_processor(self._config.data.image_size, self._run.statistics),
                 render_card(self._config.name, str(best), dump_config(self._config), results),
                 folder,
                 self._config.train.keep_teachers,

@@ -14,18 +14,18 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps, PngImagePlugin
 from transformers import AutoImageProcessor, image_utils
 
-from modeling_udon.data import transforms
+from modeling_udon.data import preprocessing
+from modeling_udon.data.preprocessing import OPENAI_CLIP, image_processor
 from modeling_udon.data.transforms import (
     MAX_IMAGE_PIXELS,
     EvalTransform,
     TrainTransform,
     decode_image,
-    image_processor,
     normalize,
     use_one_thread,
 )
 
-CLIP = (transforms.OPENAI_CLIP_MEAN, transforms.OPENAI_CLIP_STD)
+CLIP = (OPENAI_CLIP.mean, OPENAI_CLIP.std)
 
 
 def picture(height: int, width: int, channels: int = 3) -> np.ndarray:
@@ -436,7 +436,7 @@ def test_by_default_the_square_is_as_256_is_to_224(image_size, side):
     np.testing.assert_array_equal(by_default, TrainTransform(image_size, resize_size=side)(image, rng))
 
 
-@pytest.mark.parametrize("transform", [TrainTransform, EvalTransform, lambda size: image_processor(size, *CLIP)])
+@pytest.mark.parametrize("transform", [TrainTransform, EvalTransform, lambda size: image_processor(size, OPENAI_CLIP)])
 @pytest.mark.parametrize("image_size", [0, -1])
 def test_an_image_size_below_one_is_refused(transform, image_size):
     with pytest.raises(
@@ -454,7 +454,7 @@ def test_a_square_that_is_smaller_than_its_crop_is_refused():
 
 def publish(image: np.ndarray, image_size: int) -> np.ndarray:
     """What the published processor does before it scales: `(image_size, image_size, 3)`, uint8."""
-    processor = image_processor(image_size, *CLIP)
+    processor = image_processor(image_size, OPENAI_CLIP)
     pixels = processor(Image.fromarray(image), do_rescale=False, do_normalize=False, return_tensors="np")[
         "pixel_values"
     ]
@@ -547,7 +547,7 @@ def test_pixels_of_another_type_or_layout_are_refused(pixels):
 
 def test_the_saved_processor_gives_the_pixel_values_of_the_evaluation(tmp_path):
     image = picture(100, 140)
-    image_processor(48, *CLIP).save_pretrained(tmp_path)
+    image_processor(48, OPENAI_CLIP).save_pretrained(tmp_path)
     processor = AutoImageProcessor.from_pretrained(tmp_path, use_fast=False)
     published = processor(Image.fromarray(image), return_tensors="pt")["pixel_values"]
     ours = normalize(torch.from_numpy(EvalTransform(48)(image))[None], *CLIP)
@@ -555,14 +555,16 @@ def test_the_saved_processor_gives_the_pixel_values_of_the_evaluation(tmp_path):
 
 
 def test_the_saved_processor_takes_grey_images(tmp_path):
-    image_processor(48, *CLIP).save_pretrained(tmp_path)
+    image_processor(48, OPENAI_CLIP).save_pretrained(tmp_path)
     processor = AutoImageProcessor.from_pretrained(tmp_path)
     assert processor(PICTURE.convert("L"), return_tensors="pt")["pixel_values"].shape == (1, 3, 48, 48)
 
 
 def test_the_constants_are_those_of_transformers():
-    for name in ("IMAGENET_STANDARD_MEAN", "IMAGENET_STANDARD_STD", "OPENAI_CLIP_MEAN", "OPENAI_CLIP_STD"):
-        assert getattr(transforms, name) == tuple(getattr(image_utils, name))
+    for name in ("IMAGENET_STANDARD", "IMAGENET_DEFAULT", "OPENAI_CLIP"):
+        ours = getattr(preprocessing, name)
+        assert ours.mean == tuple(getattr(image_utils, f"{name}_MEAN"))
+        assert ours.std == tuple(getattr(image_utils, f"{name}_STD"))
 
 
 def test_a_worker_keeps_opencv_to_one_thread():

@@ -20,11 +20,13 @@ from transformers import ViTConfig, ViTModel
 from modeling_udon.data.dataset import read_images
 from modeling_udon.data.domains import Domain, EvaluationSplit, ImageSplit, open_domain
 from modeling_udon.data.labels import Labels
-from modeling_udon.data.transforms import EvalTransform, image_processor, normalize
+from modeling_udon.data.preprocessing import IMAGENET_STANDARD, image_processor
+from modeling_udon.data.transforms import EvalTransform, normalize
 from modeling_udon.domain_spec import DomainSpec
-from modeling_udon.evaluation.encoders import open_model, open_run
+from modeling_udon.encoder import Encoder
 from modeling_udon.evaluation.precomputed import read_split
 from modeling_udon.modeling_udon import UdonModel
+from modeling_udon.run_models import open_run
 from modeling_udon.run_record import read_run
 
 METRICS = ("R@1", "mMP@5")
@@ -52,7 +54,7 @@ def vit(tmp_path_factory):
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
     ViTModel(ViTConfig(image_size=16, patch_size=8, initializer_range=0.3, **sizes)).save_pretrained(folder)
-    image_processor(16, (0.5,) * 3, (0.5,) * 3).save_pretrained(folder)
+    image_processor(16, IMAGENET_STANDARD).save_pretrained(folder)
     return folder
 
 
@@ -175,12 +177,12 @@ def test_raw_pixels_are_those_of_a_loop_over_pillow_thumbnails(udon, config, tmp
 
 @pytest.mark.parametrize("pooling", ["cls", "mean", "pooler"])
 def test_another_encoder_is_pooled_as_named(vit, pooling):
-    encoder = open_model(str(vit), pooling)
+    encoder = Encoder.open(vit, pooling=pooling)
     pixels = torch.randint(0, 256, (3, 16, 16, 3), dtype=torch.uint8)
     outputs = ViTModel.from_pretrained(vit).eval()((pixels / 127.5 - 1).permute(0, 3, 1, 2))
     tokens = outputs.last_hidden_state
     feature = {"cls": tokens[:, 0], "mean": tokens.mean(dim=1), "pooler": outputs.pooler_output}[pooling]
-    found = encoder.embed_for("any")(pixels)
+    found = encoder.embed(pixels, "any")
     assert list(found) == ["features"]
     torch.testing.assert_close(found["features"], F.normalize(feature, dim=1), rtol=0, atol=1e-5)
 
@@ -194,9 +196,9 @@ def test_another_encoder_is_evaluated(udon, vit, config):
 
 def test_a_run_without_its_checkpoints_has_no_teachers(own_run):
     pixels = torch.randint(0, 256, (2, 16, 16, 3), dtype=torch.uint8)
-    with_teachers = open_run(read_run(own_run)).embed_for("blobs")(pixels)
+    with_teachers = open_run(read_run(own_run)).embed(pixels, "blobs")
     shutil.rmtree(own_run / "checkpoints")
-    without = open_run(read_run(own_run)).embed_for("blobs")(pixels)
+    without = open_run(read_run(own_run)).embed(pixels, "blobs")
     assert set(with_teachers) == {"student", "teacher"} and set(without) == {"student"}
     torch.testing.assert_close(with_teachers["student"], without["student"])
     student = UdonModel.from_pretrained(own_run / "best").eval()
@@ -313,7 +315,10 @@ def test_report_writes_the_page_of_a_run(udon, own_run):
             ["--model", "{run}/best", "--pooling", "mean", "--config", "{config}"],
             "--pooling must be left out for the student {run}",
         ),
-        (["--model", "no/such-model", "--config", "{config}"], "--model must be a folder of a model, a Hub id, timm:"),
+        (
+            ["--model", "no/such-model", "--config", "{config}"],
+            "`model` must be a model folder or Hub id that opens, timm:",
+        ),
         (["--model", "raw-pixels", "--config", "{config}", "--report"], "--report must have a folder to go to"),
         (["--model", "raw-pixels", "--config", "{config}", "--calibrate"], "--calibrate must have a folder for"),
         (
@@ -380,9 +385,9 @@ def fake_timm(monkeypatch, hidden):
 def test_a_model_of_timm_is_pooled_as_named(monkeypatch, pooling):
     tokens = torch.randn(2, 5, 6)
     fake_timm(monkeypatch, tokens)
-    encoder = open_model("timm:tiny", pooling)
+    encoder = Encoder.open("timm:tiny", pooling=pooling)
     expected = {"cls": tokens[:, 0], "mean": tokens.mean(dim=1), "pooler": tokens.amax(dim=1)}[pooling]
-    found = encoder.embed_for("any")(torch.zeros(2, 12, 12, 3, dtype=torch.uint8))["features"]
+    found = encoder.embed(torch.zeros(2, 12, 12, 3, dtype=torch.uint8), "any")["features"]
     torch.testing.assert_close(found, F.normalize(expected, dim=1))
     assert encoder.transform(np.zeros((30, 20, 3), np.uint8)).shape == (12, 12, 3)
 
@@ -392,7 +397,7 @@ def test_a_map_of_timm_is_averaged_over_its_places(monkeypatch, channels_last):
     places = torch.randn(2, 3, 4, 6)
     fake_timm(monkeypatch, places if channels_last else places.permute(0, 3, 1, 2))
     pixels = torch.zeros(2, 12, 12, 3, dtype=torch.uint8)
-    found = open_model("timm:tiny", "mean").embed_for("any")(pixels)["features"]
+    found = Encoder.open("timm:tiny", pooling="mean").embed(pixels)["features"]
     torch.testing.assert_close(found, F.normalize(places.mean(dim=(1, 2)), dim=1))
-    with pytest.raises(ValueError, match="--pooling must fit the model's output, got cls for"):
-        open_model("timm:tiny", "cls").embed_for("any")(pixels)
+    with pytest.raises(ValueError, match="`pooling` must fit the model's output. Got cls for"):
+        Encoder.open("timm:tiny", pooling="cls")

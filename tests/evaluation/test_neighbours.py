@@ -14,9 +14,11 @@ from PIL import Image as PILImage
 
 from modeling_udon import UdonConfig, UdonModel
 from modeling_udon.data.domains import Domain, open_domain
+from modeling_udon.data.preprocessing import IMAGENET_STANDARD
 from modeling_udon.data.transforms import EvalTransform, decode_image, normalize
 from modeling_udon.domain_spec import DomainSpec
-from modeling_udon.evaluation.embedder import ImageEmbedder, embed_with_model
+from modeling_udon.encoder import Encoder
+from modeling_udon.evaluation.embedder import ImageEmbedder
 from modeling_udon.evaluation.neighbours import domains_with, evaluate_baselines, evaluate_model
 
 HALF = (0.5, 0.5, 0.5)
@@ -40,7 +42,11 @@ def model() -> UdonModel:
 
 
 def make_embedder(batch_size: int = 32, num_workers: int = 0) -> ImageEmbedder:
-    return ImageEmbedder(EvalTransform(16), batch_size, num_workers, Accelerator(cpu=True))
+    return ImageEmbedder(batch_size, num_workers, Accelerator(cpu=True))
+
+
+def encode(model: UdonModel) -> Encoder:
+    return Encoder.of_student(model, IMAGENET_STANDARD, EvalTransform(16), "tiny")
 
 
 def embed_plainly(model: UdonModel, images: Dataset) -> np.ndarray:
@@ -82,9 +88,9 @@ def test_embeddings_are_in_row_order_whatever_the_batch_and_the_workers(
     expected = embed_plainly(model, images)
     model.eval()
     for batch_size, num_workers in ((7, 0), (64, 0), (16, 2)):
-        embeds = make_embedder(batch_size, num_workers)(images, embed_with_model(model, HALF, HALF), "blobs")
-        np.testing.assert_allclose(embeds["student"], expected, atol=2e-6)
-        assert set(embeds) == {"student", "backbone"}
+        embeds = make_embedder(batch_size, num_workers)(images, encode(model), "blobs")
+        np.testing.assert_allclose(embeds.embeddings["student"], expected, atol=2e-6)
+        assert set(embeds.embeddings) == {"student"} and embeds.broken == ()
     model.train()
 
 
@@ -93,7 +99,7 @@ def test_scores_are_those_of_a_plain_loop_and_the_model_stays_in_its_mode(
 ) -> None:
     model.train()
     torch.manual_seed(5)
-    scores = evaluate_model(model, domains, "validation", make_embedder(), HALF, HALF)
+    scores = evaluate_model(encode(model), domains, "validation", make_embedder())
     drawn = torch.rand(2)
     torch.manual_seed(5)
     assert torch.equal(drawn, torch.rand(2)), "evaluation must leave the global generator alone"
@@ -144,7 +150,7 @@ def test_queries_with_several_labels_are_searched_in_a_separate_index(
     DatasetDict(splits).save_to_disk(str(tmp_path / "data"))
     spec = DomainSpec(path=str(tmp_path / "data"), validation_split=None, test_split="ask", test_index_split="look")
     domain = open_domain("marks", spec)
-    scores = evaluate_model(model, {"marks": domain}, "test", make_embedder(), HALF, HALF)
+    scores = evaluate_model(encode(model), {"marks": domain}, "test", make_embedder())
     images = domain.evaluation["test"]
     assert images.index is not None
     queries = list(zip(map(set, query_labels), embed_plainly(model, images.query.images), strict=True))
@@ -159,7 +165,8 @@ def test_queries_with_several_labels_are_searched_in_a_separate_index(
 def test_the_baselines_are_the_backbone_and_the_raw_pixels(model: UdonModel, domains: Mapping[str, Domain]) -> None:
     model.train()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    scores = evaluate_baselines(model, domains, "test", make_embedder(), HALF, HALF)
+    scores, broken = evaluate_baselines(encode(model), domains, "test", make_embedder())
+    assert broken == ()
     assert set(scores) == {"untrained", "raw_pixels"}
     assert model.training
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
@@ -169,7 +176,7 @@ def test_the_baselines_are_the_backbone_and_the_raw_pixels(model: UdonModel, dom
     model.eval()
     for domain in domains.values():
         images = domain.evaluation["test"].query.images
-        embeds.append(make_embedder()(images, embed_with_model(model, HALF, HALF), "any")["backbone"])
+        embeds.append(make_embedder()(images, encode(model).backbone(), "any").embeddings["backbone"])
     model.train()
     rows = [
         ((name, label), embed)
@@ -187,5 +194,5 @@ def test_only_domains_that_have_the_split_are_scored(model: UdonModel, tiny_doma
         "blobs": open_domain("blobs", DomainSpec(path=str(tiny_domains / "blobs"))),
     }
     assert set(domains_with(domains, "validation")) == {"blobs"}
-    scores = evaluate_model(model, domains, "validation", make_embedder(), HALF, HALF)
+    scores = evaluate_model(encode(model), domains, "validation", make_embedder())
     assert set(scores.merged["domains"]) == {"blobs"}

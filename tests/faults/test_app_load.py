@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from modeling_udon.encoder import load_embedding_model
+from modeling_udon.encoder import Encoder
 
 pytest.importorskip("gradio", reason='the page needs gradio: pip install "modeling-udon[demo]"')
 import httpx
@@ -183,7 +183,7 @@ def bad_requests(folder: Path) -> list[Callable[[Visitor], tuple[str, str]]]:
 def test_500_requests_20_at_a_time_are_answered_right_in_bounded_time_and_memory(
     served, visitor, searchable, tmp_path, tell
 ) -> None:
-    side = open_side(searchable.index, lambda: load_embedding_model(str(searchable.model)))
+    side = open_side(searchable.index, lambda: Encoder.open(str(searchable.model)))
     pictures = sorted(searchable.pictures.rglob("*.png"))
     domains = ["", *side.index.domains()]
     expected = {

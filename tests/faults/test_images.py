@@ -27,7 +27,7 @@ from modeling_udon.data.domains import Domain
 from modeling_udon.data.files import MAX_FILE_BYTES
 from modeling_udon.data.sampling import BatchDraw
 from modeling_udon.data.transforms import EvalTransform, TrainTransform
-from modeling_udon.encoder import load_embedding_model
+from modeling_udon.encoder import Encoder
 from modeling_udon.search.embed import EmbedOptions, embed_source
 from modeling_udon.search.sources import SourceSpec
 
@@ -280,7 +280,7 @@ def folder() -> Iterator[Path]:
 def embedded(folder: Path, searchable) -> tuple[list[str], dict[str, str]]:
     """Paths that `udon embed` gave an embedding, and what it says of those it skipped."""
     out = folder.parent / "embedded"
-    model = load_embedding_model(str(searchable.model))
+    model = Encoder.open(str(searchable.model))
     with unprivileged():
         embed_source(SourceSpec(str(folder)), model, out, EmbedOptions(num_workers=0, batch_size=16))
     table = pq.read_table(out)
@@ -345,7 +345,7 @@ def test_the_page_shows_neighbours_or_the_reason(folder: Path, searchable, kind:
     pytest.importorskip("gradio", reason='the page needs gradio: pip install "modeling-udon[demo]"')
     from modeling_udon.search.app import answer, open_side
 
-    side = open_side(searchable.index, lambda: load_embedding_model(str(searchable.model)))
+    side = open_side(searchable.index, lambda: Encoder.open(str(searchable.model)))
     with unprivileged():
         html = answer([side], folder / kind.file, "", 3)
     assert str(folder) not in html and "<script" not in html

@@ -18,9 +18,10 @@ import pytest
 import torch
 import yaml
 
+from modeling_udon.backbones import check_remote_code
 from modeling_udon.config import ConfigError
 from modeling_udon.config_file import load_config
-from modeling_udon.encoder import check_remote_code, load_embedding_model
+from modeling_udon.encoder import Encoder
 from modeling_udon.hub.checkpoints import read_arrays
 from modeling_udon.search.limits import RateLimit
 
@@ -66,7 +67,7 @@ def test_code_beside_a_model_does_not_run_unless_told(model_with_code, searchabl
         done = udon(*command)
         assert done.code == 2 and "Traceback" not in done.err and not trap.exists()
     with pytest.raises(ValueError, match="`model` must be a model folder or Hub id that opens"):
-        load_embedding_model(str(model_with_code))
+        Encoder.open(str(model_with_code))
     assert not trap.exists()
 
 
@@ -100,7 +101,7 @@ def test_a_pickle_of_a_stranger_is_not_run(form: str, searchable, trap: Path, tm
         (folder / "model.safetensors").unlink()
         torch.save({"weight": Trap(trap)}, folder / "pytorch_model.bin")
         with pytest.raises(ValueError, match="`model` must be a model folder or Hub id that opens"):
-            load_embedding_model(str(folder))
+            Encoder.open(str(folder))
     else:
         array = np.array(Trap(trap), dtype=object)
         file, kind = tmp_path / "weights", {"npy of CLIP": "clip-npy", "npz": "augreg", "msgpack": "flax"}[form]

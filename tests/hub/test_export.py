@@ -19,7 +19,7 @@ from transformers import AutoImageProcessor, CLIPVisionModelWithProjection, ViTC
 from modeling_udon import UdonConfig, UdonModel
 from modeling_udon.data.dataset import read_images
 from modeling_udon.data.domains import open_domain
-from modeling_udon.data.transforms import image_processor
+from modeling_udon.data.preprocessing import IMAGENET_STANDARD, ChannelStatistics, image_processor
 from modeling_udon.domain_spec import DomainSpec
 from modeling_udon.hub import export as formats
 from modeling_udon.hub.student_folder import export_student
@@ -47,7 +47,12 @@ def make_student(tmp_path: Path) -> Callable[..., Path]:
             for value in model.parameters():
                 value.add_(0.2 * torch.randn_like(value))
         folder = tmp_path / "student"
-        export_student(model, image_processor(16, (0.5, 0.4, 0.3), (0.5, 0.5, 0.4)), ModelCard("---\n---\n"), folder)
+        export_student(
+            model,
+            image_processor(16, ChannelStatistics((0.5, 0.4, 0.3), (0.5, 0.5, 0.4))),
+            ModelCard("---\n---\n"),
+            folder,
+        )
         return folder
 
     return make
@@ -274,7 +279,7 @@ def test_what_does_not_go_together_is_refused(
 
 def test_a_model_of_another_kind_is_refused(udon: Callable[..., Any], tmp_path: Path) -> None:
     ViTModel(ViTConfig(**SIZES)).save_pretrained(tmp_path / "vit")
-    image_processor(16, (0.5,) * 3, (0.5,) * 3).save_pretrained(tmp_path / "vit")
+    image_processor(16, IMAGENET_STANDARD).save_pretrained(tmp_path / "vit")
     done = udon("export", tmp_path / "vit", "--format", "native", "--out", tmp_path / "out")
     assert done.code == 2
     assert "`model` must be a UDON student. Got" in done.err

@@ -18,9 +18,11 @@ from loopback import LoopbackHub, known_to_clients
 
 from modeling_udon import UdonModel
 from modeling_udon.data.domains import open_domain
+from modeling_udon.data.preprocessing import IMAGENET_STANDARD
 from modeling_udon.data.transforms import EvalTransform
 from modeling_udon.domain_spec import DomainSpec
-from modeling_udon.evaluation.embedder import ImageEmbedder, embed_with_model
+from modeling_udon.encoder import Encoder
+from modeling_udon.evaluation.embedder import ImageEmbedder
 from modeling_udon.hub.push import PushOptions, push
 
 REPO = "org/udon-tiny"
@@ -84,8 +86,9 @@ def embed_ourselves(best: Path, folder: Path) -> np.ndarray:
     """Embeds the test images of a domain with what the package itself uses."""
     model = UdonModel.from_pretrained(best).eval()
     images = open_domain("blobs", DomainSpec(path=str(folder / "blobs"))).evaluation["test"].query.images
-    embedder = ImageEmbedder(EvalTransform(16), batch_size=5, num_workers=0, accelerator=Accelerator(cpu=True))
-    return embedder(images, embed_with_model(model, HALF, HALF), "blobs")["student"]
+    embedder = ImageEmbedder(batch_size=5, num_workers=0, accelerator=Accelerator(cpu=True))
+    encoder = Encoder.of_student(model, IMAGENET_STANDARD, EvalTransform(16), "tiny")
+    return embedder(images, encoder, "blobs").embeddings["student"]
 
 
 @pytest.fixture(scope="module")

@@ -169,7 +169,10 @@ def test_a_model_of_the_hub_is_named_with_its_commit_and_not_copied(searchable, 
     (cached / "refs" / "main").write_text(COMMIT)
     make_space([SpaceSide("me/tiny", str(searchable.index))], tmp_path / "space", "nearest")
     assert not (tmp_path / "space" / "models").exists()
-    assert f"load_embedding_model('me/tiny', '{COMMIT}', False)" in (tmp_path / "space" / "app.py").read_text()
+    assert (
+        f"Encoder.open('me/tiny', revision='{COMMIT}', trust_remote_code=False)"
+        in (tmp_path / "space" / "app.py").read_text()
+    )
     assert metadata_load(tmp_path / "space" / "README.md")["models"] == ["me/tiny"]
 
 

@@ -19,9 +19,11 @@ from transformers import AutoImageProcessor
 
 from modeling_udon import UdonConfig, UdonModel
 from modeling_udon.data.domains import open_domain
-from modeling_udon.data.transforms import EvalTransform, image_processor
+from modeling_udon.data.preprocessing import IMAGENET_STANDARD, image_processor
+from modeling_udon.data.transforms import EvalTransform
 from modeling_udon.domain_spec import DomainSpec
-from modeling_udon.evaluation.embedder import ImageEmbedder, embed_with_model
+from modeling_udon.encoder import Encoder
+from modeling_udon.evaluation.embedder import ImageEmbedder
 from modeling_udon.hub.student_folder import export_student
 
 Values = Callable[..., dict[str, Any]]
@@ -96,8 +98,9 @@ def strangers(
 def embed_ourselves(best: Path, tiny_domains: Path, name: str) -> dict[str, np.ndarray]:
     model = UdonModel.from_pretrained(best).eval()
     images = open_domain(name, DomainSpec(path=str(tiny_domains / name))).evaluation["test"].query.images
-    embedder = ImageEmbedder(EvalTransform(16), batch_size=5, num_workers=0, accelerator=Accelerator(cpu=True))
-    return embedder(images, embed_with_model(model, HALF, HALF, name), name)
+    embedder = ImageEmbedder(batch_size=5, num_workers=0, accelerator=Accelerator(cpu=True))
+    encoder = Encoder.of_student(model, IMAGENET_STANDARD, EvalTransform(16), "tiny")
+    return embedder(images, encoder, name).embeddings
 
 
 @pytest.mark.parametrize("kind", ["student", "teachers"])
@@ -152,7 +155,7 @@ def test_the_weights_of_a_tower_bear_the_names_that_every_version_of_transformer
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
     backbone = {"model_type": tower, "image_size": 16, "patch_size": 8, **sizes}
     model = UdonModel(UdonConfig(backbone_config=backbone, embedding_dim=8, pooling="pooler")).eval()
-    export_student(model, image_processor(16, HALF, HALF), ModelCard("---\n---\n"), tmp_path)
+    export_student(model, image_processor(16, IMAGENET_STANDARD), ModelCard("---\n---\n"), tmp_path)
     with safe_open(tmp_path / "model.safetensors", "pt") as file:
         names = {name for name in file.keys() if name.startswith("backbone.")}  # noqa: SIM118
         assert file.metadata() == {"format": "pt"}

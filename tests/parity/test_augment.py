@@ -8,11 +8,8 @@ import numpy as np
 import pytest
 import torch
 
+from modeling_udon.data.preprocessing import IMAGENET_STANDARD, OPENAI_CLIP
 from modeling_udon.data.transforms import (
-    IMAGENET_STANDARD_MEAN,
-    IMAGENET_STANDARD_STD,
-    OPENAI_CLIP_MEAN,
-    OPENAI_CLIP_STD,
     EvalTransform,
     TrainTransform,
     normalize,
@@ -54,7 +51,7 @@ def test_the_evaluation_without_antialias_is_the_originals_within_a_grey_level(r
 @images
 @pytest.mark.parametrize(
     ("backbone", "mean", "std"),
-    [("vit", IMAGENET_STANDARD_MEAN, IMAGENET_STANDARD_STD), ("clip", OPENAI_CLIP_MEAN, OPENAI_CLIP_STD)],
+    [("vit", IMAGENET_STANDARD.mean, IMAGENET_STANDARD.std), ("clip", OPENAI_CLIP.mean, OPENAI_CLIP.std)],
 )
 def test_normalized_pixels_are_the_originals_within_a_grey_level(reference, image, backbone, mean, std):
     pixels = EvalTransform(224, antialias=False)(reference[f"{image}/image_uint8"])

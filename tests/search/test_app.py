@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from modeling_udon.cli import main
-from modeling_udon.encoder import load_embedding_model
+from modeling_udon.encoder import Encoder
 
 pytest.importorskip("gradio", reason='the page needs gradio: pip install "modeling-udon[demo]"')
 import httpx
@@ -30,13 +30,13 @@ LAPTOP, PHONE = {"width": 1280, "height": 800}, {"width": 390, "height": 844}
 
 @pytest.fixture(scope="module")
 def side(searchable):
-    return open_side(searchable.index, lambda: load_embedding_model(str(searchable.model)))
+    return open_side(searchable.index, lambda: Encoder.open(str(searchable.model)))
 
 
 def calibrated(searchable, folder, threshold):
     model = shutil.copytree(searchable.model, folder)
     (model / "calibration.json").write_text(json.dumps({"threshold": threshold, "false_accept_rate": 0.01}))
-    return open_side(searchable.index, lambda: load_embedding_model(str(model)))
+    return open_side(searchable.index, lambda: Encoder.open(str(model)))
 
 
 def nearest(searchable, path):
@@ -100,7 +100,7 @@ def test_without_a_calibration_nothing_is_said_about_it(ask, searchable):
 
 def test_two_models_answer_side_by_side(ask, searchable, side, make_searchable):
     other = make_searchable(seed=1, domains=("plants", "birds"))
-    sides = [side, open_side(other.index, lambda: load_embedding_model(str(other.model)), "the other <one>")]
+    sides = [side, open_side(other.index, lambda: Encoder.open(str(other.model)), "the other <one>")]
     picture = searchable.pictures / "plants" / "0.png"
     first, second = ask(picture, sides=sides).split("</section>")[:2]
     assert shown(first) == shown(ask(picture))

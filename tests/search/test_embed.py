@@ -16,7 +16,8 @@ from PIL import Image
 from transformers import AutoImageProcessor
 
 from modeling_udon import UdonModel
-from modeling_udon.encoder import ProcessorTransform, load_embedding_model
+from modeling_udon.data.preprocessing import ProcessorTransform
+from modeling_udon.encoder import Encoder
 from modeling_udon.search.shards import ShardFolder
 
 ROOT = Path(__file__).parents[2]
@@ -63,7 +64,7 @@ def test_shards_hold_so_many_images_in_the_order_of_names_with_their_domains_and
 def test_the_schema_names_the_model(embedded, student):
     about = json.loads(pq.read_schema(embedded / "part-00000.parquet").metadata[b"udon"])
     assert about["model"] == str(student) and about["dim"] == 8
-    assert about["fingerprint"] == load_embedding_model(str(student)).fingerprint
+    assert about["fingerprint"] == Encoder.open(str(student)).fingerprint
 
 
 def test_bad_files_are_named_with_their_reasons_in_the_summary_and_in_a_file(udon, pictures, student, tmp_path):
@@ -232,12 +233,12 @@ def test_help_shows_an_example(udon):
 
 
 def test_the_fingerprint_follows_weights_and_preprocessing_but_not_teachers(make_student, tmp_path):
-    first, again, other = (load_embedding_model(str(make_student(seed=seed))).fingerprint for seed in (0, 0, 1))
+    first, again, other = (Encoder.open(str(make_student(seed=seed))).fingerprint for seed in (0, 0, 1))
     assert first == again != other
     changed = make_student(seed=0)
     settings = json.loads((changed / "preprocessor_config.json").read_text())
     (changed / "preprocessor_config.json").write_text(json.dumps(settings | {"image_mean": [0.1, 0.4, 0.3]}))
-    assert load_embedding_model(str(changed)).fingerprint != first
+    assert Encoder.open(str(changed)).fingerprint != first
 
 
 def test_another_preprocessing_than_ours_is_done_by_the_models_own_processor(make_student, pictures):
@@ -245,7 +246,7 @@ def test_another_preprocessing_than_ours_is_done_by_the_models_own_processor(mak
     settings = json.loads((folder / "preprocessor_config.json").read_text())
     settings |= {"size": {"height": 16, "width": 16}, "do_center_crop": False, "resample": 3}
     (folder / "preprocessor_config.json").write_text(json.dumps(settings))
-    model = load_embedding_model(str(folder))
+    model = Encoder.open(str(folder))
     assert isinstance(model.transform, ProcessorTransform)
     image = np.asarray(Image.open(pictures / "cats" / "0.png"))
     with torch.no_grad():

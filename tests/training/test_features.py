@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from modeling_udon.config import ConfigError, TrainConfig
 from modeling_udon.config_file import load_config
 from modeling_udon.data.dataset import BrokenImageError, DomainBatch, MultiDomainDataset
-from modeling_udon.data.transforms import EvalTransform, normalize
+from modeling_udon.data.transforms import EvalTransform
 from modeling_udon.modeling_udon import UdonModel
 from modeling_udon.training import features as cached_features
 from modeling_udon.training.features import FeatureDataset
@@ -88,7 +88,7 @@ def test_the_first_view_is_the_evaluations(tiny_config: Callable[..., Path], ope
     images = MultiDomainDataset(trainer.run.domains, lambda image, rng: plain(image), 0)[draw]
     model = trainer.run.model.udon.eval()
     with torch.no_grad():
-        expected = model(normalize(images.pixels, trainer.run.mean, trainer.run.std)).backbone_embeds
+        expected = model(trainer.run.statistics.normalize(images.pixels)).backbone_embeds
     torch.testing.assert_close(batch.pixels, expected)
     assert torch.equal(batch.labels, torch.from_numpy(domain.labels[draw.rows]))
 
