@@ -322,7 +322,8 @@ def _open_network(name: str, config: PretrainedConfig, pooling: Pooling | None, 
 
 def _refusal(name: str, error: Exception) -> ValueError:
     return ValueError(
-        f"`model` must be a model folder or Hub id that opens, timm:NAME or {RAW_PIXELS}. Got {name!r}: {one_line(error)}"
+        f"`model` must be a model folder or Hub id that opens, timm:NAME or {RAW_PIXELS}. "
+        f"Got {name!r}: {one_line(error)}"
     )
 
 

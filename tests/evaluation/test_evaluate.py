@@ -317,7 +317,7 @@ def test_report_writes_the_page_of_a_run(udon, own_run):
         ),
         (
             ["--model", "no/such-model", "--config", "{config}"],
-            "`model` must be a model folder or Hub id that opens, timm:",
+            "`model` must be a model folder or Hub id",
         ),
         (["--model", "raw-pixels", "--config", "{config}", "--report"], "--report must have a folder to go to"),
         (["--model", "raw-pixels", "--config", "{config}", "--calibrate"], "--calibrate must have a folder for"),
