@@ -69,7 +69,8 @@ def make_trainer(images: Path, num_domains: int, idle_heads: str, options: Seque
             }
         },
         "data": {"image_size": IMAGE_SIZE},
-        "optim": {"idle_heads": idle_heads, "max_grad_norm": 10.0},
+        "optim": {"max_grad_norm": 10.0},
+        "ablation": {"idle_heads": idle_heads},
         "train": {"num_steps": 1_000_000, "batch_size": BATCH_SIZE},
     }
     path = images.parent / f"{num_domains}-domains.yaml"

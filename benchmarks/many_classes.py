@@ -44,12 +44,12 @@ class Step:
         torch.manual_seed(0)
         backbone = {"model_type": "vit", "hidden_size": WIDTH, "num_hidden_layers": 1, "num_attention_heads": 3}
         config = UdonConfig(backbone, domains={"many": num_classes})
-        loss, optim = LossConfig(**objective), OptimConfig(idle_heads="hold")
+        loss, optim = LossConfig(**objective), OptimConfig()
         self._model = UdonForDistillation(config, loss, takes_features=True)
         self._model.udon.backbone.requires_grad_(False)
         self._optim = optim
         self._optimizer = make_optimizer(self._model, optim)
-        idle_heads = IdleHeads(self._model, self._optimizer, optim, NUM_STEPS)
+        idle_heads = IdleHeads(self._model, self._optimizer, optim, NUM_STEPS, hold=True)
         self._sampled = SampledClasses(self._model, self._optimizer, idle_heads, loss.sampled_classes, seed=0)
         self._step = 0
         estimate = estimate_prototypes(config.domains, 64, 256, BATCH_SIZE, loss, coasting=False)

@@ -62,16 +62,12 @@ class DataConfig(Section):
 
     image_size: int = Field(224, gt=0)
     """Side of the square images that the model sees, in pixels."""
-    resize_size: int | None = Field(None, gt=0)
-    """Side that training images are resized to before the crop; `null`: 8/7 of `image_size`, 256 for 224."""
     augmentation: Literal["crop", "strong"] = "crop"
     """`crop`: the paper's square, crop and flip; `strong`: crops of many sizes, turned, other colours, parts erased."""
     targets: Literal["classes", "images"] = "classes"
     """What is told apart in training: the data's classes, or each image by itself, which needs no labels."""
     flip: bool = True
     """Whether half of the training images are mirrored; false where left and right matter, as in letters."""
-    eval_antialias: bool = True
-    """Resize evaluation images as the published image processor does; false as the original does."""
     image_mean: tuple[float, float, float] | None = None
     """Mean of each channel of images in 0..1; `null`: CLIP's for CLIP backbones, 0.5 elsewhere."""
     image_std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] | None = None
@@ -80,16 +76,6 @@ class DataConfig(Section):
     """Share of the images drawn from a domain (of 1,000 at least) that may be broken and replaced; 0: not one."""
     num_workers: int = Field(2, ge=0)
     """Processes that decode images, for each training process."""
-
-    @model_validator(mode="after")
-    def _crop_fits(self) -> "DataConfig":
-        if self.resize_size is not None and self.augmentation == "strong":
-            raise ValueError("`resize_size` must be left out for `augmentation` 'strong', which crops at all sizes")
-        if self.resize_size is not None and self.resize_size < self.image_size:
-            raise ValueError(
-                f"`resize_size` must be at least `image_size`, {self.image_size}, or null. Got {self.resize_size}"
-            )
-        return self
 
 
 class LossConfig(Section):
@@ -115,14 +101,10 @@ class LossConfig(Section):
     """Weight of the distillation of class probabilities."""
     relational_distillation: float = Field(1.0, ge=0)
     """Weight of the distillation of similarities."""
-    distillation_ramp_steps: int = Field(0, ge=0)
-    """Steps in which the weights of both distillation terms rise from 0, for a start from weak features."""
     chunk_size: int | None = Field(None, gt=0)
     """Classes whose cosines are held at a time; `null` holds those of all, which costs memory with many classes."""
     sampled_classes: int | float | None = None
     """Classes of its domain that a batch is told apart from: a number or a share; its own are always among them."""
-    distill_through_backbone: bool = True
-    """Whether the distillation terms train the backbone too, as in the original, or only the student's head."""
 
     @property
     def needs_teachers(self) -> bool:
@@ -166,8 +148,6 @@ class SamplingConfig(Section):
 
     strategy: Literal["dynamic", "round_robin", "balanced", "dataset_size", "fixed"] = "dynamic"
     """`dynamic` gives more steps to domains whose loss is higher."""
-    signal: Literal["teacher", "student"] = "teacher"
-    """Whose classification loss it is that `dynamic` goes by."""
     update_every: int = Field(1000, gt=0)
     """Steps between two updates of the weights, over which steps are shared out exactly."""
     weights: dict[str, float] | None = None
@@ -198,8 +178,6 @@ class OptimConfig(Section):
     skip_spikes: float | None = Field(None, gt=1)
     """Steps whose gradient norm is more than so many times the domain's running norm are not applied; `null`: all are.
     """
-    idle_heads: Literal["coast", "hold"] = "coast"
-    """Heads of domains that are not in the batch: moved on by their momentum, as in the original, or held still."""
 
     @field_validator("betas")
     @classmethod
@@ -208,6 +186,21 @@ class OptimConfig(Section):
         if not (0 <= betas[0] < 1 and 0 < betas[1] < 1):
             raise ValueError("the first must be at least 0, the second above 0, both below 1")
         return betas
+
+
+class AblationConfig(Section):
+    """Parts of the method that can be switched off to measure what they do; the defaults are the method."""
+
+    idle_heads: Literal["coast", "hold"] = "coast"
+    """Heads of domains that are not in the batch: `coast` moves them on by their momentum, as in the original; `hold`
+    leaves them as they are."""
+    distill_through_backbone: bool = True
+    """Whether the distillation terms train the backbone too, as in the original; false trains only the student's head
+    by them."""
+    distillation_ramp_steps: int = Field(0, ge=0)
+    """Steps in which the weights of both distillation terms rise from 0; 0 gives them their full weight at once."""
+    signal: Literal["teacher", "student"] = "teacher"
+    """Head whose classification loss sets the weights of `sampling.strategy: dynamic`."""
 
 
 class TrainSection(Section):
@@ -339,6 +332,7 @@ class TrainConfig(Section):
     eval: EvalConfig = EvalConfig()
     log: LogConfig = LogConfig()
     push: PushConfig = PushConfig()
+    ablation: AblationConfig = AblationConfig()
 
     @field_validator("domains", mode="before")
     @classmethod
@@ -351,8 +345,8 @@ class TrainConfig(Section):
 
     @model_validator(mode="after")
     def _sections_fit(self) -> "TrainConfig":
-        if self.sampling.strategy == "dynamic" and self.sampling.signal == "teacher" and not self.loss.needs_teachers:
-            raise ValueError("`sampling.signal` must be 'student' where there is no teacher")
+        if self.sampling.strategy == "dynamic" and self.ablation.signal == "teacher" and not self.loss.needs_teachers:
+            raise ValueError("`ablation.signal` must be 'student' where there is no teacher")
         if (self.teachers is not None) != (self.loss.needs_teachers and self.loss.teacher_classification == 0):
             raise ValueError(
                 "`teachers` must name trained runs where `loss.teacher_classification` is 0 and distillation is not, "

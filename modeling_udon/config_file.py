@@ -16,7 +16,7 @@ from pydantic import BaseModel, ValidationError
 
 from modeling_udon.config import ConfigError, TrainConfig
 from modeling_udon.domain_spec import DomainSpec
-from modeling_udon.run_record import RunRecord, read_run
+from modeling_udon.run_record import MOVED, REMOVED, OldRunError, RunRecord, read_run
 from modeling_udon.strict_yaml import load_strict
 from modeling_udon.systems import SYSTEMS
 
@@ -86,6 +86,8 @@ def read_initial_run(folder: Path) -> RunRecord:
     """
     try:
         run = read_run(folder)
+    except OldRunError as error:
+        raise ConfigError(str(error)) from None
     except ValueError:
         raise ConfigError(
             f"`init.run` must be the folder of a run with a best student. Got {folder}; give the folder that holds "
@@ -266,8 +268,13 @@ def _short(value: Any) -> str:
 
 
 def _hint(location: tuple[str | int, ...]) -> str:
-    """What an unknown key may have been meant to be."""
+    """Where an unknown key has moved to, or what it may have been meant to be."""
     *parents, key = location
+    where = ".".join(map(str, location))
+    if where in MOVED:
+        return f"it has moved: write `{MOVED[where]}`."
+    if where in REMOVED:
+        return f"it is gone: {REMOVED[where][1]}; remove it."
     known = _known_keys(location[:-1])
     within = [
         f"{section}.{key}"

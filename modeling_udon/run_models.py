@@ -18,7 +18,7 @@ def open_run(run: RunRecord) -> Encoder:
     best = run.folder / "best"
     model = open_teachers(run) if run.weights.is_file() else UdonModel.from_pretrained(best)
     processor = open_processor(str(best))
-    transform = EvalTransform(processor.to_dict()["size"]["shortest_edge"], run.config["data"]["eval_antialias"])
+    transform = EvalTransform(processor.to_dict()["size"]["shortest_edge"])
     statistics = ChannelStatistics.of_processor(processor)
     return Encoder.of_student(
         model.float().eval(),

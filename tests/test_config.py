@@ -9,6 +9,8 @@ import yaml
 
 from modeling_udon.config import ConfigError, TrainConfig
 from modeling_udon.config_file import dump_config, load_config
+from modeling_udon.run_record import MOVED, REMOVED, migrate
+from modeling_udon.training.resuming import leaves
 
 Write = Callable[..., Path]
 
@@ -206,3 +208,28 @@ def test_every_value_has_a_description() -> None:
         return found
 
     assert undescribed(TrainConfig) == []
+
+
+@pytest.mark.parametrize(("old", "new"), MOVED.items())
+def test_the_old_place_of_a_key_names_its_new_one(tiny_config: Write, old: str, new: str) -> None:
+    assert f"`{old}` is not a key of" in (message := refuse(tiny_config(**{old.replace(".", "__"): "hold"})))
+    assert message.endswith(f"it has moved: write `{new}`.")
+    assert message == refuse(tiny_config(), f"--{old}=hold")
+
+
+@pytest.mark.parametrize("old", REMOVED)
+def test_a_key_that_is_gone_says_what_holds_instead(tiny_config: Write, old: str) -> None:
+    assert refuse(tiny_config(), f"--{old}=8").endswith(f"; it is gone: {REMOVED[old][1]}; remove it.")
+
+
+def test_every_key_that_has_moved_is_where_it_is_said_to_be(tiny_config: Write) -> None:
+    keys = leaves(dump_config(load_config(tiny_config())))
+    assert set(MOVED.values()) <= set(keys) and not {*MOVED, *REMOVED} & set(keys)
+
+
+def test_the_config_of_an_old_run_is_read_with_its_keys_where_they_are_now() -> None:
+    old = {"optim": {"lr": 1, "idle_heads": "hold"}, "sampling": {"signal": "student"}, "data": {"resize_size": None}}
+    now = {"optim": {"lr": 1}, "sampling": {}, "data": {}, "ablation": {"idle_heads": "hold", "signal": "student"}}
+    assert migrate(old, Path("run/config.yaml")) == now == migrate(now, Path("run/config.yaml"))
+    with pytest.raises(ValueError, match=r"^`data\.resize_size` must be null in run/config\.yaml, since .* 0\.1\.0"):
+        migrate({"data": {"resize_size": 80}}, Path("run/config.yaml"))

@@ -57,7 +57,6 @@ def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
         ({"train__batch_size": 29}, ["`train.batch_size`", "Got 29 with 28 images in 'noise'"]),
         ({"train__accumulation_steps": 3}, ["`train.batch_size` must be a multiple of", "Got 16 with 1 x 3"]),
         ({"data__image_size": 24}, ["`data.image_size` must be the backbone's, 16. Got 24."]),
-        ({"data__resize_size": 8}, ["`data`: `resize_size` must be at least `image_size`, 16, or null. Got 8"]),
         ({"sampling__weights": {"blobs": 1}}, ["`sampling.weights` must be given for strategy 'fixed' and for no"]),
         ({"sampling__strategy": "fixed"}, ["`sampling.weights` must be given for strategy 'fixed'"]),
         ({"model__backbone_config__hiden_size": 16}, ["`model.backbone_config`", "the unknown key `hiden_size`"]),

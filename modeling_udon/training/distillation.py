@@ -117,6 +117,7 @@ class UdonForDistillation(nn.Module):
         num_classes: Classes of each domain, where not all have a teacher head.
         frozen_teachers: Trained teachers that stand for the model's own, which learn with it.
         old_student: The student that this one starts from and is held to.
+        distill_through_backbone: Whether the distillation terms train the backbone too, or only the student's head.
         takes_features: Whether the backbone's features come in place of images, and the backbone is not run.
         peers: The processes of the run, so that the relational term compares the pairs of the whole global batch;
             `None` where there is one process.
@@ -132,6 +133,7 @@ class UdonForDistillation(nn.Module):
         old_student: OldStudent | None = None,
         takes_features: bool = False,
         peers: Peers | None = None,
+        distill_through_backbone: bool = True,
     ) -> None:
         super().__init__()
         self.config = config
@@ -141,6 +143,7 @@ class UdonForDistillation(nn.Module):
         self.old_student = old_student
         self.takes_features = takes_features
         self.peers = peers
+        self._distill_through_backbone = distill_through_backbone
         self.udon = udon or UdonModel(config)
         self.student_prototypes = _make_prototypes(self.num_classes, config.embedding_dim)
         self.teacher_prototypes = _make_prototypes(config.domains, config.teacher_dim)
@@ -270,7 +273,7 @@ class UdonForDistillation(nn.Module):
         assert embeds.teacher is not None, "the config gives every domain a teacher where one is needed"
         teacher = self._cosines(embeds.teacher, teacher_prototypes)
         distilled = student
-        if not self.objective.distill_through_backbone:
+        if not self._distill_through_backbone:
             # A joint classifier has no teacher, so these are the domain's own prototypes.
             distilled = self._cosines(self.udon.student_head(embeds.backbone.detach()), student.prototypes)
         if bank is None and self.peers is not None:

@@ -46,6 +46,7 @@ def estimate_prototypes(
     batch_size: int,
     loss: LossConfig,
     coasting: bool = True,
+    distill_through_backbone: bool = True,
 ) -> PrototypeMemory:
     """Adds up what prototypes take in training; activations and weights of backbone and heads are not in it.
 
@@ -56,6 +57,7 @@ def estimate_prototypes(
         batch_size: Images of one forward pass on one process.
         loss: Says whether classes are told apart jointly, sampled, or gone over in chunks.
         coasting: Whether idle heads coast.
+        distill_through_backbone: Whether distillation reads the student's own cosines, not a second set of them.
     """
     widths = embedding_dim + teacher_dim
     every, most = sum(num_classes.values()), max(num_classes.values())
@@ -74,7 +76,7 @@ def estimate_prototypes(
     elif not loss.needs_teachers:
         cosines = _COSINES_ALONE * batch_size * rows
     else:
-        cosines = (_COSINES_TAUGHT if loss.distill_through_backbone else _COSINES_APART) * batch_size * rows
+        cosines = (_COSINES_TAUGHT if distill_through_backbone else _COSINES_APART) * batch_size * rows
     separate = coasting and loss.classifier == "separate"
     idle = _coasting(num_classes, embedding_dim, teacher_dim, rows < classes) if separate else 0
     return PrototypeMemory(weights, 2 * weights, gradients, _FLOAT32 * cosines, idle)
@@ -96,7 +98,7 @@ def describe_memory(estimate: PrototypeMemory, free: int) -> list[str]:
     if estimate.total > free:
         lines.append(
             "WARNING: prototypes need more memory than is free; set loss.sampled_classes (gradients and cosines), "
-            "loss.chunk_size (cosines), optim.idle_heads hold (coasting) or a smaller model.teacher_dim (all)"
+            "loss.chunk_size (cosines), ablation.idle_heads hold (coasting) or a smaller model.teacher_dim (all)"
         )
     return lines
 

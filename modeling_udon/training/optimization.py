@@ -99,9 +99,10 @@ class IdleHeads:
     Args:
         model: The training model.
         optimizer: Its AdamW; a head without state there has not been trained yet: it has no momentum, only decay.
-        optim: The schedule and AdamW's values; with `idle_heads: hold` nothing moves and nothing is caught up.
+        optim: The schedule and AdamW's values.
         num_steps: Steps of the whole run.
         steps_done: Step up to which each head is, where a run goes on.
+        hold: Leaves idle heads as they are: nothing moves and nothing is caught up.
     """
 
     def __init__(
@@ -111,11 +112,13 @@ class IdleHeads:
         optim: OptimConfig,
         num_steps: int,
         steps_done: Mapping[str, int] | None = None,
+        hold: bool = False,
     ) -> None:
         self._parameters = {name: list(model.domain_parameters(name).values()) for name in model.num_classes}
         self._optimizer = optimizer
         self._optim = optim
-        steps = range(num_steps if optim.idle_heads == "coast" else 0)
+        self._hold = hold
+        steps = range(0 if hold else num_steps)
         self._head_rates = np.fromiter((learning_rates(optim, step, num_steps)["heads"] for step in steps), np.float64)
         # AdamW's own counts leave out steps that were not applied, and asking for them would stop the device.
         self._steps_done = dict(steps_done) if steps_done else dict.fromkeys(self._parameters, 0)
@@ -128,7 +131,7 @@ class IdleHeads:
     @torch.no_grad()
     def catch_up(self, domain: str, step: int) -> None:
         """Brings the head of the domain that is trained in `step` (counted from 0), with its moments, up to it."""
-        if self._optim.idle_heads == "hold":
+        if self._hold:
             return
         parameters = self._parameters[domain]
         # Without state: as if AdamW had seen gradients of zero from the start, and its bias correction counts them.
@@ -152,7 +155,7 @@ class IdleHeads:
             state: Their moments, as they were before the step.
             step: Number of the step, from 0.
         """
-        if self._optim.idle_heads == "coast":
+        if not self._hold:
             self._coast([values], [state], step, step + 1)
 
     @contextmanager
@@ -163,7 +166,7 @@ class IdleHeads:
         """
         kept: list[tuple[torch.Tensor, torch.Tensor]] = []
         for domain, done in self._steps_done.items():
-            if self._optim.idle_heads == "coast" and done < step:
+            if not self._hold and done < step:
                 parameters = self._parameters[domain]
                 kept += [(parameter.data, parameter.detach().clone()) for parameter in parameters]
                 states = [self._optimizer.state.get(parameter) or _empty_state(parameter) for parameter in parameters]

@@ -10,7 +10,7 @@ from modeling_udon.config import ConfigError, PushConfig
 FREE = {"output_dir", "train.shard_backbone", "data.num_workers", "data.max_broken_share", "eval.batch_size"}
 FREE |= {"log.every", "log.trackers", "log.project"} | {f"push.{name}" for name in PushConfig.model_fields}
 # The sampler stands in the middle of a plan that it made of these.
-_FIXED = "sampling."
+_FIXED = ("sampling.", "ablation.signal")
 # Names that are no key of the config.
 ALLOWANCES = ("processes", "versions", "data")
 

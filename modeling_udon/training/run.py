@@ -147,7 +147,8 @@ def build_run(
         check_weights(checkpoint, model)
         state = load_checkpoint(checkpoint, model, optimizer)
         _restore(state, sampler, guard, accelerator)
-    idle_heads = IdleHeads(model, optimizer, config.optim, sampler.num_steps, state.heads)
+    hold = config.ablation.idle_heads == "hold"
+    idle_heads = IdleHeads(model, optimizer, config.optim, sampler.num_steps, state.heads, hold)
     sampled = SampledClasses(model, optimizer, idle_heads, config.loss.sampled_classes, config.seed)
     _on_main(accelerator, lambda: folder.prepare(domains, overwrite, sampler.step))
     return Run(
@@ -201,7 +202,7 @@ def training_data(run: Run, say: Callable[[str], None]) -> MultiDomainDataset | 
     replace_broken = config.data.max_broken_share > 0
     if not config.train.heads_only:
         return MultiDomainDataset(run.domains, transform, config.seed, replace_broken)
-    plain = EvalTransform(config.data.image_size, config.data.eval_antialias)
+    plain = EvalTransform(config.data.image_size)
     cache = make_feature_cache(config, transform, plain, run.statistics)
     names, workers = run.sampler.names, config.data.num_workers
     with run.signals.interruptible():

@@ -13,6 +13,7 @@ from modeling_udon.config import ConfigError, TrainConfig
 from modeling_udon.config_file import dump_config
 from modeling_udon.data.domains import Domain, check_label_maps, label_maps
 from modeling_udon.evaluation.protocol import versions
+from modeling_udon.run_record import migrate
 from modeling_udon.storage import recover_folder, write_text
 from modeling_udon.training.checkpoint import (
     CheckpointError,
@@ -119,7 +120,9 @@ class RunFolder:
         """
         check_allowances(allow, dump_config(self._config))
         maps, path = self._read("domains.json", json.loads), self.path / "domains.json"
+        before = self._read("config.yaml", yaml.safe_load)
         try:
+            before = migrate(before, self.path / "config.yaml")
             check_label_maps(domains, path, ("num_classes", "classes"))
             if "data" not in allow:
                 check_label_maps(domains, path, _IMAGES, "allow it with --resume-allow data")
@@ -129,7 +132,6 @@ class RunFolder:
             # Else they would be missed when all steps are done.
             for name in (self.baseline.name, *([OLD_SCORES_FILE] if self._config.init else [])):
                 self._read(name, json.loads)
-        before = self._read("config.yaml", yaml.safe_load)
         before["processes"] = read_state(checkpoint).processes
         changes = differences(before, self._described() | {"processes": processes})
         check_changes(changes, allow)

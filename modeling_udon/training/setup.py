@@ -76,7 +76,8 @@ def describe_prototypes(config: TrainConfig, domains: Mapping[str, Domain], acce
         config.model.teacher_dim if learning else 0,
         config.train.batch_size // (accelerator.num_processes * config.train.accumulation_steps),
         config.loss,
-        config.optim.idle_heads == "coast",
+        config.ablation.idle_heads == "coast",
+        config.ablation.distill_through_backbone,
     )
     return describe_memory(estimate, free_memory(accelerator.device))
 
@@ -132,6 +133,7 @@ def build_model(config: TrainConfig, domains: Mapping[str, Domain], accelerator:
         frozen_teachers=_frozen_teachers(config, domains),
         old_student=old,
         takes_features=config.train.heads_only,
+        distill_through_backbone=config.ablation.distill_through_backbone,
         peers=Peers(accelerator.gather, accelerator.process_index) if accelerator.num_processes > 1 else None,
     )
     if start is not None:
@@ -143,7 +145,7 @@ def training_transform(data: DataConfig) -> RandomTransform:
     """The augmentation that the config asks for."""
     if data.augmentation == "strong":
         return StrongTransform(data.image_size, data.flip)
-    return TrainTransform(data.image_size, data.resize_size, data.flip)
+    return TrainTransform(data.image_size, flip=data.flip)
 
 
 def channel_statistics(data: DataConfig, backbone: PretrainedConfig) -> ChannelStatistics:

@@ -101,7 +101,7 @@ def _backward(
     input_parts, label_parts = inputs.chunk(parts), labels.chunk(parts)
     banks = _relational_banks(run, input_parts, domain)
     classes = run.sampled_classes.take(domain, labels, run.step)
-    ramp = run.config.loss.distillation_ramp_steps
+    ramp = run.config.ablation.distillation_ramp_steps
     share = min(1.0, (run.step + 1) / ramp) if ramp else 1.0
     loss = torch.zeros((), device=inputs.device)
     losses = {name: torch.zeros((), device=inputs.device) for name in run.model.terms}

@@ -270,7 +270,7 @@ class Trainer:
         """Brings the losses of the steps since the last time from the device, to the log and the sampler."""
         pending, self._pending = self._pending, []
         # Where no teacher learns, the weights of the domains go by the student's loss.
-        signal = f"{self.run.config.sampling.signal}_classification"
+        signal = f"{self.run.config.ablation.signal}_classification"
         if signal not in self.run.model.terms:
             signal = "student_classification"
         for step in fetch_losses(pending, self.run.accelerator):

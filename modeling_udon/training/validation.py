@@ -70,7 +70,7 @@ class Assessment:
         self._domains = run.domains
         self._reporter = reporter
         self._broken = broken
-        transform = EvalTransform(config.data.image_size, config.data.eval_antialias)
+        transform = EvalTransform(config.data.image_size)
         self._encoder = Encoder.of_student(run.model.udon, run.statistics, transform, config.name)
         self._embedder = ImageEmbedder(config.eval.batch_size, config.data.num_workers, run.accelerator)
 

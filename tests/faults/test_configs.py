@@ -156,7 +156,7 @@ KINDS: dict[str, tuple[Make, str]] = {
     "a system and its opposite": (values(system="uscrr", loss__teacher_classification=1), "for system 'uscrr'"),
     "teachers that nobody needs": (values(teachers="runs/x"), "`teachers` must name trained runs"),
     "teachers that are not there": (values(system="separate_teachers", teachers="runs/x"), "`teachers` must be runs"),
-    "a signal of no teacher": (values(loss=NO_TEACHERS), "`sampling.signal` must be 'student'"),
+    "a signal of no teacher": (values(loss=NO_TEACHERS), "`ablation.signal` must be 'student'"),
     "a tracker that is missing": (values(log__trackers=["wandb"]), "`log.trackers` must be installed. Got 'wandb'"),
     # The backbone.
     "an unknown backbone": (values(model={"backbone": "org/none"}), "`model.backbone` must be a vision encoder that"),

@@ -49,7 +49,7 @@ def weights_at(run: Path, step: int) -> dict[str, torch.Tensor]:
 def test_one_process_with_a_loss_that_is_not_finite_keeps_both_from_the_step(
     make_values: Values, write: Any, start: Any, tmp_path: Path
 ) -> None:
-    changes = {"train__checkpoint_every": 1, "optim__idle_heads": "hold", "train__num_steps": 7, "log__every": 1}
+    changes = {"train__checkpoint_every": 1, "ablation__idle_heads": "hold", "train__num_steps": 7, "log__every": 1}
     config = write(make_values(tmp_path, **changes))
     assert start(config, num_processes=2, before=poison(4, ranks=(1,))).wait() == [0, 0]
     run = tmp_path / "run"
@@ -68,7 +68,7 @@ def test_one_process_with_a_loss_that_is_not_finite_keeps_both_from_the_step(
 def test_a_step_that_is_left_out_changes_no_weight_and_no_moment(
     make_values: Values, write: Any, start: Any, tmp_path: Path
 ) -> None:
-    changes = {"train__checkpoint_every": 1, "optim__idle_heads": "hold", "train__num_steps": 6}
+    changes = {"train__checkpoint_every": 1, "ablation__idle_heads": "hold", "train__num_steps": 6}
     changes |= {"optim__skip_spikes": 2.0, "sampling__update_every": 100, "train__num_steps": 36}
     config = write(make_values(tmp_path, **changes, train__keep_checkpoints=99))
     assert start(config, before=poison(33, factor=1e6)).wait() == [0]

@@ -11,7 +11,7 @@ from modeling_udon.training.optimization import IdleHeads, make_optimizer, set_l
 
 NUM_STEPS = 8
 # `frozen_steps: 3` of the original freezes four updates, here half of the run.
-OPTIM = OptimConfig(lr=1e-2, backbone_lr=1e-3, frozen_fraction=0.5, weight_decay=1e-6, idle_heads="coast")
+OPTIM = OptimConfig(lr=1e-2, backbone_lr=1e-3, frozen_fraction=0.5, weight_decay=1e-6)
 
 TERMS_THERE = dict(zip(TERMS, ("student_ce", "teacher_ce", "logits_distill", "simils_distill"), strict=True))
 

@@ -20,9 +20,10 @@ BACKBONE = {
 CONFIG = {"backbone_config": BACKBONE, "embedding_dim": 4, "teacher_dim": 6, "domains": {"cars": 5, "sop": 7}}
 
 
-def make_model(dtype=torch.float32, peers=None, **objective):
+def make_model(dtype=torch.float32, peers=None, distill_through_backbone=True, **objective):
     torch.manual_seed(0)
-    return UdonForDistillation(UdonConfig(**CONFIG), LossConfig(**objective), peers=peers).to(dtype)
+    parts = {"peers": peers, "distill_through_backbone": distill_through_backbone}
+    return UdonForDistillation(UdonConfig(**CONFIG), LossConfig(**objective), **parts).to(dtype)
 
 
 @pytest.fixture

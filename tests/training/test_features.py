@@ -232,7 +232,6 @@ def test_a_cache_that_was_stopped_goes_on_where_it_was(
     "changes",
     [
         {"seed": 4},
-        {"data__eval_antialias": False},
         {"data__image_mean": [0.4, 0.5, 0.5]},
         {"train__mixed_precision": "bf16"},
         {"train__feature_views": 2},

@@ -80,11 +80,11 @@ def test_learning_rates_reach_their_groups():
 class TwoWays:
     """The same gradients to AdamW that sees every head at every step, and to ours with idle heads."""
 
-    def __init__(self, optim, num_steps, seed):
+    def __init__(self, optim, num_steps, seed, hold=False):
         self.optim, self.num_steps = optim, num_steps
         self.dense, self.lazy = make_model(), make_model()
         self.dense_optimizer, self.lazy_optimizer = (make_optimizer(m, optim) for m in (self.dense, self.lazy))
-        self.idle_heads = IdleHeads(self.lazy, self.lazy_optimizer, optim, num_steps)
+        self.idle_heads = IdleHeads(self.lazy, self.lazy_optimizer, optim, num_steps, hold=hold)
         self.random = torch.Generator().manual_seed(seed)
 
     def take_step(self, step, domain):
@@ -192,7 +192,7 @@ def test_what_was_shown_is_put_back_even_after_an_error():
 
 
 def test_hold_leaves_idle_heads_where_they_are():
-    ways = TwoWays(OptimConfig(lr=1e-2, weight_decay=0.1, idle_heads="hold"), num_steps=20, seed=7)
+    ways = TwoWays(OptimConfig(lr=1e-2, weight_decay=0.1), num_steps=20, seed=7, hold=True)
     ways.take_step(0, "d1")
     before = {name: value.detach().clone() for name, value in ways.lazy.domain_parameters("d1").items()}
     for step in range(1, 10):

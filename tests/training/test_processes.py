@@ -69,7 +69,7 @@ def test_a_batch_in_four_parts_gives_the_losses_and_weights_of_the_whole(
 def test_parts_equal_the_whole_where_distillation_stops_at_the_backbone(
     make_values: Values, run_train: Run, tmp_path: Path
 ) -> None:
-    changes = STEADY | {"loss__distill_through_backbone": False}
+    changes = STEADY | {"ablation__distill_through_backbone": False}
     whole = run_train(make_values(tmp_path / "whole", **changes))
     assert_close_runs(whole, run_train(make_values(tmp_path / "parts", **changes, train__accumulation_steps=2)))
 

@@ -7,8 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
+from modeling_udon.cli import main
+from modeling_udon.config import ConfigError
+from modeling_udon.run_record import MOVED, REMOVED
 from modeling_udon.training.trainer import Trainer
 
 Values = Callable[..., dict[str, Any]]
@@ -76,7 +80,7 @@ def assert_same_runs(one: Path, other: Path) -> None:
 def test_a_killed_run_that_goes_on_equals_an_uninterrupted_one(
     make_values: Values, run_train: Run, run_with_kills: Run, tmp_path: Path, idle_heads: str
 ) -> None:
-    changes = {"data__num_workers": 2, "optim__idle_heads": idle_heads, "optim__schedule": "cosine"}
+    changes = {"data__num_workers": 2, "ablation__idle_heads": idle_heads, "optim__schedule": "cosine"}
     whole = run_train(make_values(tmp_path / "whole", **changes))
     assert_same_runs(whole, run_with_kills(make_values(tmp_path / "resumed", **changes)))
     assert len(read_rows(whole)) == 6 + 4 + 2  # logs, validations with the start's, new weights
@@ -148,3 +152,27 @@ def test_two_processes_that_were_killed_and_go_on_equal_two_uninterrupted_ones(
     for number, stop in enumerate((*STOPS, None)):
         resumed = run_two_processes(values, resume=number > 0, stop_at=stop)
     assert_same_runs(whole, resumed)
+
+
+def test_a_run_saved_with_its_keys_in_their_old_places_goes_on_and_is_evaluated(
+    make_values: Values, run_train: Run, tmp_path: Path
+) -> None:
+    values = make_values(tmp_path, ablation__idle_heads="hold")
+    run = run_train(values)
+    before = json.loads((run / "results.json").read_text())
+    saved = yaml.safe_load((run / "config.yaml").read_text())
+    for old, new in MOVED.items():
+        section, key = old.split(".")
+        saved[section][key] = saved[new.split(".")[0]].pop(key)
+    saved["data"] |= {key.split(".")[1]: only for key, (only, _) in REMOVED.items()}
+    del saved["ablation"]
+    (run / "config.yaml").write_text(yaml.safe_dump(saved, sort_keys=False))
+    output = tmp_path / "again"
+    assert main(["evaluate", "--run", str(run), "--output", str(output), "--num-workers", "0"]) == 0
+    assert json.loads((output / "results.json").read_text())["splits"]["test"]["merged"]
+    run_train(values, resume=True)
+    assert json.loads((run / "results.json").read_text())["splits"] == before["splits"]
+    saved["data"]["resize_size"] = 20
+    (run / "config.yaml").write_text(yaml.safe_dump(saved, sort_keys=False))
+    with pytest.raises(ConfigError, match=r"`data\.resize_size` must be null in .*config\.yaml"):
+        run_train(values, resume=True)

@@ -158,7 +158,7 @@ def test_the_best_of_teachers_alone_is_chosen_by_the_teachers(shared_teacher: Pa
 
 
 def test_the_sampler_can_go_by_the_student(make_values: Values, run_train: Run, tmp_path: Path) -> None:
-    values = make_values(tmp_path, system="udon", sampling__signal="student", log__every=1)
+    values = make_values(tmp_path, system="udon", ablation__signal="student", log__every=1)
     run = run_train(values)
     rows = read_rows(run, "losses")[:4]
     sums: dict[str, list[float]] = {}
@@ -180,7 +180,7 @@ def test_the_ramp_scales_both_distillation_terms() -> None:
 
 
 def test_a_ramp_changes_the_run_and_ends(make_values: Values, run_train: Run, tmp_path: Path) -> None:
-    run = run_train(make_values(tmp_path, loss__distillation_ramp_steps=6, log__every=1))
+    run = run_train(make_values(tmp_path, ablation__distillation_ramp_steps=6, log__every=1))
     rows = read_rows(run, "losses")
     for step, row in enumerate(rows, start=1):
         losses, share = list(row["losses"].values()), min(1, step / 6)
@@ -213,9 +213,8 @@ def test_images_can_be_told_apart_instead_of_classes(make_values: Values, run_tr
         ({"loss__classifier": "joint"}, "`classifier` 'joint' must go without teachers"),
         (
             {"loss": dict.fromkeys(TERMS[1:], 0)},
-            "`sampling.signal` must be 'student' where there is no teacher",
+            "`ablation.signal` must be 'student' where there is no teacher",
         ),
-        ({"data__augmentation": "strong", "data__resize_size": 20}, "`resize_size` must be left out"),
         ({"domains__blobs": "${UDON_NOWHERE}/x"}, "`${UDON_NOWHERE}` must be set in the environment"),
     ],
 )

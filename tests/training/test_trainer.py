@@ -66,7 +66,7 @@ def test_weights_do_not_depend_on_how_a_run_is_watched_or_fed(
     "changes",
     [
         {"seed": 4},
-        {"optim__idle_heads": "hold"},
+        {"ablation__idle_heads": "hold"},
         {"optim__schedule": "cosine"},
         {"optim__warmup_steps": 5},
         {"optim__max_grad_norm": 0.1},
