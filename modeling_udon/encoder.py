@@ -21,6 +21,7 @@ from tqdm import tqdm
 from transformers import AutoConfig, PretrainedConfig
 from transformers.image_processing_utils import BaseImageProcessor
 
+from modeling_udon.auto_classes import UdonModel
 from modeling_udon.backbones import (
     RAW_PIXELS_SIZE,
     TIMM_PREFIX,
@@ -41,7 +42,6 @@ from modeling_udon.configuration_udon import UdonConfig
 from modeling_udon.data.image_list import ImageLike, ImageList, UnreadableImage
 from modeling_udon.data.preprocessing import ChannelStatistics, processor_fields, processor_transform
 from modeling_udon.data.transforms import EvalTransform, ImageTransform, use_one_thread
-from modeling_udon.modeling_udon import UdonModel
 
 RAW_PIXELS = "raw-pixels"
 

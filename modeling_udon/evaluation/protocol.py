@@ -16,7 +16,6 @@ from typing import Any, TypedDict
 
 import numpy as np
 
-from modeling_udon import __version__
 from modeling_udon.evaluation.metrics import (
     Integers,
     QueryLabels,
@@ -28,6 +27,7 @@ from modeling_udon.evaluation.metrics import (
 )
 from modeling_udon.search.exact_search import exact_search
 from modeling_udon.storage import write_json
+from modeling_udon.version import __version__
 
 METRICS = ("R@1", "mMP@5")
 LIBRARIES = ("torch", "transformers", "datasets", "accelerate", "huggingface_hub", "faiss-cpu", "faiss-gpu", "numpy")

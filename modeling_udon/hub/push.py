@@ -21,10 +21,10 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 from huggingface_hub.utils import logging as hub_logging
 from transformers import AutoConfig
 
+from modeling_udon.auto_classes import UdonModel
 from modeling_udon.hub.card import DEFAULT_LICENSE, evaluation_files, is_hub_id, render_card
 from modeling_udon.hub.errors import reason_of, status_of
 from modeling_udon.hub.student_folder import write_sentence_transformers_files
-from modeling_udon.modeling_udon import UdonModel
 
 HANDLER = Path(__file__).with_name("handler.py")
 CARD_FILE = "README.md"

@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 from transformers.image_processing_utils import BaseImageProcessor
 
+from modeling_udon.auto_classes import UdonModel
 from modeling_udon.encoder import Encoder
-from modeling_udon.modeling_udon import UdonModel
 
 # The file that every folder of a model has, in whatever form.
 PROCESSOR_FILE = "preprocessor_config.json"

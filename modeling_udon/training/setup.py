@@ -11,6 +11,7 @@ from accelerate.utils import get_int_from_env, parse_flag_from_env
 from transformers import AutoConfig, AutoModel, PretrainedConfig
 from transformers.utils import logging as transformers_logging
 
+from modeling_udon.auto_classes import UdonModel
 from modeling_udon.backbones import check_remote_code
 from modeling_udon.config import ConfigError, DataConfig, ModelConfig, TrainConfig
 from modeling_udon.configuration_udon import UdonConfig
@@ -19,7 +20,6 @@ from modeling_udon.data.domains import Domain, label_maps
 from modeling_udon.data.preprocessing import IMAGENET_STANDARD, OPENAI_CLIP, ChannelStatistics
 from modeling_udon.data.sampling import DomainBatchSampler
 from modeling_udon.data.transforms import RandomTransform, TrainTransform
-from modeling_udon.modeling_udon import UdonModel
 from modeling_udon.training.distillation import Peers, UdonForDistillation
 from modeling_udon.training.extension import load_start, old_student, open_start
 from modeling_udon.training.memory import describe_memory, estimate_prototypes, free_memory
