@@ -152,7 +152,7 @@ def test_a_run_skips_names_and_counts_and_leaves_out_of_its_scores(
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     counted = [row["broken_images"]["blobs"] for row in rows if "broken_images" in row]
     state = json.loads((run / "checkpoints" / "step-00000011" / "state.json").read_text())
-    assert counted[-1] == state["extra"]["broken"]["blobs"] >= 4
+    assert counted[-1] == state["broken"]["blobs"] >= 4
     assert "images drawn from blobs are broken and were replaced, the last: `domains.blobs` has a" in told
     assert (
         told.count("| broken images left out: blobs 4\n") == 4
