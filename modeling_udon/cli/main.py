@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     use_escapes()
     arguments = make_parser().parse_args(argv)
     try:
-        arguments.run(**values_of(arguments))
+        arguments.verb_function(**values_of(arguments))
     except ReaderGoneError:
         return _READER_GONE
     except KeyboardInterrupt:

@@ -94,12 +94,12 @@ def add_verb(
         key = parameter.name
         group = next((groups[names[0]] for names in (one_of, at_most_one_of) if key in names), parser)
         _add_argument(group, parameter, hints[key], texts[key])
-    parser.set_defaults(run=function)
+    parser.set_defaults(verb_function=function)
 
 
 def values_of(arguments: argparse.Namespace) -> dict[str, Any]:
     """The parsed values that the verb's function takes."""
-    return {key: getattr(arguments, key) for key in inspect.signature(arguments.run).parameters}
+    return {key: getattr(arguments, key) for key in inspect.signature(arguments.verb_function).parameters}
 
 
 def _add_argument(parser: Any, parameter: inspect.Parameter, hint: Any, text: str) -> None:
