@@ -31,8 +31,9 @@ from transformers import ViTImageProcessor
 
 from modeling_udon.data.dataset import MultiDomainDataset
 from modeling_udon.data.domains import open_domain
+from modeling_udon.data.images import decode_image, use_one_thread
 from modeling_udon.data.sampling import BatchDraw
-from modeling_udon.data.transforms import TrainTransform, decode_image, normalize, use_one_thread
+from modeling_udon.data.transforms import TrainTransform, normalize
 from modeling_udon.domain_spec import DomainSpec
 
 SIZES = {"500x375": (500, 375), "shorter side 256": (341, 256)}

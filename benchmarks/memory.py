@@ -26,8 +26,9 @@ from torch.utils.data import DataLoader
 
 from modeling_udon.data.dataset import MultiDomainDataset
 from modeling_udon.data.domains import open_domain
+from modeling_udon.data.images import use_one_thread
 from modeling_udon.data.sampling import DomainBatchSampler
-from modeling_udon.data.transforms import TrainTransform, use_one_thread
+from modeling_udon.data.transforms import TrainTransform
 from modeling_udon.domain_spec import DomainSpec
 
 SMALL, LARGE = 10_000, 1_000_000

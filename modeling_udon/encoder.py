@@ -40,8 +40,9 @@ from modeling_udon.backbones import (
 from modeling_udon.calibration import Calibration, read_calibration
 from modeling_udon.configuration_udon import UdonConfig
 from modeling_udon.data.image_list import ImageLike, ImageList, UnreadableImage
+from modeling_udon.data.images import use_one_thread
 from modeling_udon.data.preprocessing import ChannelStatistics, processor_fields, processor_transform
-from modeling_udon.data.transforms import EvalTransform, ImageTransform, use_one_thread
+from modeling_udon.data.transforms import EvalTransform, ImageTransform
 
 RAW_PIXELS = "raw-pixels"
 

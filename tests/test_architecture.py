@@ -59,6 +59,7 @@ FLOORS = {
 }
 # Math and mechanics that know nothing of models and configs.
 LEAVES = {
+    f"{PACKAGE}.data.images",
     f"{PACKAGE}.data.transforms",
     f"{PACKAGE}.data.sampling",
     f"{PACKAGE}.data.weights",

@@ -11,8 +11,9 @@ from torch.utils.data import Dataset as TorchDataset
 
 from modeling_udon.data.domains import Domain, Images, encoded_bytes
 from modeling_udon.data.handover import Slots, contents, receive
+from modeling_udon.data.images import decode_image
 from modeling_udon.data.sampling import BatchDraw
-from modeling_udon.data.transforms import ImageTransform, RandomTransform, decode_image
+from modeling_udon.data.transforms import ImageTransform, RandomTransform
 from modeling_udon.faults import OneLineError
 from modeling_udon.text import printable
 

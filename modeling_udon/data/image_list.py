@@ -10,7 +10,8 @@ from PIL import Image
 from torch.utils.data import Dataset as TorchDataset
 
 from modeling_udon.data.files import read_file
-from modeling_udon.data.transforms import ImageTransform, decode_image, read_picture
+from modeling_udon.data.images import decode_image, read_picture
+from modeling_udon.data.transforms import ImageTransform
 
 ImageLike = str | os.PathLike[str] | Image.Image | np.ndarray
 

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch.utils.data import DataLoader
 
-from modeling_udon.data.transforms import use_one_thread
+from modeling_udon.data.images import use_one_thread
 
 Batch = TypeVar("Batch", covariant=True)
 

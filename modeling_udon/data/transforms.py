@@ -1,16 +1,10 @@
-"""Decode, train and eval preprocessing: encoded bytes -> uint8 pixels in the workers -> float pixels on the device.
+"""Train and eval preprocessing: decoded uint8 pixels in the workers -> float pixels on the device.
 
-`decode_image` and the two transforms run in `DataLoader` workers on numpy uint8 arrays of shape `(H, W, 3)`;
-`normalize` runs once a batch in torch, wherever the batch lies, so that a quarter of the bytes cross to the device.
-Give every `DataLoader` that decodes `worker_init_fn=use_one_thread`.
+The two transforms run in `DataLoader` workers on numpy uint8 arrays of shape `(H, W, 3)`; `normalize` runs once per
+batch in torch, wherever the batch lies, so that a quarter of the bytes cross to the device.
 """
 
-import io
-import struct
-import threading
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -19,181 +13,12 @@ import numpy as np
 import torch
 from PIL import Image
 
-# Pillow's default limit, 2**30 // 4 // 3, kept here because other libraries move Pillow's own.
-MAX_IMAGE_PIXELS = 89_478_485
-# JPEG first, since nearly every file is one; AVIF last, since Pillow has it from 11.3 on and stops at a name it does
-# not know. Not all that Pillow reads: for EPS, for one, it starts a program.
-IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
 # A longer side of more than this many shorter sides loses its ends before the resize, not only after it.
 MAX_ASPECT_RATIO = 32
 
 # `(height, width, 3) -> (size, size, 3)`, uint8.
 ImageTransform = Callable[[np.ndarray], np.ndarray]
 RandomTransform = Callable[[np.ndarray, np.random.Generator], np.ndarray]
-
-_EXIF_ORIENTATION = 0x0112
-# Tables, restart interval, comment, application data; not APP1, which holds EXIF and XMP.
-_HARMLESS_JPEG_MARKERS = frozenset({0xC4, 0xDB, 0xDD, 0xFE, 0xE0, *range(0xE2, 0xF0)})
-_warnings_lock = threading.Lock()
-
-
-def use_one_thread(worker_id: int = 0) -> None:
-    """Keep OpenCV to one thread in this process: the `worker_init_fn` of each `DataLoader` that decodes.
-
-    The workers share the cores among themselves already. It is not done on import, since that would also slow
-    down whatever else a user's process does with OpenCV.
-    """
-    cv2.setNumThreads(0)
-
-
-def decode_image(data: bytes) -> np.ndarray:
-    """Decode an image file into upright RGB, `(H, W, 3)` uint8, contiguous and writable.
-
-    Grey and RGB JPEGs go through OpenCV, which gives Pillow's bytes in half of Pillow's time; all other files through
-    Pillow. EXIF orientation is applied; transparency is composited on white; of an animation the first frame
-    counts. 16-bit values are divided by 256, not clipped (Pillow's mode `I` is read as 16-bit); floats are read as 0
-    to 1, or as 0 to 255 if one of them is above 1. Colour profiles are not applied. Damage within the pixels of a
-    whole JPEG may pass unnoticed.
-
-    Raises:
-        ValueError: if the file is empty, no image of `IMAGE_FORMATS`, damaged, cut short, or of more than
-            `MAX_IMAGE_PIXELS` pixels, which the header alone shows.
-    """
-    if not data:
-        raise ValueError("data must be the bytes of an image file, but it is empty: leave it out or fetch it again")
-    if _is_bare_jpeg(data) and (pixels := _decode_with_opencv(data)) is not None:
-        return pixels
-    image = _open_image(data)
-    is_plain_jpeg = image.format in ("JPEG", "MPO") and image.mode in ("RGB", "L")
-    pixels = _decode_with_opencv(data) if is_plain_jpeg else None
-    if pixels is None:
-        pixels = _decode_with_pillow(image)
-    return _turn_upright(pixels, _read_orientation(image))
-
-
-def _is_bare_jpeg(data: bytes) -> bool:
-    """Whether this is a grey or RGB JPEG of allowed size without EXIF or XMP: there is nothing to ask Pillow about.
-
-    Pillow's reading of the header would cost a seventh of the decoding of a 341 x 256 image. Markers as in ITU-T T.81,
-    table B.1.
-    """
-    if not data.startswith(b"\xff\xd8"):
-        return False
-    position, has_frame = 2, False
-    while position + 10 <= len(data) and data[position] == 0xFF:
-        marker, length = struct.unpack_from(">BH", data, position + 1)
-        if marker == 0xDA:  # start of scan
-            return has_frame
-        if marker in (0xC0, 0xC1, 0xC2):  # baseline, extended or progressive frame
-            height, width, channels = struct.unpack_from(">HHB", data, position + 5)
-            if channels not in (1, 3) or not 0 < height * width <= MAX_IMAGE_PIXELS:
-                return False
-            has_frame = True
-        elif marker not in _HARMLESS_JPEG_MARKERS:
-            return False
-        position += 2 + length
-    return False
-
-
-def _decode_with_opencv(data: bytes) -> np.ndarray | None:
-    """None where OpenCV gives up, on files that are cut short among others: Pillow will say why."""
-    return cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION)
-
-
-def _open_image(data: bytes) -> Image.Image:
-    """Read the header only."""
-    try:
-        with _without_warnings():
-            image = Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
-    except Image.DecompressionBombError as error:
-        raise ValueError(_too_large(f"more than {2 * (Image.MAX_IMAGE_PIXELS or 0):,}")) from error
-    except Exception as error:  # On damaged headers Pillow's readers raise nearly every type there is.
-        raise ValueError(
-            f"data must be an image ({', '.join(IMAGE_FORMATS)}), got {len(data)} bytes that begin with {data[:12]!r}: "
-            "the file is of another kind, or its header is damaged or of size zero; leave it out or fetch it again"
-        ) from error
-    width, height = image.size
-    if width * height > MAX_IMAGE_PIXELS:
-        raise ValueError(_too_large(f"{width} x {height} = {width * height:,}"))
-    return image
-
-
-def _too_large(got: str) -> str:
-    return f"data must be an image of at most {MAX_IMAGE_PIXELS:,} pixels, got {got}: shrink it or leave it out"
-
-
-def _decode_with_pillow(image: Image.Image) -> np.ndarray:
-    """Upright or not, as `_read_orientation` will tell afterwards: of a TIFF, Pillow itself turns the pixels."""
-    try:
-        with _without_warnings():
-            return _to_rgb(image)
-    except Exception as error:  # As above; there is nothing of ours in that call that a caller could mend.
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(
-            f"data must be a whole image, got a damaged or truncated {image.format} of "
-            f"{image.width} x {image.height} pixels ({reason}); leave it out or fetch it again"
-        ) from error
-
-
-def _to_rgb(image: Image.Image) -> np.ndarray:
-    image.load()
-    if image.mode == "F" or image.mode.startswith("I"):
-        return np.repeat(_to_grey_8_bit(image)[:, :, None], 3, axis=2)
-    if image.has_transparency_data:
-        # Never a plain convert("RGB"): it shows the colours under the transparent pixels, which are arbitrary.
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image.convert("RGBA"))
-    return np.array(image.convert("RGB"))
-
-
-def read_picture(image: Image.Image) -> np.ndarray:
-    """Turn a PIL image into upright RGB as `decode_image` does a file: `(H, W, 3)` uint8, contiguous and writable.
-
-    Raises:
-        ValueError: if the file behind it is damaged or cut short.
-    """
-    pixels = _decode_with_pillow(image)
-    return _turn_upright(pixels, _read_orientation(image))
-
-
-def _to_grey_8_bit(image: Image.Image) -> np.ndarray:
-    values = np.asarray(image)
-    if image.mode == "F":
-        values = np.nan_to_num(values, nan=0.0)
-        grey = np.clip(values * (255 if values.max() <= 1 else 1), 0, 255).round().astype(np.uint8)
-    else:
-        grey = (np.clip(values, 0, 65535) >> 8).astype(np.uint8)
-    transparent = image.info.get("transparency")
-    return grey if transparent is None else np.where(values == transparent, np.uint8(255), grey)
-
-
-def _read_orientation(image: Image.Image) -> int:
-    """EXIF orientation, 1 (upright) to 8, from EXIF or XMP (of a JPEG in the newer Pillows only)."""
-    try:
-        with _without_warnings():
-            return image.getexif().get(_EXIF_ORIENTATION, 1)
-    except Exception:  # Pillow's reader again; damaged metadata says nothing against the pixels.
-        return 1
-
-
-def _turn_upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
-    """Undo an EXIF orientation (CIPA DC-008, tag 0x0112); another value leaves the pixels as they are."""
-    if orientation in (5, 6, 7, 8):
-        pixels = pixels.transpose(1, 0, 2)
-    if orientation in (2, 3, 6, 7):
-        pixels = pixels[:, ::-1]
-    if orientation in (3, 4, 7, 8):
-        pixels = pixels[::-1]
-    return np.ascontiguousarray(pixels)
-
-
-@contextmanager
-def _without_warnings() -> Iterator[None]:
-    # Pillow warns about metadata that nobody here reads. The filters belong to the whole process, and threads that
-    # save and restore them in turns would leave them off for good: hence the lock.
-    with _warnings_lock, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
 
 
 @dataclass(frozen=True)

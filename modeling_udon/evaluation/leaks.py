@@ -10,7 +10,7 @@ import numpy as np
 from datasets import Dataset
 
 from modeling_udon.data.domains import Domain, ImageSplit, encoded_bytes
-from modeling_udon.data.transforms import decode_image
+from modeling_udon.data.images import decode_image
 from modeling_udon.evaluation.neighbours import domains_with
 
 Content = Literal["bytes", "pixels"]

@@ -23,7 +23,7 @@ from datasets import Features, Image, Value
 from datasets import Sequence as ListOf
 
 from modeling_udon.data.files import lies_in, read_file
-from modeling_udon.data.transforms import decode_image, use_one_thread
+from modeling_udon.data.images import decode_image, use_one_thread
 from modeling_udon.storage import replaced_file
 from modeling_udon.text import printable, table_cell
 

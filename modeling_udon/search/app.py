@@ -13,7 +13,7 @@ from gradio.utils import get_upload_folder
 
 from modeling_udon.data.files import lies_in, read_file
 from modeling_udon.data.folders import walk_images
-from modeling_udon.data.transforms import decode_image
+from modeling_udon.data.images import decode_image
 from modeling_udon.encoder import Encoder
 from modeling_udon.search.index import ImageIndex
 from modeling_udon.search.limits import Middleware, RateLimit

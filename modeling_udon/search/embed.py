@@ -16,7 +16,8 @@ from torch.utils.data import DataLoader, Sampler
 from torch.utils.data import Dataset as TorchDataset
 from tqdm import tqdm
 
-from modeling_udon.data.transforms import ImageTransform, decode_image, use_one_thread
+from modeling_udon.data.images import decode_image, use_one_thread
+from modeling_udon.data.transforms import ImageTransform
 from modeling_udon.encoder import Encoder
 from modeling_udon.search.shards import (
     LISTING_FILE,

@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 
 from modeling_udon.data.files import read_file
-from modeling_udon.data.transforms import decode_image
+from modeling_udon.data.images import decode_image
 
 THUMBNAIL_SIZE = 160
 

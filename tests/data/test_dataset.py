@@ -17,8 +17,9 @@ from modeling_udon.data.dataset import (
     read_images,
 )
 from modeling_udon.data.domains import Domain, open_domain
+from modeling_udon.data.images import decode_image
 from modeling_udon.data.sampling import BatchDraw, DomainBatchSampler
-from modeling_udon.data.transforms import EvalTransform, TrainTransform, decode_image
+from modeling_udon.data.transforms import EvalTransform, TrainTransform
 from modeling_udon.domain_spec import DomainSpec
 
 

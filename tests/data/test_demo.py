@@ -8,7 +8,7 @@ import pytest
 from datasets import DatasetDict, Image
 
 from modeling_udon.data.demo import DEMO_DOMAINS, build_demo_domain
-from modeling_udon.data.transforms import decode_image
+from modeling_udon.data.images import decode_image
 
 SPLITS = ("train", "validation", "test")
 

@@ -15,15 +15,9 @@ from PIL import Image, ImageOps, PngImagePlugin
 from transformers import AutoImageProcessor, image_utils
 
 from modeling_udon.data import preprocessing
+from modeling_udon.data.images import MAX_IMAGE_PIXELS, decode_image, encode_array, use_one_thread
 from modeling_udon.data.preprocessing import OPENAI_CLIP, image_processor
-from modeling_udon.data.transforms import (
-    MAX_IMAGE_PIXELS,
-    EvalTransform,
-    TrainTransform,
-    decode_image,
-    normalize,
-    use_one_thread,
-)
+from modeling_udon.data.transforms import EvalTransform, TrainTransform, normalize
 
 CLIP = (OPENAI_CLIP.mean, OPENAI_CLIP.std)
 
@@ -574,3 +568,84 @@ def test_a_worker_keeps_opencv_to_one_thread():
         assert cv2.getNumThreads() == 1
     finally:
         cv2.setNumThreads(before)
+
+
+def tiff(values, **tags):
+    """An uncompressed little-endian TIFF of one strip with the tags that are given by number, as `t262=0`."""
+    height, width = values.shape[-2:] if tags.get("t284") == 2 else values.shape[:2]
+    channels = values.size // (height * width)
+    bits = values.dtype.itemsize * 8
+    entries = {256: width, 257: height, 258: [bits] * channels, 259: 1, 262: 2 if channels > 1 else 1, 273: [0]}
+    entries |= {277: channels, 278: height, 279: [values.nbytes]} | {int(tag[1:]): value for tag, value in tags.items()}
+    planes = channels if entries.get(284) == 2 else 1
+    entries[279] = [values.nbytes // planes] * planes
+    start = 8 + 2 + 12 * len(entries) + 4
+    extra, directory = b"", b""
+    first = start + 8 * 3 + 16 * planes
+    entries[273] = [first + plane * values.nbytes // planes for plane in range(planes)]
+    for tag, value in sorted(entries.items()):
+        numbers = value if isinstance(value, list) else [value]
+        packed = struct.pack(f"<{len(numbers)}I", *numbers)
+        place = packed
+        if len(packed) > 4:
+            place, extra = struct.pack("<I", start + len(extra)), extra + packed
+        directory += struct.pack("<HHI", tag, 4, len(numbers)) + place
+    head = b"II*\0" + struct.pack("<IH", 8, len(entries)) + directory + bytes(4) + extra
+    return head.ljust(first, b"\0") + values.tobytes()
+
+
+def test_grey_of_any_type_has_the_values_that_were_meant():
+    grey = np.arange(256).reshape(16, 16)
+    for values, tags in [
+        (grey.astype(np.uint8), {}),
+        ((255 - grey).astype(np.uint8), {"t262": 0}),
+        ((grey * 257).astype("<u2"), {}),
+        ((65535 - grey * 257).astype("<u2"), {"t262": 0}),
+        (grey.astype("<u2"), {}),
+        ((grey * 128).astype("<i2"), {"t339": 2}),
+        (grey.astype("<i4"), {"t339": 2}),
+        ((grey * 257).astype("<i4"), {"t339": 2}),
+        ((grey / 255).astype("<f4"), {"t339": 3}),
+        (grey.astype("<f4"), {"t339": 3}),
+        ((grey * 257).astype("<f4"), {"t339": 3}),
+    ]:
+        np.testing.assert_array_equal(
+            decode_image(tiff(values, **tags))[:, :, 1], grey, err_msg=f"{values.dtype}{tags}"
+        )
+
+
+def test_values_of_no_known_range_are_refused_and_not_guessed():
+    grey = np.arange(256).reshape(16, 16)
+    for values, tags in [
+        ((grey - 128).astype(np.int8), {"t339": 2}),
+        ((grey * 16843009).astype("<u4"), {}),
+        ((grey * 100.0 - 9000).astype("<f4"), {"t339": 3}),
+        ((grey / 64 - 2).astype("<f4"), {"t339": 3}),
+        ((grey / 128 - 1).astype("<f4"), {"t339": 3}),
+        (np.stack([grey * 257] * 3).astype("<u2"), {"t284": 2}),
+    ]:
+        with pytest.raises(ValueError, match="^data must be "):
+            decode_image(tiff(values, **tags))
+
+
+def test_planes_of_8_bits_are_read_as_interleaved_ones():
+    planes = np.stack([np.full((16, 16), level, np.uint8) for level in (10, 100, 200)])
+    assert decode_image(tiff(planes, t284=2))[3, 4].tolist() == [10, 100, 200]
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.uint16, np.int32, np.int64, np.float32, np.float64, bool])
+@pytest.mark.parametrize("shape", [(6, 8), (6, 8, 1), (1, 6, 8), (6, 8, 3), (3, 6, 8)])
+def test_arrays_of_a_column_keep_their_levels(dtype, shape):
+    levels = np.linspace(0, 200, 48).astype(int).reshape(6, 8)
+    planes = np.stack([levels] * max(shape[0] if len(shape) == 3 and shape[0] < 4 else shape[-1] % 8, 1))
+    values = planes if len(shape) == 3 and shape[0] < 4 else planes.transpose(1, 2, 0)
+    values = values.reshape(shape) if len(shape) == 2 or 1 in shape else values
+    stored = values / 255 if np.issubdtype(dtype, np.floating) else values
+    expected = np.where(levels > 0, 255, 0) if dtype is bool else levels
+    np.testing.assert_array_equal(decode_image(encode_array(stored.astype(dtype)))[:, :, 2], expected)
+
+
+@pytest.mark.parametrize("shape", [(8,), (6, 8, 2), (2, 6, 8, 3)])
+def test_arrays_that_are_no_pixels_are_refused(shape):
+    with pytest.raises(ValueError, match=r"must be numbers of shape \(H, W\), \(H, W, 3\) or \(3, H, W\)"):
+        encode_array(np.zeros(shape, np.uint8))

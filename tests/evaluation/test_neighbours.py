@@ -14,8 +14,9 @@ from PIL import Image as PILImage
 
 from modeling_udon import UdonConfig, UdonModel
 from modeling_udon.data.domains import Domain, open_domain
+from modeling_udon.data.images import decode_image
 from modeling_udon.data.preprocessing import IMAGENET_STANDARD
-from modeling_udon.data.transforms import EvalTransform, decode_image, normalize
+from modeling_udon.data.transforms import EvalTransform, normalize
 from modeling_udon.domain_spec import DomainSpec
 from modeling_udon.encoder import Encoder
 from modeling_udon.evaluation.embedder import ImageEmbedder

@@ -360,7 +360,7 @@ def test_the_page_shows_neighbours_or_the_reason(folder: Path, searchable, kind:
 MEASURE = """
 import resource, sys
 from modeling_udon.data.files import read_file
-from modeling_udon.data.transforms import decode_image
+from modeling_udon.data.images import decode_image
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 for path in sys.argv[1:]:
     try:
@@ -393,6 +393,6 @@ def test_the_largest_image_that_is_read_takes_bounded_memory(tmp_path: Path) -> 
 
 
 def test_the_table_in_the_docs_is_what_was_tested() -> None:
-    text = (ROOT / "docs" / "inputs.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs" / "explanation" / "inputs.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| (.+?) \| (read|refused) \| (read|refused|not listed) \| (read|refused) \|$", text, re.M)
     assert [list(row) for row in rows] == [[kind.name, *kind.outcomes] for kind in KINDS]

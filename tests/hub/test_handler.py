@@ -17,7 +17,8 @@ import torch
 from PIL import Image
 
 from modeling_udon import UdonModel
-from modeling_udon.data.transforms import EvalTransform, decode_image
+from modeling_udon.data.images import decode_image
+from modeling_udon.data.transforms import EvalTransform
 from modeling_udon.hub import handler as handler_module
 from modeling_udon.hub.handler import EndpointHandler, read_image
 from modeling_udon.hub.push import HANDLER, PushOptions, find_student, stage

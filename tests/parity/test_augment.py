@@ -9,11 +9,7 @@ import pytest
 import torch
 
 from modeling_udon.data.preprocessing import IMAGENET_STANDARD, OPENAI_CLIP
-from modeling_udon.data.transforms import (
-    EvalTransform,
-    TrainTransform,
-    normalize,
-)
+from modeling_udon.data.transforms import EvalTransform, TrainTransform, normalize
 
 FOLDER = Path(os.environ.get("UDON_PARITY_DIR", Path(__file__).parents[1] / "reference"))
 FILES = [FOLDER / name for name in ("augment.npz", "augment.json")]

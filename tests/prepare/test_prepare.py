@@ -18,7 +18,7 @@ from datasets import Dataset, Image, load_dataset
 from PIL import Image as PILImage
 
 from modeling_udon.data.domains import open_domain
-from modeling_udon.data.transforms import decode_image
+from modeling_udon.data.images import decode_image
 from modeling_udon.domain_spec import DomainSpec
 from modeling_udon.prepare import uned
 from modeling_udon.prepare.own_data import split_by_class
