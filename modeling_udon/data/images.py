@@ -187,7 +187,7 @@ def to_8_bit(values: np.ndarray, signed: bool = False) -> np.ndarray:
         white = 255
     else:
         white = 32767 if signed and high <= 32767 else 65535
-    if low < -white / 2 or high > white * _OVERSHOOT or (white == 255 and is_float and high < _LEAST_FLOAT_LEVEL):
+    if low < -white / 8 or high > white * _OVERSHOOT or (white == 255 and is_float and high < _LEAST_FLOAT_LEVEL):
         raise ValueError(
             f"data must hold values of 0 to 1, 0 to 255 or 0 to 65535, got {low:g} to {high:g}; scale them before"
         )
