@@ -1,7 +1,5 @@
 """Trains UDON: `accelerate launch train_udon.py --config configs/demo.yaml [--resume] [--section.key value ...]`."""
 
-import argparse
-import os
 import signal
 import sys
 
@@ -9,73 +7,7 @@ if __name__ == "__main__":
     # The libraries take seconds to import, and would answer Ctrl-C with their traceback. `train` listens by itself.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-from modeling_udon.cli.train import train_and_publish
-from modeling_udon.config import ConfigError
-from modeling_udon.config_file import load_config
-from modeling_udon.training.errors import explain
-from modeling_udon.training.run_lock import FolderInUseError
-from modeling_udon.training.signals import Stopped, resume_command
-
-
-def main() -> int:
-    """Parses the command line and trains; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        description="Train one image embedding for many domains.",
-        epilog="Any value of the config can be overridden: --optim.lr 3e-4 --train.num_steps 500",
-        allow_abbrev=False,
-    )
-    parser.add_argument("--config", help="YAML file of the run, such as configs/demo.yaml; not needed with --init")
-    parser.add_argument(
-        "--init",
-        metavar="RUN",
-        help="start from the best weights of this run, with its settings and domains; give the new run a --name",
-    )
-    domains = parser.add_mutually_exclusive_group()
-    domains.add_argument(
-        "--add-domain",
-        action="append",
-        default=[],
-        metavar="NAME=SOURCE",
-        help="with --init: train on this domain as well; may be repeated",
-    )
-    domains.add_argument(
-        "--domain",
-        action="append",
-        default=[],
-        metavar="NAME=SOURCE",
-        help="train on this domain instead of the config's: a folder or an id on the Hub; may be repeated",
-    )
-    existing = parser.add_mutually_exclusive_group()
-    existing.add_argument("--resume", action="store_true", help="go on from the run's last checkpoint")
-    existing.add_argument("--overwrite", action="store_true", help="remove the run's folder and start anew")
-    parser.add_argument(
-        "--resume-allow",
-        default="",
-        metavar="NAME,...",
-        help="what may have changed on --resume: keys of the config such as lr, or processes, versions, data",
-    )
-    arguments, overrides = parser.parse_known_args()
-    allow = [name for name in arguments.resume_allow.split(",") if name]
-    try:
-        given = arguments.domain, arguments.init, arguments.add_domain
-        train_and_publish(
-            load_config(arguments.config, overrides, *given), arguments.resume, arguments.overwrite, allow
-        )
-    except (ConfigError, FolderInUseError) as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 2
-    except Stopped as stop:
-        if os.environ.get("RANK", "0") == "0":
-            sys.stderr.write(f"stopped by {stop}; go on with:\n  {resume_command()}\n")
-        return stop.code
-    except Exception as error:
-        line = explain(error)
-        if line is None:
-            raise
-        sys.stderr.write(f"error: {line}\n")
-        return 1
-    return 0
-
+from modeling_udon.cli.train_verb import main
 
 if __name__ == "__main__":
     sys.exit(main())

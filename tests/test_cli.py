@@ -96,3 +96,23 @@ def test_a_parser_is_what_the_signature_and_the_docstring_say() -> None:
 def test_a_wrong_argument_is_one_line_and_exit_code_2(arguments, words, udon: Callable) -> None:
     done = udon(*arguments)
     assert done.code == 2 and done.err.count("\n") == 1 and words in done.err and "--help" in done.err
+
+
+def test_udon_train_is_the_launch_script(udon, monkeypatch) -> None:
+    monkeypatch.setattr("signal.signal", lambda number, handler: None)
+    done = udon("train", "--config", "/nowhere.yaml", "--optim.lr", "1")
+    assert done.code == 2 and done.err.startswith("udon train: error: `config` must be a file that can be read")
+    assert "udon train [-h] [--config CONFIG]" in udon("train", "--help").out
+
+
+def test_the_help_of_the_launch_script_loads_nothing_that_only_some_runs_need() -> None:
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", "train_udon.py", "--help"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    loaded = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert done.returncode == 0 and "modeling_udon.cli.train_verb" in loaded
+    assert not loaded & {"torch", "faiss", "gradio", "modeling_udon.hub.push", "modeling_udon.evaluation.report"}

@@ -2,6 +2,8 @@
 
 import argparse
 import os
+import signal
+import sys
 import traceback
 from collections.abc import Sequence
 
@@ -18,6 +20,7 @@ from modeling_udon.cli.push_space import push_space
 from modeling_udon.cli.report import report
 from modeling_udon.cli.search import search
 from modeling_udon.cli.terminal import ReaderGoneError, use_escapes, warn
+from modeling_udon.cli.train_verb import main as train
 from modeling_udon.faults import explain, first_line
 
 # What a shell gives for a program that wrote into a closed pipe.
@@ -31,7 +34,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     With `UDON_TRACEBACK=1` in the environment, the traceback of a fault is printed before its line.
     """
     use_escapes()
-    arguments = make_parser().parse_args(argv)
+    words = sys.argv[1:] if argv is None else list(argv)
+    if words[:1] == ["train"]:
+        # It takes every key of the config as an option, which only the config knows; and it has signals of its own.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        return train(words[1:], "udon train")
+    arguments = make_parser().parse_args(words)
     try:
         arguments.verb_function(**values_of(arguments))
     except ReaderGoneError:
@@ -60,6 +68,7 @@ def make_parser() -> argparse.ArgumentParser:
     kinds = prepare.add_subparsers(dest="kind", metavar="KIND", required=True)
     for kind in (folder, csv, hub, uned):
         add_verb(kinds, kind.__name__, kind)
+    verbs.add_parser("train", help="train on the domains of a config", add_help=False)
     add_verb(verbs, "embed", embed, at_most_one_of=("domain", "domain_from_folder"))
     add_verb(verbs, "index", index)
     add_verb(verbs, "search", search)
