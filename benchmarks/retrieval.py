@@ -36,10 +36,11 @@ from modeling_udon.data.preprocessing import IMAGENET_STANDARD
 from modeling_udon.data.transforms import EvalTransform
 from modeling_udon.encoder import Encoder
 from modeling_udon.evaluation.metrics import mean_modified_precision_at_k, recall_at_k
-from modeling_udon.search.embed import EmbedOptions, ShardSlices, embed_source, make_loader
+from modeling_udon.search.embed import embed
 from modeling_udon.search.exact_search import exact_search
+from modeling_udon.search.file_source import FileSource, write_listing
+from modeling_udon.search.loading import ShardSlices, make_loader
 from modeling_udon.search.shards import ShardFolder
-from modeling_udon.search.sources import FileSource, SourceSpec, write_listing
 
 Figures = dict[str, Any]
 
@@ -167,38 +168,43 @@ def measure_embed() -> Figures:
     if not gpu:
         torch.set_num_threads(1)
     model = make_model(gpu)
-    options = EmbedOptions(
-        batch_size=256 if gpu else 32,
-        num_workers=num_workers,
-        shard_size=num_images,
-        mixed_precision="bf16" if gpu else "no",
-    )
+    batch_size, precision = (256, "bf16") if gpu else (32, "no")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name) / "pictures"
         folder.mkdir()
-        write_listing(write_pictures(folder, num_images), Path(name) / "listing.parquet", num_images)
-        source = FileSource(str(folder), Path(name) / "listing.parquet", num_images, num_images, None, False)
+        listing = Path(name) / "listing.arrow"
+        write_listing(write_pictures(folder, num_images), listing, num_images, str(folder))
+        source = FileSource(str(folder), listing, num_images, num_images, None, False)
         shards = ShardFolder(folder, num_images, num_images)
 
         def decode() -> None:
-            for _ in make_loader(
-                source, model.transform, ShardSlices(shards, [0], options.batch_size), options, accelerator
-            ):
+            slices = ShardSlices(shards, [0], batch_size)
+            for _ in make_loader(source, model.transform, slices, accelerator, num_workers):
                 pass
 
-        pixels = torch.zeros(options.batch_size, 224, 224, 3, dtype=torch.uint8, device=accelerator.device)
+        pixels = torch.zeros(batch_size, 224, 224, 3, dtype=torch.uint8, device=accelerator.device)
 
         @torch.inference_mode()
         def run_model() -> None:
             model.network.to(accelerator.device)
             with accelerator.autocast():
-                embeds = [model(pixels) for _ in range(-(-num_images // options.batch_size))]
+                embeds = [model(pixels) for _ in range(-(-num_images // batch_size))]
             torch.cat(embeds).cpu()
 
         rounds = []
         for number in range(4):
             out = Path(name) / f"out{number}"
-            embed_s = seconds(lambda out=out: embed_source(SourceSpec(str(folder)), model, out, options))  # type: ignore[misc]
+            embed_s = seconds(
+                lambda out=out: embed(  # type: ignore[misc]
+                    folder,
+                    model,
+                    out,
+                    batch_size=batch_size,
+                    num_workers=num_workers,
+                    shard_size=num_images,
+                    mixed_precision=precision,
+                )
+            )
             rounds.append((embed_s, seconds(decode), seconds(run_model)))
     embed_s, decode_s, model_s = map(statistics.median, zip(*rounds[1:], strict=True))
     return {

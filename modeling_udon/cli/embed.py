@@ -23,11 +23,13 @@ def embed(
     domain: Name | None = None,
     domain_from_folder: bool = False,
     thumbnails: bool = False,
+    no_thumbnails: bool = False,
     allow_outside: bool = False,
     batch_size: Positive = 64,
     num_workers: Natural | None = None,
     mixed_precision: Literal["no", "fp16", "bf16"] = "no",
     shard_size: Positive = 10_000,
+    strict: bool = False,
     force: bool = False,
 ) -> None:
     """Turn images into embeddings, in Parquet shards.
@@ -45,30 +47,42 @@ def embed(
         columns: Columns of a data set to keep beside the embeddings.
         domain: Name of the domain of all images, kept as column `domain`.
         domain_from_folder: The first folder below SOURCE names an image's domain.
-        thumbnails: Keep small JPEGs, so that search can show images from anywhere.
+        thumbnails: Keep small JPEGs, so that search can show images from anywhere; of data sets they always are.
+        no_thumbnails: Keep none of data sets either.
         allow_outside: Read what a list file names outside of its own folder.
         batch_size: Images of one forward pass.
         num_workers: Processes that decode; by default one per core but one.
         mixed_precision: Number format of the forward pass.
         shard_size: Images per file.
+        strict: End with an error if an image cannot be read.
         force: Remove the embeddings in FOLDER and start again.
 
     Example:
         udon embed photos/ --model runs/demo/best --out photos-embedded
     """
-    from modeling_udon.search.embed import EmbedOptions, embed_source
-    from modeling_udon.search.sources import SourceSpec
+    from modeling_udon.search.embed import embed as embed_images
 
-    spec = SourceSpec(
+    if thumbnails and no_thumbnails:
+        raise ValueError("`--thumbnails` must be left out where `--no-thumbnails` is given. Got both.")
+    embed_images(
         source,
-        allow_outside=allow_outside,
-        domain=domain,
-        domain_from_folder=domain_from_folder,
+        open_model(model, revision, trust_remote_code),
+        out,
         name=name,
         split=split,
         data_revision=data_revision,
         image_column=image_column,
         columns=list(columns),
+        domain=domain,
+        domain_from_folder=domain_from_folder,
+        allow_outside=allow_outside,
+        thumbnails=True if thumbnails else False if no_thumbnails else None,
+        batch_size=batch_size,
+        num_workers=num_workers,
+        mixed_precision=mixed_precision,
+        shard_size=shard_size,
+        strict=strict,
+        force=force,
+        progress=None,
+        say=say,
     )
-    options = EmbedOptions(thumbnails, batch_size, num_workers, mixed_precision, shard_size)
-    embed_source(spec, open_model(model, revision, trust_remote_code), out, options, force=force, say=say)

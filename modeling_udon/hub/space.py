@@ -241,7 +241,7 @@ def _copy_index(index: ImageIndex, target: Path, title: str, say: Say) -> None:
     ):
         for start in range(0, len(table), _ROWS):
             rows = [index.describe(row) for row in range(start, min(start + _ROWS, len(table)))]
-            thumbnails = [find_thumbnail(row.get("thumbnail"), row["file"]) for row in rows]
+            thumbnails = [find_thumbnail(row.get("thumbnail"), row["file"], row.get("sha256")) for row in rows]
             paths = [Path(row["path"]).name if os.path.isabs(row["path"]) else row["path"] for row in rows]
             block = kept.slice(start, len(rows))
             for name, values, kind in (("path", paths, pa.string()), ("thumbnail", thumbnails, pa.binary())):

@@ -121,10 +121,21 @@ class ImageIndex:
 
     def describe(self, row: int) -> dict[str, Any]:
         """The columns of a row, and `file`: where the image lies, `None` where that is not known."""
-        values: dict[str, Any] = self._metadata.slice(row, 1).to_pylist()[0]
+        values = self.columns_of(row)
         source = next(source for source in reversed(self.about.sources) if source["start"] <= row)
-        is_file = source["root"] or os.path.isabs(values["path"])
+        # Bytes in a data set have no time of change, and their path names no file, whatever may lie there.
+        is_file = values.get("mtime", 0) is not None and (source["root"] or os.path.isabs(values["path"]))
         return values | {"file": os.path.join(source["root"], values["path"]) if is_file else None}
+
+    def columns_of(self, row: int) -> dict[str, Any]:
+        """The columns of a row as they were kept; a time that Python cannot hold is given as text."""
+        line, values = self._metadata.slice(row, 1), {}
+        for name in line.column_names:
+            try:
+                values[name] = line[name].to_pylist()[0]
+            except (ValueError, OverflowError):
+                values[name] = str(line[name].cast(pa.string())[0]) if line[name].type != pa.null() else None
+        return values
 
     def domains(self) -> list[str]:
         """The domains of its images."""

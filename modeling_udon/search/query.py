@@ -1,8 +1,11 @@
 """`udon search`: query images through the model, their neighbours in an index, as a table or as JSON."""
 
+import base64
+import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from datetime import date, time
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -19,8 +22,10 @@ from modeling_udon.search.index import ImageIndex
 from modeling_udon.search.thumbnails import make_thumbnail
 from modeling_udon.text import printable
 
+# Of the JSON: 1 had the columns of the data beside our own, which they could replace.
+SCHEMA = 2
 # Columns that are shown by themselves, or not at all.
-_OWN_COLUMNS = ("path", "row", "file", "domain", "thumbnail")
+_OWN_COLUMNS = ("path", "row", "id", "sha256", "num_bytes", "mtime", "domain", "thumbnail")
 
 
 @dataclass(frozen=True)
@@ -28,6 +33,9 @@ class FoundImage:
     """A neighbour.
 
     Attributes:
+        row: Its row in the index.
+        id: A digest of its bytes, or what the data set calls it; `None` in an index that knows none.
+        sha256: Digest of its bytes, by which a file that is another now is known.
         score: Inner product with the query, a cosine; approximate in an index that compresses.
         path: As it was embedded.
         file: Where it lies, if that is known.
@@ -37,6 +45,9 @@ class FoundImage:
         accepted: Whether the score reaches the model's threshold; `None` for a model without one.
     """
 
+    row: int
+    id: str | None
+    sha256: str | None
     score: float
     path: str
     file: str | None
@@ -73,8 +84,9 @@ class SearchResults:
     calibration: Calibration | None
 
     def to_json(self) -> dict[str, Any]:
-        """As plain values, without pictures."""
+        """As plain values that JSON holds, without pictures; what the data says of an image stands in `columns`."""
         return {
+            "schema": SCHEMA,
             "index": self.index,
             "model": self.model,
             "domain": self.domain,
@@ -87,11 +99,13 @@ class SearchResults:
                         {
                             "rank": rank,
                             "score": found.score,
+                            "row": found.row,
+                            "id": found.id,
                             "path": found.path,
                             "file": found.file,
                             "domain": found.domain,
                             "match": found.accepted,
-                            **{name: _json_value(value) for name, value in found.columns.items()},
+                            "columns": {name: _json_value(value) for name, value in found.columns.items()},
                         }
                         for rank, found in enumerate(query.neighbours, 1)
                     ],
@@ -229,11 +243,18 @@ def search_decoded(
 def _found(index: ImageIndex, model: Encoder, row: int, score: float) -> FoundImage:
     values = index.describe(row)
     return FoundImage(
+        row,
+        values.get("id"),
+        values.get("sha256"),
         score,
         path=values["path"],
         file=values["file"],
         domain=values.get("domain"),
-        columns={name: value for name, value in values.items() if name not in _OWN_COLUMNS and value is not None},
+        columns={
+            name: value
+            for name, value in index.columns_of(row).items()
+            if name not in _OWN_COLUMNS and value is not None
+        },
         thumbnail=values.get("thumbnail"),
         accepted=None if model.calibration is None else score >= model.calibration.threshold,
     )
@@ -246,4 +267,15 @@ def _cells(rank: int, found: FoundImage) -> list[str]:
 
 
 def _json_value(value: Any) -> Any:
-    return value if isinstance(value, str | int | float | bool | list | dict | None) else str(value)
+    """A value of any Arrow type as JSON holds it: NaN as null, times in ISO 8601, bytes in base64."""
+    if isinstance(value, dict):
+        return {str(name): _json_value(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_json_value(part) for part in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, bytes):
+        return base64.b64encode(value).decode()
+    if isinstance(value, date | time):
+        return value.isoformat()
+    return value if isinstance(value, str | int | None) else str(value)

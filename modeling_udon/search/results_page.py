@@ -108,8 +108,9 @@ def _item(rank: int, found: FoundImage) -> str:
     details = [found.domain or "", *(f"{name}: {value}" for name, value in found.columns.items())]
     lines = "".join(f'<div class="muted">{html_text(detail)}</div>' for detail in details if detail)
     mark = '<div class="mark">no match</div>' if low else ""
+    picture = _picture(find_thumbnail(found.thumbnail, found.file, found.sha256))
     return (
-        f"<li><figure><div{' class=low' if low else ''}>{_picture(find_thumbnail(found.thumbnail, found.file))}</div>"
+        f"<li><figure><div{' class=low' if low else ''}>{picture}</div>"
         f'<figcaption><span class="muted">{rank}</span> <span class="score">{found.score:.3f}</span>{mark}'
         f"<div>{html_text(found.path)}</div>{lines}</figcaption></figure></li>"
     )

@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,15 @@ from modeling_udon.text import printable, table_cell
 # What readers of Parquet folders take for data does not begin with a dot.
 WORK_FOLDER = ".embed"
 MANIFEST_FILE = "manifest.json"
-LISTING_FILE = "listing.parquet"
+# No Parquet, which readers of `**/*.parquet` would take for embeddings.
+LISTING_FILE = "listing.arrow"
 SKIPPED_FILE = "_skipped.log"
 METADATA_KEY = b"udon"
+SCHEMA = 2
+
+
+class DamagedError(ValueError):
+    """Embeddings that cannot be read; its message is one line for the user."""
 
 
 @dataclass(frozen=True)
@@ -92,11 +99,24 @@ class Embeddings:
     def blocks(self, columns: bool = True) -> Iterator[tuple[np.ndarray, pa.Table]]:
         """Reads a shard at a time: embeddings of shape `(num_rows, dim)` and a table of the other columns."""
         for part in self.parts:
-            file = pq.ParquetFile(part)
-            for batch in file.iter_batches(batch_size=65_536, columns=None if columns else ["embedding"]):
-                table = pa.Table.from_batches([batch])
-                vectors = batch.column("embedding").flatten().to_numpy().reshape(-1, self.about["dim"])
-                yield vectors, table.drop_columns(["embedding"]).replace_schema_metadata(None)
+            with _damage_of(part):
+                file = pq.ParquetFile(part)
+                for batch in file.iter_batches(batch_size=65_536, columns=None if columns else ["embedding"]):
+                    table = pa.Table.from_batches([batch])
+                    vectors = batch.column("embedding").flatten().to_numpy().reshape(-1, self.about["dim"])
+                    _check_vectors(vectors, part)
+                    yield vectors, table.drop_columns(["embedding"]).replace_schema_metadata(None)
+
+
+def make_folder(folder: Path) -> None:
+    """Makes the folder, if it is not there.
+
+    Raises:
+        ValueError: If it is a file.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"`out` must be a folder. Got the file {str(folder)!r}.")
+    folder.mkdir(parents=True, exist_ok=True)
 
 
 def start_or_resume(folder: Path, identity: Mapping[str, Any], force: bool) -> bool:
@@ -111,8 +131,6 @@ def start_or_resume(folder: Path, identity: Mapping[str, Any], force: bool) -> b
         ValueError: If the folder holds embeddings of another model or source, or other files.
     """
     manifest = folder / WORK_FOLDER / MANIFEST_FILE
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"`out` must be a folder. Got the file {str(folder)!r}.")
     if not manifest.is_file():
         leftovers = [path for path in folder.iterdir() if path.name != WORK_FOLDER] if folder.exists() else []
         if leftovers:
@@ -124,7 +142,7 @@ def start_or_resume(folder: Path, identity: Mapping[str, Any], force: bool) -> b
             path.unlink(missing_ok=True)
         shutil.rmtree(folder / WORK_FOLDER)
     else:
-        _check_identity(folder, json.loads(manifest.read_text(encoding="utf-8"))["identity"], identity)
+        _check_identity(folder, _read_manifest(folder)["identity"], identity)
         return True
     (folder / WORK_FOLDER).mkdir(parents=True, exist_ok=True)
     return False
@@ -132,13 +150,17 @@ def start_or_resume(folder: Path, identity: Mapping[str, Any], force: bool) -> b
 
 def write_manifest(shards: ShardFolder, identity: Mapping[str, Any]) -> None:
     """Writes down what the folder will hold; from here on the work can be continued."""
-    content = {"schema": 1, "identity": identity, "num_images": shards.num_images, "shard_size": shards.shard_size}
+    content = {"schema": SCHEMA, "identity": identity, "num_images": shards.num_images, "shard_size": shards.shard_size}
     write_json(shards.folder / WORK_FOLDER / MANIFEST_FILE, content)
 
 
 def read_manifest(folder: Path) -> ShardFolder:
-    """The shards that the folder will hold."""
-    content = json.loads((folder / WORK_FOLDER / MANIFEST_FILE).read_text(encoding="utf-8"))
+    """The shards that the folder will hold.
+
+    Raises:
+        ValueError: If its manifest is damaged, or of another version.
+    """
+    content = _read_manifest(folder)
     return ShardFolder(folder, content["num_images"], content["shard_size"])
 
 
@@ -157,11 +179,16 @@ def open_embeddings(folder: Path) -> Embeddings:
             "shards; run its udon embed again to go on."
         )
     parts = [shards.part(shard) for shard in range(shards.num_shards)]
-    num_rows = sum(pq.ParquetFile(part).metadata.num_rows for part in parts)
+    num_rows, schemas = 0, []
+    for part in parts:
+        with _damage_of(part):
+            file = pq.ParquetFile(part)
+            num_rows += file.metadata.num_rows
+            schemas.append(file.schema_arrow)
+            about = json.loads(schemas[-1].metadata[METADATA_KEY])
     if num_rows == 0:
         raise ValueError(f"`embeddings` must hold at least one. Got {str(folder)!r} with none.")
-    schema = pq.read_schema(parts[0])
-    about = json.loads(schema.metadata[METADATA_KEY])
+    schema = schemas[0]
     return Embeddings(
         folder, parts, about, num_rows, schema.remove_metadata().remove(schema.get_field_index("embedding"))
     )
@@ -181,3 +208,38 @@ def _check_identity(folder: Path, saved: Mapping[str, Any], wanted: Mapping[str,
                 f"`out` must hold embeddings of the same {key}, {saved.get(key)!r}. Got {wanted[key]!r} for "
                 f"{str(folder)!r}; give another --out, or --force to drop what is there."
             )
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    file = folder / WORK_FOLDER / MANIFEST_FILE
+    with _damage_of(file):
+        content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        schema = content["schema"]
+    if schema != SCHEMA:
+        raise ValueError(
+            f"`embeddings` must be of this version of udon, schema {SCHEMA}. Got {str(folder)!r} of schema {schema}; "
+            "embed the images again with --force."
+        )
+    return content
+
+
+@contextmanager
+def _damage_of(file: Path) -> Iterator[None]:
+    """Turns what libraries raise of a damaged file into one line with its name."""
+    try:
+        yield
+    except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
+        if isinstance(error, DamagedError):
+            raise
+        raise DamagedError(
+            f"`embeddings` must be whole. Got {str(file)!r}, which is damaged ({' '.join(str(error).split())[:200]}); "
+            "delete it and run its udon embed again."
+        ) from error
+
+
+def _check_vectors(vectors: np.ndarray, part: Path) -> None:
+    if not np.isfinite(vectors).all():
+        raise DamagedError(
+            f"`embeddings` must be finite. Got NaN or infinity in {str(part)!r}; embed the images again with --force, "
+            "in float32 or bf16."
+        )

@@ -1,6 +1,7 @@
 """Small pictures for pages that stand alone."""
 
 import base64
+import hashlib
 import io
 from contextlib import suppress
 
@@ -22,12 +23,20 @@ def make_thumbnail(image: np.ndarray) -> bytes:
     return file.getvalue()
 
 
-def find_thumbnail(kept: bytes | None, file: str | None) -> bytes | None:
-    """The thumbnail that was kept, else one of the file, else `None`: the file may have moved or changed."""
+def find_thumbnail(kept: bytes | None, file: str | None, sha256: str | None = None) -> bytes | None:
+    """The thumbnail that was kept, else one of the file, else `None`: the file may have moved, or be another by now.
+
+    Args:
+        kept: A JPEG, if one was kept.
+        file: Where the image lies, if that is known.
+        sha256: Digest of its bytes when it was embedded; a file with another one is not shown.
+    """
     if kept is not None or file is None:
         return kept
     with suppress(OSError, ValueError):
-        return make_thumbnail(decode_image(read_file(file)))
+        data = read_file(file)
+        if sha256 is None or hashlib.sha256(data).hexdigest() == sha256:
+            return make_thumbnail(decode_image(data))
     return None
 
 

@@ -28,8 +28,7 @@ from modeling_udon.data.files import MAX_FILE_BYTES
 from modeling_udon.data.sampling import BatchDraw
 from modeling_udon.data.transforms import EvalTransform, TrainTransform
 from modeling_udon.encoder import Encoder
-from modeling_udon.search.embed import EmbedOptions, embed_source
-from modeling_udon.search.sources import SourceSpec
+from modeling_udon.search.embed import embed
 
 ROOT = Path(__file__).parents[2]
 Tell = Callable[[str, int, int], None]
@@ -282,7 +281,7 @@ def embedded(folder: Path, searchable) -> tuple[list[str], dict[str, str]]:
     out = folder.parent / "embedded"
     model = Encoder.open(str(searchable.model))
     with unprivileged():
-        embed_source(SourceSpec(str(folder)), model, out, EmbedOptions(num_workers=0, batch_size=16))
+        embed(folder, model, out, num_workers=0, batch_size=16)
     table = pq.read_table(out)
     assert np.isfinite(np.stack(table["embedding"].to_pylist())).all()
     log = (out / "_skipped.log").read_text().splitlines()

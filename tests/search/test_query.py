@@ -1,12 +1,14 @@
 """`udon search` through its command: neighbours, filter, threshold, JSON, page, refusals."""
 
 import base64
+import datetime
 import json
 import re
 import shutil
 from html.parser import HTMLParser
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset, Features, Image, Value
@@ -212,3 +214,64 @@ def test_an_index_without_domains_says_so_when_one_is_asked_for(udon, student, p
 
 def test_help_shows_an_example(udon):
     assert "example: udon search photo.jpg" in udon("search", "--help").out
+
+
+def test_no_column_of_the_data_replaces_the_answer_and_all_of_it_is_json(udon, student, pictures, png, tmp_path):
+    columns = {
+        "image": [{"bytes": png(0), "path": "0.png"}],
+        **{"score": [100], "rank": [7], "match": ["no"], "file": ["f"], "price": [float("nan")]},
+        **{"seen": [[datetime.datetime(2024, 1, 2)]], "blob": [{"raw": b"\xff\x00"}]},
+    }
+    table = pa.table(columns)
+    pq.write_table(table, tmp_path / "d.parquet")
+    names = [name for name in columns if name != "image"]
+    more = ("--model", student, "--out", tmp_path / "e", "--num-workers", 0, "--image-column", "image")
+    done = udon("embed", tmp_path / "d.parquet", "--columns", *names, *more)
+    assert done.code == 0, done.err
+    udon("index", tmp_path / "e", "--out", tmp_path / "i")
+    (tmp_path / "q.png").write_bytes(png(0))
+    out = udon("search", tmp_path / "q.png", "--index", tmp_path / "i", "--model", student, "--json").out
+
+    def refuse(constant):
+        raise AssertionError(constant)
+
+    answer = json.loads(out, parse_constant=refuse)
+    found = answer["queries"][0]["neighbours"][0]
+    assert answer["schema"] == 2 and (found["rank"], found["row"], found["match"], found["file"]) == (1, 0, None, None)
+    assert found["score"] == pytest.approx(1, abs=1e-5) and len(found["id"]) == 32
+    assert {name: found["columns"][name] for name in ("score", "rank", "match", "file")} == {
+        "score": 100,
+        "rank": 7,
+        "match": "no",
+        "file": "f",
+    }
+    assert found["columns"]["seen"] == ["2024-01-02T00:00:00"] and found["columns"]["price"] is None
+    assert found["columns"]["blob"] == {"raw": "/wA="}
+
+
+@pytest.mark.parametrize("path", ["0.png", "{folder}/0.png"])
+def test_the_page_shows_the_indexed_bytes_and_no_file_that_has_their_name(
+    udon, student, png, tmp_path, monkeypatch, path
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "0.png").write_bytes(png(7))
+    (tmp_path / "q.png").write_bytes(png(0))
+    name = path.format(folder=tmp_path)
+    pq.write_table(pa.table({"image": [{"bytes": png(0), "path": name}]}), "d.parquet")
+    for option, pictures in (("--thumbnails", 2), ("--no-thumbnails", 1)):
+        udon("embed", "d.parquet", "--model", student, "--out", "e", "--num-workers", 0, "--force", option)
+        udon("index", "e", "--out", "i", "--force")
+        udon("search", "q.png", "--index", "i", "--model", student, "--html", "p.html", "--force")
+        shown = re.findall(r"data:image/jpeg;base64,([^\"]+)", (tmp_path / "p.html").read_text())
+        assert len(shown) == pictures and len(set(shown)) == 1
+
+
+def test_the_page_does_not_show_a_file_that_is_another_by_now(udon, student, png, tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "0.png").write_bytes(png(0))
+    udon("embed", tmp_path / "in", "--model", student, "--out", tmp_path / "e", "--num-workers", 0)
+    udon("index", tmp_path / "e", "--out", tmp_path / "i")
+    (tmp_path / "in" / "0.png").write_bytes(png(5))
+    arguments = ("--index", tmp_path / "i", "--model", student, "--html", tmp_path / "p.html")
+    udon("search", tmp_path / "in" / "0.png", *arguments)
+    assert (tmp_path / "p.html").read_text().count("no picture") == 1
