@@ -74,8 +74,10 @@ class UdonHead(nn.Module):
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         """Maps features of shape `(batch_size, in_dim)` to embeddings of shape `(batch_size, out_dim)`."""
-        # Half-precision norms are off by 3e-3, so both ends of the head are float32 whatever its weights are.
-        projected = self.projection(self.hidden(features.to(self.projection.weight.dtype)))
+        # Half-precision norms are off by 3e-3, so both ends of the head are float32 whatever its weights are; under
+        # autocast, which would move neighbours, so is all of it.
+        with torch.autocast(features.device.type, enabled=False):
+            projected = self.projection(self.hidden(features.to(self.projection.weight.dtype)))
         return F.normalize(projected.float(), dim=-1)
 
 

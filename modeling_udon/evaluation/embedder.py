@@ -1,6 +1,7 @@
 """Evaluation images become embeddings, each process embedding its share."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,12 +41,14 @@ class ImageEmbedder:
         num_workers: Processes that decode images, for each process.
         accelerator: Knows the device, and which share of the images is this process's.
         progress: Called after each batch with the domain and the number of images that this process has embedded.
+        exact: Whether to embed in float32, whatever the processes' precision is.
     """
 
     batch_size: int
     num_workers: int
     accelerator: Accelerator
     progress: Callable[[str, int], None] = lambda name, num_images: None
+    exact: bool = False
 
     @torch.no_grad()
     def __call__(self, images: Images, encoder: Encoder, name: str, split: str = "") -> EmbeddedImages:
@@ -73,7 +76,7 @@ class ImageEmbedder:
         broken: list[BrokenImage] = []
         for pixels, found in loader:
             broken += found
-            with self.accelerator.autocast():
+            with nullcontext() if self.exact else self.accelerator.autocast():
                 embeds = encoder.embed(pixels.to(self.accelerator.device, non_blocking=True), name)
             for kind, values in embeds.items():
                 parts.setdefault(kind, []).append(values.float())

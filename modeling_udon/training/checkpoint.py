@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -81,7 +82,7 @@ def save_checkpoint(
         optimizer: Its optimiser.
         state: What else there is to save.
         keep: How many checkpoints stay.
-        best_weights: File of the best weights so far, if there are any; the checkpoint gets a copy.
+        best_weights: File of the best weights so far, if there are any; the checkpoint shares them.
         write: Whether this is the process that writes; the others give their shards.
 
     Returns:
@@ -97,7 +98,7 @@ def save_checkpoint(
         save_file(_flatten(moments), aside / OPTIMIZER_FILE)
         _write_json(aside / STATE_FILE, asdict(state))
         if best_weights is not None:
-            shutil.copyfile(best_weights, aside / BEST_FILE)
+            _link(best_weights, aside / BEST_FILE)
         files = sorted(aside.iterdir())
         _write_json(
             aside / MANIFEST_FILE, {path.name: {"bytes": path.stat().st_size, "sha256": _hash(path)} for path in files}
@@ -242,6 +243,14 @@ def _unflatten_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, fla
 
 def _write_json(path: Path, values: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(values, indent=1), encoding="utf-8")
+
+
+def _link(source: Path, target: Path) -> None:
+    """Gives a file a second name, which stays when the first one is replaced; copies where the disk has no links."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
 
 
 def _hash(path: Path) -> str:

@@ -1,7 +1,7 @@
-"""Classification and logit distillation that never hold the cosines of a batch with all classes.
+"""Classification and logit distillation over chunks of classes: the cosines of a batch with all classes are never held.
 
 Both go over the prototypes in chunks of classes: forward, log-sum-exps are summed up chunk by chunk; backward, each
-chunk's cosines are computed anew. Values and gradients are those of `losses.classification_loss` and
+chunk's cosines are computed again. Values and gradients are those of `losses.classification_loss` and
 `losses.logit_distillation_loss` on `losses.cosine_logits`, up to rounding; what a step holds of a class count C falls
 from `(batch_size, C)` to `(batch_size, chunk_size)`.
 """
@@ -95,10 +95,10 @@ class _Classification(torch.autograd.Function):
         log_sum = embeds.new_full((len(embeds),), -torch.inf)
         true_logits = torch.empty_like(log_sum)
         for chunk in _chunks(len(prototypes), chunk_size):
-            rows, columns = _own(labels, chunk)
-            logits = hardness.scale * _harder_cosines(embeds, prototypes[chunk], rows, columns, hardness)
+            own, columns = _own(labels, chunk)
+            logits = hardness.scale * _harder_cosines(embeds, prototypes[chunk], own, columns, hardness)
             log_sum = torch.logaddexp(log_sum, logits.logsumexp(1))
-            true_logits[rows] = logits[rows, columns]
+            true_logits = torch.where(own, logits.gather(1, columns)[:, 0], true_logits)
         ctx.save_for_backward(embeds, prototypes, labels, log_sum)
         ctx.hardness, ctx.chunk_size = hardness, chunk_size
         return (log_sum - true_logits).mean()
@@ -109,13 +109,13 @@ class _Classification(torch.autograd.Function):
         hardness: _Hardness = ctx.hardness
         gradients = torch.zeros_like(embeds), torch.empty_like(prototypes)
         for chunk in _chunks(len(prototypes), ctx.chunk_size):
-            rows, columns = _own(labels, chunk)
+            own, columns = _own(labels, chunk)
             with torch.enable_grad():
                 leaves = _leaves(embeds, prototypes[chunk])
-                cosines = _harder_cosines(*leaves, rows, columns, hardness)
+                cosines = _harder_cosines(*leaves, own, columns, hardness)
             # Softmax minus the true class, by the factors that the logits and the mean bring.
             of_cosines = (hardness.scale * cosines.detach()).sub_(log_sum[:, None]).exp_()
-            of_cosines[rows, columns] -= 1
+            of_cosines.scatter_add_(1, columns, -own[:, None].to(of_cosines.dtype))
             of_cosines *= hardness.scale * gradient / len(labels)
             _add_gradients(gradients, chunk, torch.autograd.grad(cosines, leaves, of_cosines))
         return (*gradients, None, None, None)
@@ -172,19 +172,24 @@ def _chunks(num_classes: int, chunk_size: int) -> Iterator[slice]:
 
 
 def _own(labels: torch.Tensor, chunk: slice) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows of the batch whose class lies in the chunk, and where in it."""
-    rows = ((labels >= chunk.start) & (labels < chunk.stop)).nonzero()[:, 0]
-    return rows, labels[rows] - chunk.start
+    """Whether each image's class lies in the chunk, of shape `(B,)`, and its column there, of shape `(B, 1)`.
+
+    A list of the images whose class does would hold up a GPU at every chunk, to ask how many they are; the others get
+    some column, which is masked.
+    """
+    own = (labels >= chunk.start) & (labels < chunk.stop)
+    return own, (labels - chunk.start).clamp(0, chunk.stop - chunk.start - 1)[:, None]
 
 
 def _harder_cosines(
-    embeds: torch.Tensor, prototypes: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor, hardness: _Hardness
+    embeds: torch.Tensor, prototypes: torch.Tensor, own: torch.Tensor, columns: torch.Tensor, hardness: _Hardness
 ) -> torch.Tensor:
     cosines = cosine_logits(embeds, prototypes)
     if hardness.margin == 0:
         return cosines
-    harder = with_margin(cosines[rows, columns], hardness.margin, hardness.kind)
-    return cosines.index_put((rows, columns), harder)
+    true_cosines = cosines.gather(1, columns)  # (B, chunk) -> (B, 1)
+    harder = with_margin(true_cosines, hardness.margin, hardness.kind)
+    return cosines.scatter(1, columns, torch.where(own[:, None], harder, true_cosines))
 
 
 def _leaves(embeds: torch.Tensor, prototypes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

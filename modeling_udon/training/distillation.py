@@ -335,14 +335,8 @@ class UdonForDistillation(nn.Module):
     ) -> torch.Tensor:
         if bank is None:
             return relational_distillation_loss(student, teacher, len(student) / 4)
-        return relational_distillation_block(
-            student,
-            teacher,
-            bank.student_embeds,
-            bank.teacher_embeds,
-            bank.position,
-            len(bank.student_embeds) / 4,
-        )
+        banks, size = (bank.student_embeds, bank.teacher_embeds), len(bank.student_embeds)
+        return relational_distillation_block(student, teacher, *banks, bank.position, size / 4)
 
 
 def _make_prototypes(domains: Mapping[str, int], dim: int) -> nn.ParameterDict:

@@ -147,16 +147,19 @@ class IdleHeads:
         return state
 
     @torch.no_grad()
-    def coast_once(self, values: torch.Tensor, state: dict[str, torch.Tensor], step: int) -> None:
+    def coast_once(
+        self, values: torch.Tensor, state: dict[str, torch.Tensor], step: int, applied: torch.Tensor | None = None
+    ) -> None:
         """Moves weights through one step without gradient, if idle heads coast.
 
         Args:
             values: Weights of any shape.
             state: Their moments, as they were before the step.
             step: Number of the step, from 0.
+            applied: Whether the step was applied, a scalar on the device; nothing moves where it was not.
         """
         if not self._hold:
-            self._coast([values], [state], step, step + 1)
+            self._coast([values], [state], step, step + 1, applied)
 
     @contextmanager
     def caught_up_for_reading(self, step: int) -> Iterator[None]:
@@ -199,20 +202,35 @@ class IdleHeads:
         return float(shrinks.prod()), float(moments.sum()), float(by_root.sum())
 
     def _coast(
-        self, parameters: Sequence[torch.Tensor], states: list[dict[str, torch.Tensor]], done: int, step: int
+        self,
+        parameters: Sequence[torch.Tensor],
+        states: list[dict[str, torch.Tensor]],
+        done: int,
+        step: int,
+        applied: torch.Tensor | None = None,
     ) -> None:
-        """Applies to the parameters of a head the AdamW steps without gradient from `done` to before `step`."""
+        """Applies to the parameters of a head the AdamW steps without gradient from `done` to before `step`.
+
+        Where `applied` is false, which the device alone knows, every factor becomes one that changes nothing.
+        """
+
+        def factor(value: float, neutral: float = 1.0) -> float | torch.Tensor:
+            return value if applied is None else torch.where(applied, value, neutral)
+
         if done >= step:
             return
         beta1, beta2 = self._optim.betas
         decay, scale, scale_by_root = self._idle_steps(done, step)
         for parameter, state in zip(parameters, states, strict=True):
-            parameter.mul_(decay)
+            parameter.mul_(factor(decay))
             if scale > 0 and done > 0:
                 denominator = state["exp_avg_sq"].sqrt().mul_(scale / scale_by_root).add_(self._optim.eps)
-                parameter.addcdiv_(state["exp_avg"], denominator, value=-scale)
-            state["exp_avg"].mul_(beta1 ** (step - done))
-            state["exp_avg_sq"].mul_(beta2 ** (step - done))
+                if applied is None:
+                    parameter.addcdiv_(state["exp_avg"], denominator, value=-scale)
+                else:
+                    parameter.sub_(denominator.reciprocal_().mul_(state["exp_avg"]).mul_(factor(scale, 0.0)))
+            state["exp_avg"].mul_(factor(beta1 ** (step - done)))
+            state["exp_avg_sq"].mul_(factor(beta2 ** (step - done)))
             state["step"].fill_(float(step))
 
 

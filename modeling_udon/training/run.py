@@ -134,7 +134,8 @@ def build_run(
     # Estimated before anything is made: an out-of-memory error says nothing useful.
     for line in describe_prototypes(config, trained, accelerator):
         accelerator.print(line)
-    model = build_model(config, trained, accelerator)
+    # `from_pretrained` opens in evaluation mode: without dropout and without gradient checkpointing.
+    model = build_model(config, trained, accelerator).train()
     statistics = channel_statistics(config.data, model.config.backbone_config)
     wrapped, shared_heads = _share_model(config, model, accelerator)
     optimizer = make_optimizer(model, config.optim)
@@ -239,17 +240,39 @@ def _share_model(
     """Brings the model to the device and shares it between processes: wrapped by DDP, or its backbone in shards."""
     sharded = config.train.shard_backbone and accelerator.num_processes > 1
     # Heads and prototypes of one domain get gradients in a step; DDP would wait for all the others.
-    owned = [name for domain in model.num_classes for name in model.domain_parameters(domain)]
-    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, owned)
+    ignored = [name for domain in model.num_classes for name in model.domain_parameters(domain)]
+    model.move_frozen(accelerator.device)
+    if accelerator.num_processes > 1 and not sharded:
+        ignored += _without_gradient(config, model.to(accelerator.device), accelerator)
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, ignored)
     if config.train.compile:
         model.udon.backbone.compile()
     # In shards, the backbone reduces its own gradients; around it there is nothing for DDP.
     wrapped = accelerator.prepare_model(model, evaluation_mode=sharded)
-    model.move_frozen(accelerator.device)
     if not sharded:
         return wrapped, ()
     shard_backbone(model.udon, accelerator.device.type, accelerator.num_processes)
     return wrapped, tuple(model.shared_head_parameters())
+
+
+def _without_gradient(config: TrainConfig, model: UdonForDistillation, accelerator: Accelerator) -> list[str]:
+    """Finds the shared parameters that no step gives a gradient, by a backward pass of two random images.
+
+    Among them are a mask token (DINOv2, DINOv3), an unused pooler, and the student's head in a run without student.
+    """
+    domain = next(iter(model.num_classes))
+    size, width = config.data.image_size, model.config.backbone_config.hidden_size
+    shape = (2, width) if model.takes_features else (2, 3, size, size)
+    device = accelerator.device
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        inputs, labels = torch.randn(shape, device=device), torch.zeros(2, dtype=torch.int64, device=device)
+        with accelerator.autocast():
+            loss = model(inputs, labels, domain).loss
+        loss.backward()
+    shared = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    found = [name for name, parameter in shared.items() if parameter.grad is None]
+    model.zero_grad(set_to_none=True)
+    return found
 
 
 def _start_equal(model: UdonForDistillation, shared_heads: tuple[nn.Parameter, ...], accelerator: Accelerator) -> None:

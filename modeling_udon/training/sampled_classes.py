@@ -74,23 +74,27 @@ class SampledClasses:
         self._rows = torch.empty(0, dtype=torch.int64)
         self._whole: list[tuple[nn.Parameter, torch.Tensor, dict[str, torch.Tensor]]] = []
 
-    def take(self, domain: str, labels: torch.Tensor, step: int) -> torch.Tensor | None:
+    def take(
+        self, domain: str, labels: torch.Tensor, step: int, device: torch.device | None = None
+    ) -> torch.Tensor | None:
         """Takes the rows of a step.
 
         Args:
             domain: The step's domain, whose heads have been caught up.
             labels: This process's share of the batch's classes, of shape `(batch_size,)`.
             step: Number of the step.
+            device: Where the model is; that of the labels if left out.
 
         Returns:
             The sampled classes, ascending, of shape `(num_sampled,)`; `None` for all classes.
         """
         if self._wanted is None:
             return None
-        everyones = labels if self._model.peers is None else self._model.peers.gather(labels)
+        # The classes are drawn on the host: with peers that waits for the device, else labels come from there anyway.
+        everyones = labels if self._model.peers is None else self._model.peers.gather(labels.to(device))
         number = self._model.num_classes[domain]
         classes = draw_classes(everyones.cpu().numpy(), number, self._wanted, self._seed, step)
-        rows = self._rows = torch.from_numpy(classes).to(labels.device)
+        rows = self._rows = torch.from_numpy(classes).to(device or labels.device)
         for parameter in self._prototypes(domain):
             state = self._idle_heads.state_of(parameter)
             self._whole.append((parameter, parameter.data, dict(state)))
@@ -98,11 +102,17 @@ class SampledClasses:
             state |= {name: value[rows] for name, value in state.items() if name != "step"}
         return rows
 
-    def put_back(self, step: int) -> None:
-        """Brings the rows back to their places after the optimiser's step `step`."""
+    def put_back(self, step: int, applied: torch.Tensor | None = None) -> None:
+        """Brings the rows back to their places after the optimiser's step.
+
+        Args:
+            step: Number of the step.
+            applied: Whether the step was applied, a scalar on the device; the other rows stay where it was not. `None`
+                where it was.
+        """
         for parameter, data, whole in self._whole:
             state = self._optimizer.state[parameter]
-            self._idle_heads.coast_once(data, whole | {"step": state["step"].clone()}, step)
+            self._idle_heads.coast_once(data, whole | {"step": state["step"].clone()}, step, applied)
             data[self._rows] = parameter.data
             for name in whole.keys() - {"step"}:
                 whole[name][self._rows] = state[name]

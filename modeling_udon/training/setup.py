@@ -1,6 +1,7 @@
 """Setup of a run: processes, model, preprocessing and sampler from a config."""
 
 import math
+import os
 from collections.abc import Mapping
 from datetime import timedelta
 from importlib.util import find_spec
@@ -43,6 +44,7 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
                 f"`log.trackers` must be installed. Got {tracker!r}, which is missing: "
                 'pip install "modeling-udon[trackers]", or leave it out.'
             )
+    _check_launcher(config)
     for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
         # They would reduce or shard the heads of all domains, which the trainer itself reduces for one domain.
         if parse_flag_from_env(f"ACCELERATE_USE_{name}"):
@@ -65,6 +67,27 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
             "without GPUs set ACCELERATE_USE_CPU=true."
         )
     return accelerator
+
+
+def _check_launcher(config: TrainConfig) -> None:
+    """Refuses what `accelerate launch` would set over the config's head, or what the config sets over the launcher's.
+
+    Raises:
+        ConfigError: If a variable of the launcher says other than the config.
+    """
+    precision = config.train.mixed_precision
+    wanted: dict[str, tuple[set[str], str]] = {
+        "GRADIENT_ACCUMULATION_STEPS": ({"1", "auto"}, "set `train.accumulation_steps`"),
+        "MIXED_PRECISION": ({"no", precision}, f"set `train.mixed_precision`, which is {precision!r}"),
+        "DYNAMO_BACKEND": ({"no"}, "set `train.compile`"),
+    }
+    for name, (agreeing, way) in wanted.items():
+        value = os.environ.get(f"ACCELERATE_{name}", "")
+        if value and value.lower() not in agreeing:
+            raise ConfigError(
+                f"`accelerate launch` must leave {name.lower()} to the config. Got ACCELERATE_{name}={value}; {way}, "
+                "and launch without it."
+            )
 
 
 def describe_prototypes(config: TrainConfig, domains: Mapping[str, Domain], accelerator: Accelerator) -> list[str]:

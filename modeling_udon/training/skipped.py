@@ -66,7 +66,7 @@ class StepGuard:
         self._scaled = scaled
         device = optimizer.param_groups[0]["params"][0].device
         # Of each domain: the sum of its norms, each step's share decayed, and the sum of the shares.
-        self._running = {name: torch.zeros(2, device=device, dtype=torch.float64) for name in domains}
+        self._running = {name: torch.zeros(2, device=device, dtype=torch.float32) for name in domains}
 
     @torch.no_grad()
     def judge(self, domain: str, faulty: torch.Tensor, norm: torch.Tensor | None = None) -> Judgement:
@@ -94,7 +94,7 @@ class StepGuard:
     def load_state_dict(self, state: Mapping[str, list[float]]) -> None:
         """Restores what `state_dict` gave."""
         for name, values in state.items():
-            self._running[name].copy_(torch.tensor(values, dtype=torch.float64))
+            self._running[name].copy_(torch.tensor(values, dtype=torch.float32))
 
     def _is_spike(self, domain: str, norm: torch.Tensor, finite: torch.Tensor) -> torch.Tensor:
         if self._factor is None:
@@ -103,7 +103,7 @@ class StepGuard:
         threshold = self._factor * total / share.clamp(min=1 - _DECAY)
         known = share >= _KNOWN
         spike = finite & known & (norm > threshold)
-        counted = torch.where(spike, threshold, norm.double())
+        counted = torch.where(spike, threshold, norm.float())
         following = _DECAY * self._running[domain] + (1 - _DECAY) * torch.stack([counted, torch.ones_like(counted)])
         self._running[domain] = torch.where(finite, following, self._running[domain])
         return spike

@@ -59,12 +59,16 @@ def take_step(run: Run, batch: DomainBatch) -> StepResult:
     if not run.model.takes_features:
         inputs = run.statistics.normalize(inputs)
     labels = batch.labels.to(run.accelerator.device, non_blocking=True)
-    loss, losses = _backward(run, inputs, labels, domain)
+    classes = run.sampled_classes.take(domain, batch.labels, step, run.accelerator.device)
+    loss, losses = _backward(run, inputs, labels, domain, classes)
     judgement = _judge(run, domain, torch.stack([loss, *losses.values()]))
     # AdamW reads on the device whether it may move, see `StepGuard`.
     run.wrapped_optimizer.step()
     run.wrapped_optimizer.zero_grad(set_to_none=True)
-    run.sampled_classes.put_back(step)
+    applied = judgement.verdict == Verdict.APPLIED
+    if run.wrapped_optimizer.step_was_skipped:  # By a gradient scaler, which has asked the device already.
+        applied = torch.zeros_like(applied)
+    run.sampled_classes.put_back(step, applied)
     return StepResult(step, domain, loss, losses, judgement.verdict, judgement.norm)
 
 
@@ -94,13 +98,12 @@ def fetch_losses(results: Sequence[StepResult], accelerator: Accelerator) -> lis
 
 
 def _backward(
-    run: Run, inputs: torch.Tensor, labels: torch.Tensor, domain: str
+    run: Run, inputs: torch.Tensor, labels: torch.Tensor, domain: str, classes: torch.Tensor | None
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Adds up the gradients of the batch's parts and returns the loss and its terms, averaged over the parts."""
     parts = run.config.train.accumulation_steps
     input_parts, label_parts = inputs.chunk(parts), labels.chunk(parts)
     banks = _relational_banks(run, input_parts, domain)
-    classes = run.sampled_classes.take(domain, labels, run.step)
     ramp = run.config.ablation.distillation_ramp_steps
     share = min(1.0, (run.step + 1) / ramp) if ramp else 1.0
     loss = torch.zeros((), device=inputs.device)

@@ -199,7 +199,8 @@ class Trainer:
             scores = self.assessment.validate(self.step)
             if scores is not None:
                 recall = self.assessment.quality(scores)
-                better = self.best is None or recall > self.best["R@1"]
+                # The start is measured, and never chosen: a run gives out what it has trained.
+                better = self.step > 0 and (self.best is None or recall > self.best["R@1"])
                 self.reporter.say(format_validation(self.step, scores, better))
                 self.reporter.record(self.step, validation=scores.as_dict())
             else:

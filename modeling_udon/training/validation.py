@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -73,13 +73,15 @@ class Assessment:
         transform = EvalTransform(config.data.image_size)
         self._encoder = Encoder.of_student(run.model.udon, run.statistics, transform, config.name)
         self._embedder = ImageEmbedder(config.eval.batch_size, config.data.num_workers, run.accelerator)
+        # The test is that of the published student, which others run in float32.
+        self._exact = replace(self._embedder, exact=True)
 
     def measure_start(self) -> None:
         """Scores the baselines on the test split, and the old student where the run starts from another."""
         tested = domains_with(self._domains, "test")
         if not tested:
             return
-        measured = (self._encoder, tested, "test", self._embedder)
+        measured = (self._encoder, tested, "test", self._exact)
         with self._run.signals.interruptible():
             scores, broken = evaluate_baselines(*measured)
             old = evaluate_model(*measured) if self._config.init is not None else None
@@ -136,7 +138,7 @@ class Assessment:
         if not tested:
             return None
         with self._run.signals.interruptible():
-            found = search_model(self._encoder, tested, "test", self._embedder)
+            found = search_model(self._encoder, tested, "test", self._exact)
         self._broken.leave_out(found.broken, step)
         scores = found.scores()
         baseline = json.loads(self._folder.baseline.read_text(encoding="utf-8"))

@@ -1,6 +1,5 @@
 """A run that is killed anywhere and goes on ends as one that was not, bit for bit."""
 
-import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -36,7 +35,7 @@ KILLS = {
     "after a step, before it is counted": at(Trainer, "count_step", 2, die),
     "in a validation": at(assessment, "evaluate_model", 1, die, after=True),
     "between the two names of the best": at(Path, "rename", 2, die),
-    "before the manifest of a checkpoint": at(shutil, "copyfile", 1, die, after=True),
+    "before the manifest of a checkpoint": at(checkpoint, "_link", 1, die, after=True),
     "before the last checkpoint goes, after the new one stands": at(checkpoint, "list_checkpoints", 2, die),
     "in the middle of a row": die_within_a_row,
     "after the best was kept, before the next checkpoint": at(Trainer, "validate", 1, die, after=True),

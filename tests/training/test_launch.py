@@ -9,6 +9,8 @@ import pytest
 from accelerate.commands.config.config_args import load_config_from_file
 
 import train_udon
+from modeling_udon.config import ConfigError
+from modeling_udon.config_file import load_config
 
 FILES = sorted((Path(train_udon.__file__).parent / "configs" / "accelerate").glob("*.yaml"))
 
@@ -61,3 +63,39 @@ def test_shards_with_what_they_were_not_tried_with_are_refused(
     monkeypatch.setattr(sys, "argv", ["train_udon.py", "--config", str(path)])
     assert train_udon.main() == 2
     assert "`shard_backbone` must go with `mixed_precision` 'no' or 'bf16' and without" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "words"),
+    [
+        ("GRADIENT_ACCUMULATION_STEPS", "8", "must leave gradient_accumulation_steps to the config. Got ACCELERATE_"),
+        ("MIXED_PRECISION", "bf16", "Got ACCELERATE_MIXED_PRECISION=bf16; set `train.mixed_precision`, which is 'no'"),
+        ("DYNAMO_BACKEND", "INDUCTOR", "Got ACCELERATE_DYNAMO_BACKEND=INDUCTOR; set `train.compile`"),
+    ],
+)
+def test_a_launcher_that_says_other_than_the_config_is_refused(
+    tiny_config: Callable[..., Path],
+    open_trainer: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+    variable: str,
+    value: str,
+    words: str,
+) -> None:
+    config = load_config(tiny_config())
+    monkeypatch.setenv(f"ACCELERATE_{variable}", value)
+    with pytest.raises(ConfigError) as caught:
+        open_trainer(config)
+    assert words in str(caught.value)
+
+
+def test_a_launcher_that_agrees_with_the_config_is_heard(
+    tiny_config: Callable[..., Path], open_trainer: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = load_config(tiny_config(train__mixed_precision="bf16"))
+    for variable, value in (
+        ("GRADIENT_ACCUMULATION_STEPS", "1"),
+        ("MIXED_PRECISION", "bf16"),
+        ("DYNAMO_BACKEND", "NO"),
+    ):
+        monkeypatch.setenv(f"ACCELERATE_{variable}", value)
+    assert open_trainer(config).run.accelerator.mixed_precision == "bf16"

@@ -180,6 +180,26 @@ def test_gradients_are_as_small_as_the_sample():
     assert model.student_prototypes["cars"].shape == (30, 4)
 
 
+@pytest.mark.parametrize("hold", [False, True])
+def test_a_step_that_is_not_applied_moves_no_row_and_no_moment(hold):
+    optim = OptimConfig(lr=1e-2, weight_decay=0.1)
+    trained = Trained(8, optim, 2, hold=hold)
+    model, optimizer = trained.model, trained.optimizer
+    heads = IdleHeads(model, optimizer, optim, 50, {"cars": 2, "sop": 0}, hold)
+    sampled = SampledClasses(model, optimizer, heads, 8, seed=5)
+    names = [f"{kind}_prototypes.cars" for kind in ("student", "teacher")]
+    before = {name: (trained.weights()[name], *trained.moments(name)) for name in names}
+    features, labels = draw_batch(2, "cars")
+    classes = sampled.take("cars", labels, 2)
+    model(features, labels, "cars", sampled_classes=classes).loss.backward()
+    optimizer.found_inf = torch.tensor(1.0)
+    optimizer.step()
+    sampled.put_back(2, applied=torch.tensor(False))
+    for name in names:
+        for then, now in zip(before[name], (trained.weights()[name], *trained.moments(name)), strict=True):
+            assert torch.equal(then, now), name
+
+
 def last_weights(run):
     return load_file(run / "checkpoints" / "step-00000011" / "model.safetensors")
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from modeling_udon.config import ConfigError
 from modeling_udon.config_file import load_config
@@ -19,6 +20,7 @@ from modeling_udon.training.run import build_run
 from modeling_udon.training.run_folder import RunFolder
 from modeling_udon.training.signals import StopSignals
 from modeling_udon.training.trainer import Trainer
+from modeling_udon.training.validation import Assessment
 
 Values = Callable[..., dict[str, Any]]
 Run = Callable[..., Path]
@@ -119,7 +121,51 @@ def test_the_start_is_measured_and_the_best_validation_is_kept(run: Path) -> Non
     assert [row["step"] for row in rows] == [0, 5, 10, 11]
     scores = [row["validation"]["merged"]["mean"]["R@1"] for row in rows]
     best = json.loads((run / "checkpoints" / "step-00000011" / "state.json").read_text())["best"]
-    assert best == {"step": rows[scores.index(max(scores))]["step"], "R@1": max(scores)}
+    trained = scores[1:]
+    assert best == {"step": rows[1 + trained.index(max(trained))]["step"], "R@1": max(trained)}
+
+
+def test_the_start_is_never_the_best_even_where_training_makes_it_worse(
+    make_values: Values, run_train: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scores = iter([0.9, 0.1, 0.2, 0.15])
+    monkeypatch.setattr(Assessment, "quality", lambda self, scores_of_split: next(scores))
+    run = run_train(make_values(tmp_path))
+    best = json.loads((run / "checkpoints" / "step-00000011" / "state.json").read_text())["best"]
+    assert best == {"step": 10, "R@1": 0.2}
+
+
+@pytest.mark.parametrize("first", [6, 8])
+def test_a_finished_run_that_is_extended_ends_as_one_that_was_longer_from_the_start(
+    run: Path, make_values: Values, run_train: Run, tmp_path: Path, first: int
+) -> None:
+    # Nothing of the schedule may depend on the length; an interval has 4 steps.
+    changes = {"optim__frozen_fraction": 0.0}
+    whole = run_train(make_values(tmp_path / "whole", **changes))
+    run_train(make_values(tmp_path / "part", **changes, train__num_steps=first))
+    extended = run_train(make_values(tmp_path / "part", **changes), resume=True, allow=["num_steps"])
+    assert same_weights(whole, extended)
+
+
+class NoFloat64(TorchDispatchMode):
+    """Refuses what Apple's GPUs do not have."""
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        for value in result if isinstance(result, tuple | list) else (result,):
+            assert not (isinstance(value, torch.Tensor) and value.dtype == torch.float64), function
+        return result
+
+
+@pytest.mark.parametrize("changes", [{"optim__skip_spikes": 3.0}, {"loss__sampled_classes": 4, "loss__chunk_size": 2}])
+def test_a_step_makes_no_float64_on_the_device(
+    tiny_config: Callable[..., Path], open_trainer: Callable[..., Trainer], changes: dict[str, Any]
+) -> None:
+    trainer = open_trainer(load_config(tiny_config(**changes)))
+    for batch, _ in zip(trainer.batches(), range(3), strict=False):
+        with NoFloat64():
+            result = trainer.train_step(batch)
+        trainer.count_step(batch, result)
 
 
 def test_a_log_row_is_the_mean_of_the_steps_since_the_last_one(
