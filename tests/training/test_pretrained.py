@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState, PartialState
 from safetensors.torch import load_file
 from transformers import ViTConfig, ViTModel
 
@@ -78,6 +79,8 @@ def test_a_run_in_half_precision_is_tested_as_its_student_is_evaluated(
 ) -> None:
     run = run_train(make_values(tmp_path, train__mixed_precision="bf16"))
     results = json.loads((run / "results.json").read_text())
+    AcceleratorState._reset_state()
+    PartialState._reset_state()
     answer = udon("evaluate", "--run", run, "--output", tmp_path / "again")
     assert answer.code == 0, answer.err
     again = json.loads((tmp_path / "again" / "results.json").read_text())
