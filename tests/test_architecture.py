@@ -50,6 +50,7 @@ FLOORS = {
     f"{PACKAGE}.run_models": 10,
     f"{PACKAGE}.search": 10,
     f"{PACKAGE}.evaluation": 11,
+    f"{PACKAGE}.retrieval": 12,
     f"{PACKAGE}.hub": 12,
     f"{PACKAGE}.training": 13,
     # The public names, for users only: they lead to every floor, and each is loaded when it is first used.

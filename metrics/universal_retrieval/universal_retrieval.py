@@ -57,6 +57,11 @@ class UniversalRetrieval(evaluate.Metric):
         )
 
     def _compute(self, predictions, references, index_labels, num_positives=None, k=(1,), precision_k=5):  # type: ignore[no-untyped-def]
+        if len(set(index_labels)) < 2:
+            raise ValueError(
+                f"`index_labels` must hold at least two classes. Got {len(set(index_labels))}, with which every score "
+                "is 100 %; search among images of other classes too."
+            )
         depths = [k] if isinstance(k, int) else k
         values = {f"R@{depth}": recall_at_k(predictions, references, index_labels, depth) for depth in depths}
         if num_positives is None:

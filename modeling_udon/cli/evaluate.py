@@ -1,6 +1,8 @@
 """`udon evaluate`."""
 
+import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, Literal
 
 from modeling_udon.cli.options import Commit, File, Folder, Natural, Positive, Share, Value
@@ -61,32 +63,42 @@ def evaluate(
     Example:
         udon evaluate --run runs/demo --metrics R@5 mAP@R --report
     """
-    from modeling_udon.config_file import load_config
+    from modeling_udon.encoder import Encoder
     from modeling_udon.evaluation import evaluate as evaluation
+    from modeling_udon.run_record import read_run
 
-    options = evaluation.EvaluateOptions(
-        run=run,
-        model=model,
-        embeddings=embeddings,
+    if run is None and config is None:
+        raise ValueError("--config must name the domains of a --model or --embeddings; give a YAML file of a run")
+    source: evaluation.Source
+    if run is not None:
+        source = read_run(run)
+    elif embeddings is not None:
+        source = evaluation.EmbeddingFolder(Path(embeddings))
+    else:
+        source = Encoder.open(
+            str(model),
+            pooling=pooling,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+            image_size=image_size,
+        )
+    evaluation.evaluate(
+        source,
+        config,
         split=split,
-        pooling=pooling,
-        image_size=image_size,
-        revision=revision,
-        trust_remote_code=trust_remote_code,
-        batch_size=batch_size,
-        num_workers=num_workers,
-        mixed_precision=mixed_precision,
         metrics=metrics,
         pca=pca,
         quality_per_byte=quality_per_byte,
         leaks=leaks,
         bootstrap=bootstrap,
         seed=seed,
-        calibrate=calibrate,
-        false_accept_rate=false_accept_rate,
-        output=output,
+        calibrate=false_accept_rate if calibrate else None,
+        # A run that is measured on other domains keeps the results of its own.
+        output=output or (run if config is None else None),
         report=report,
+        batch_size=batch_size,
+        num_workers=num_workers,
+        mixed_precision=mixed_precision,
+        say=say,
+        progress=sys.stderr.isatty(),
     )
-    loaded = None if config is None else load_config(config)
-    specs, data_seed = (None, 0) if loaded is None else (loaded.domains, loaded.seed)
-    evaluation.evaluate(options, specs, data_seed, say=say)

@@ -1,5 +1,6 @@
 """`udon report`."""
 
+import sys
 from typing import Literal
 
 from modeling_udon.cli.options import Natural, Positive
@@ -24,8 +25,8 @@ def report(
     Example:
         udon report runs/demo
     """
-    from modeling_udon.evaluation.evaluate import EvaluateOptions, evaluate
+    from modeling_udon.evaluation import evaluate
 
-    evaluate(
-        EvaluateOptions(run=run, report=True, split=split, batch_size=batch_size, num_workers=num_workers), say=say
+    evaluate.report(
+        run, split=split, batch_size=batch_size, num_workers=num_workers, say=say, progress=sys.stderr.isatty()
     )

@@ -160,11 +160,18 @@ def with_images_as_classes(domain: Domain) -> Domain:
     return replace(domain, labels=np.arange(num_images, dtype=np.int64), classes=range(num_images))
 
 
-def find_known_classes(domain: Domain) -> list[str]:
-    """A line for each split that asks for classes which are trained on: its scores are not those of new classes."""
+def find_known_classes(domain: Domain, only: str | None = None) -> list[str]:
+    """A line for each split that asks for classes which are trained on: its scores are not those of new classes.
+
+    Args:
+        domain: The domain.
+        only: The one split to look at; by default all.
+    """
     trained = set(domain.classes)
     lines = []
     for split, images in domain.evaluation.items():
+        if only not in (None, split):
+            continue
         queries = images.query.labels
         classes = set(queries.names)
         known = classes & trained
@@ -362,6 +369,12 @@ def _evaluation_splits(name: str, spec: DomainSpec, splits: Splits) -> dict[str,
             raise ValueError(
                 f"`domains.{name}.label_column` must hold one class for each image that is searched. Got lists in "
                 f"split {index or query!r}; only queries may have several, and need `{kind}_index_split`."
+            )
+        searched = f"{kind}_split" if index is None else f"{kind}_index_split"
+        if len(found := (split.index or split.query).labels.names) < 2:
+            raise ValueError(
+                f"`domains.{name}.{searched}` must hold images of at least two classes. Got one, {found[0]!r}, with "
+                "which every score is 100 %; name another split, or leave it out with null."
             )
         evaluation[kind] = split
     return evaluation

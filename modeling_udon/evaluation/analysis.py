@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from modeling_udon.evaluation.neighbours import SplitNeighbours
 from modeling_udon.evaluation.protocol import METRICS, Neighbours, score_queries
 
 # Lower ends of the classes of frequency: images to be found. 0 holds the queries that nothing can answer.
@@ -104,6 +105,33 @@ def scores_by_frequency(neighbours: Neighbours, values: Mapping[str, np.ndarray]
         row["num_queries"] = int(chosen.sum())
         rows.append(row | {metric: float(per_query[chosen].mean()) for metric, per_query in values.items()})
     return rows
+
+
+def analyse(
+    found: SplitNeighbours, metrics: tuple[str, ...] = METRICS, num_samples: int = 1000, seed: int = 0
+) -> dict[str, Any]:
+    """Analyses the neighbours: intervals, confusion of domains, scores by the frequency of a class.
+
+    Args:
+        found: The neighbours of one split.
+        metrics: Names such as "R@1".
+        num_samples: Samples of the bootstrap.
+        seed: Seed of the samples.
+
+    Returns:
+        A section of `results.json`: `"intervals"` of `"merged"`, `"separate"` and `"teachers"`; `"confusion"` and
+        `"frequency"` of the merged index.
+    """
+    searched = {"merged": found.merged, "separate": found.separate, "teachers": found.teachers}
+    values = {name: values_by_domain(neighbours, metrics) for name, neighbours in searched.items() if neighbours}
+    intervals = {name: bootstrap_intervals(of_index, num_samples, seed=seed) for name, of_index in values.items()}
+    return {
+        "intervals": {"confidence": 0.95, "num_samples": num_samples, **intervals},
+        "confusion": domain_confusion(found.merged),
+        "frequency": {
+            name: scores_by_frequency(neighbours, values["merged"][name]) for name, neighbours in found.merged.items()
+        },
+    }
 
 
 def _resampled_means(values: np.ndarray, num_samples: int, rng: np.random.Generator) -> np.ndarray:

@@ -13,7 +13,8 @@ import numpy as np
 
 from modeling_udon.calibration import CALIBRATION_FILE
 from modeling_udon.evaluation.metrics import flatten_labels
-from modeling_udon.evaluation.protocol import EmbeddedDomain, search_merged, versions
+from modeling_udon.evaluation.protocol import EmbeddedDomain, search_merged
+from modeling_udon.evaluation.results import versions
 from modeling_udon.storage import write_json
 
 # Products held at a time.

@@ -1,248 +1,308 @@
-"""`udon evaluate`: opens what is asked for, measures it, writes `results.json` and `report.html`, prints tables."""
+"""Evaluation of a run, a model or ready-made embeddings: numbers, `results.json`, `report.html`, calibration."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 from accelerate import PartialState
+from datasets import Dataset
 from transformers.utils import logging as transformers_logging
 
-from modeling_udon.backbones import POOLINGS, Pooling
-from modeling_udon.data.domains import Domain, check_label_maps, open_domain
+from modeling_udon.backbones import POOLINGS
+from modeling_udon.config_file import load_config
+from modeling_udon.data.domains import Domain, check_label_maps, find_known_classes, open_domain
 from modeling_udon.domain_spec import DomainSpec
 from modeling_udon.encoder import Encoder
-from modeling_udon.evaluation.calibration import calibrate, write_calibration
+from modeling_udon.evaluation.calibration import calibrate as calibrate_domains
+from modeling_udon.evaluation.calibration import write_calibration
 from modeling_udon.evaluation.gallery import GALLERY_FOLDER, make_gallery, write_sheets
-from modeling_udon.evaluation.measure import Embedder, Study, encode_with, measure, merge_results
+from modeling_udon.evaluation.measure import Embedder, Measurement, Study, encode_with, measure
 from modeling_udon.evaluation.neighbours import choose_kind, domains_with
-from modeling_udon.evaluation.precomputed import KIND, read_split
-from modeling_udon.evaluation.protocol import check_metrics, write_results
+from modeling_udon.evaluation.precomputed import KIND, EmbeddingFolder, read_split
+from modeling_udon.evaluation.protocol import check_metrics
 from modeling_udon.evaluation.report import write_report
+from modeling_udon.evaluation.results import RESULTS_FILE, kept_metrics, merge_results, read_results, write_results
 from modeling_udon.evaluation.tables import format_calibration, format_measurement
 from modeling_udon.run_models import open_run
 from modeling_udon.run_record import RunRecord, read_run
 
-RESULTS_FILE = "results.json"
+Say = Callable[[str], None]
+Source: TypeAlias = str | Path | RunRecord | Encoder | EmbeddingFolder
+Domains: TypeAlias = str | Path | Mapping[str, DomainSpec | str]
 
 
 @dataclass(frozen=True)
-class EvaluateOptions:
-    """What `udon evaluate` is asked for; exactly one of `run`, `model` and `embeddings` is given.
+class Evaluation:
+    """What was measured.
 
     Attributes:
-        run: Folder of a run.
-        model: As `Encoder.open` takes it.
-        embeddings: As `read_split` takes them.
-        split: The split to measure.
-        pooling: As `Encoder.open` takes it, as are `image_size`, `revision` and `trust_remote_code`.
-        batch_size: Images of one forward pass on each process.
-        num_workers: Processes that decode.
-        mixed_precision: As Accelerate names it.
-        metrics: Beside R@1 and mMP@5.
-        pca: Dimensions for one more score each.
-        quality_per_byte: Whether dimensions and codes are compared.
-        leaks: How training and evaluation images are compared, `None` for not at all.
-        bootstrap: Samples of the intervals.
-        seed: Seed of the samples.
-        calibrate: Whether the threshold for "not in the index" is found, on the validation split.
-        false_accept_rate: Its share of wrong answers.
-        output: Folder of `results.json`; for a run its own by default.
-        report: Whether `report.html` is written.
+        split: The split.
+        results: What `results.json` holds.
+        calibration: What `calibration.json` holds, where it was asked for.
+        model: What the tables call the model.
     """
 
-    run: str | None = None
-    model: str | None = None
-    embeddings: str | None = None
-    split: str = "test"
-    pooling: Pooling | None = None
-    image_size: int | None = None
-    revision: str | None = None
-    trust_remote_code: bool = False
-    batch_size: int = 64
-    num_workers: int = 2
-    mixed_precision: str = "no"
-    metrics: Sequence[str] = ()
-    pca: Sequence[int] = ()
-    quality_per_byte: bool = False
-    leaks: Literal["bytes", "pixels"] | None = None
-    bootstrap: int = 1000
-    seed: int = 0
-    calibrate: bool = False
-    false_accept_rate: float = 0.01
-    output: str | None = None
-    report: bool = False
+    split: str
+    results: dict[str, Any]
+    calibration: dict[str, Any] | None = None
+    model: str = "model"
 
+    def rows(self) -> list[dict[str, Any]]:
+        """The scores as a table: a row per index and domain, and one for the mean; values are fractions."""
+        scores = self.results["splits"][self.split]
+        rows = []
+        for index in ("merged", "separate"):
+            named = {**scores[index]["domains"], "mean": scores[index]["mean"]}
+            rows += [{"index": index, "domain": name, **values} for name, values in named.items()]
+        return rows + [{"index": "teachers", "domain": name, **of} for name, of in scores["teachers"].items()]
 
-@dataclass(frozen=True)
-class _Subject:
-    """What is measured: embeddings of a split, and where its results belong."""
+    def to_pandas(self) -> Any:
+        """`rows` as a pandas data frame."""
+        return Dataset.from_list(self.rows()).to_pandas()
 
-    embed: Embedder
-    kind: str
-    config: dict[str, Any]
-    baseline: dict[str, Any]
-    model_folder: Path | None
+    def __str__(self) -> str:
+        """The tables that `udon evaluate` prints."""
+        return format_measurement(self.results, self.split, self.model)
 
 
 def evaluate(
-    options: EvaluateOptions,
-    specs: Mapping[str, DomainSpec] | None = None,
-    data_seed: int = 0,
-    say: Callable[[str], None] = lambda text: None,
-) -> dict[str, Any]:
-    """Measures a run, a model or ready-made embeddings.
+    model_or_run: Source,
+    domains: Domains | None = None,
+    *,
+    split: Literal["test", "validation"] = "test",
+    metrics: Sequence[str] = (),
+    pca: Sequence[int] = (),
+    quality_per_byte: bool = False,
+    leaks: Literal["bytes", "pixels"] | None = None,
+    bootstrap: int = 1000,
+    seed: int = 0,
+    calibrate: float | None = None,
+    output: str | Path | None = None,
+    report: bool = False,
+    batch_size: int = 64,
+    num_workers: int = 2,
+    mixed_precision: str = "no",
+    say: Say = lambda text: None,
+    progress: bool = False,
+) -> Evaluation:
+    """Measures retrieval on the domains of a run, or on others.
 
     Args:
-        options: What to do.
-        specs: The domains; a run has its own.
-        data_seed: Seed of the demo domains' images.
-        say: Called with tables for the user, on the main process.
-
-    Returns:
-        What `results.json` holds.
+        model_or_run: Folder of a run; folder or Hub id of a model; an opened encoder; or an `EmbeddingFolder`.
+        domains: YAML file of a run, or data by name, as paths or specifications. A run has its own.
+        split: The split to measure.
+        metrics: Names such as "R@5", beside R@1 and mMP@5.
+        pca: Dimensions for one more score each.
+        quality_per_byte: Whether dimensions and codes of an index are compared.
+        leaks: How training and evaluation images are compared, `None` for not at all.
+        bootstrap: Samples of the intervals.
+        seed: Seed of the samples.
+        calibrate: False accept rate of a threshold for "not in the index", found on the validation split.
+        output: Folder of `results.json`, where older results of the same model stay; `None` writes none.
+        report: Whether `report.html` is written there.
+        batch_size: Images of one forward pass on each process.
+        num_workers: Processes that decode.
+        mixed_precision: As Accelerate names it.
+        say: Called with lines for the user, on the main process.
+        progress: Whether a bar is shown.
 
     Raises:
         ValueError: If something that is asked for does not go with the rest.
     """
-    transformers_logging.disable_progress_bar()
-    check_metrics(options.metrics)
-    run = None if options.run is None else read_run(options.run)
-    own_domains = specs is None
-    if specs is None:
-        if run is None:
-            raise ValueError("--config must name the domains of a --model or --embeddings; give a YAML file of a run")
-        specs, data_seed = run.domains, run.seed
-    output = _output_folder(options, run if own_domains else None)
-    # What can be wrong with the model shows before the data is opened.
-    encoder = _open_encoder(options, run)
-    _check_pca(options.pca, encoder)
-    domains = _open_domains(specs, data_seed)
-    if run is not None and own_domains:
-        check_label_maps(domains, run.folder / "domains.json")
-    _check_split(domains, options.split)
-    if options.calibrate:
-        _check_split(domains, "validation")
-    subject = _subject(options, run, encoder, specs)
-    return _measure(options, subject, domains, output, say)
-
-
-def _measure(
-    options: EvaluateOptions,
-    subject: _Subject,
-    domains: Mapping[str, Domain],
-    output: Path | None,
-    say: Callable[[str], None],
-) -> dict[str, Any]:
-    embedded = subject.embed(domains, options.split)
-    state = PartialState()
-    if not state.is_main_process:
-        # The others help to embed, which is the dear part.
-        if options.calibrate:
-            subject.embed(domains, "validation")
-        return {}
-    study = Study(
-        tuple(options.metrics),
-        options.bootstrap,
-        options.seed,
-        tuple(options.pca),
-        options.quality_per_byte,
-        options.leaks,
-        max(options.num_workers, 1),
-    )
-    search: dict[str, Any] = {}
-    if state.device.type == "cuda":
-        search = {"backend": "torch", "device": state.device}
-    measured = measure(
-        embedded,
-        subject.kind,
-        domains,
-        options.split,
-        study,
-        baseline=subject.baseline,
-        config=subject.config,
-        **search,
-    )
-    say(format_measurement(measured.results, options.split, "student" if subject.kind == "student" else "model"))
+    check_metrics(metrics)
+    folder = None if output is None else Path(output)
+    subject = _open_subject(model_or_run, domains, Work(batch_size, num_workers, mixed_precision, progress))
+    subject.check(split, pca, calibrate is not None, folder, report)
+    old = None if folder is None else read_results(folder)
+    wanted = (*metrics, *kept_metrics(old if old and old["config"] == subject.config else None, split))
+    study = Study(wanted, bootstrap, seed, tuple(pca), quality_per_byte, leaks, max(num_workers, 1))
+    measured = subject.measure(split, study)
+    again = None if calibrate is None else subject.embed_validation(split, measured)
+    if measured is None:  # not the main process, which has its help in embedding alone
+        return Evaluation(split, {})
+    name = "student" if subject.kind == "student" else "model"
+    say(str(Evaluation(split, measured.results, None, name)))
     results = measured.results
-    if output is not None:
-        output.mkdir(parents=True, exist_ok=True)
-        results = merge_results(output / RESULTS_FILE, results)
-        write_results(output / RESULTS_FILE, results)
-        say(f"\nwrote {output / RESULTS_FILE}")
-        if options.report:
-            gallery = make_gallery(measured.found.merged, domains, options.split)
-            say(f"wrote {write_report(output, results, {options.split: gallery})}")
-            if options.split == "test":
-                write_sheets(output / GALLERY_FOLDER, gallery)
-    if options.calibrate:
-        again = embedded if options.split == "validation" else subject.embed(domains, "validation")
-        calibration = calibrate(choose_kind(again, subject.kind), options.false_accept_rate, "validation")
-        folder = subject.model_folder or output
-        assert folder is not None, "checked with the options"
-        say("\n" + format_calibration(calibration))
-        say(f"\nwrote {write_calibration(folder, calibration)}")
-    return results
+    if folder is not None:
+        results = merge_results(old, results)
+        _write(folder, results, subject, measured, split, report, say)
+    if again is None or calibrate is None:
+        return Evaluation(split, results, None, name)
+    calibration = calibrate_domains(choose_kind(again, subject.kind), calibrate, "validation")
+    say("\n" + format_calibration(calibration))
+    place = subject.model_folder or folder
+    if place is not None:
+        say(f"\nwrote {write_calibration(place, calibration)}")
+    return Evaluation(split, results, calibration, name)
 
 
-def _output_folder(options: EvaluateOptions, run: RunRecord | None) -> Path | None:
-    folder = Path(options.output) if options.output else None if run is None else run.folder
-    has_folder = folder is not None or options.run is not None or (options.model and Path(options.model).is_dir())
-    if options.report and folder is None:
-        raise ValueError("--report must have a folder to go to; give --output FOLDER")
-    if options.calibrate and not has_folder:
-        raise ValueError("--calibrate must have a folder for calibration.json; give --output FOLDER")
-    return folder
+def report(
+    run: str | Path | RunRecord,
+    *,
+    split: Literal["test", "validation"] = "test",
+    batch_size: int = 64,
+    num_workers: int = 2,
+    say: Say = lambda text: None,
+    progress: bool = False,
+) -> Path | None:
+    """Writes the `report.html` of a run from its `results.json`, which stays as it is; a split that it lacks is added.
 
+    Args:
+        run: Folder of the run.
+        split: The split whose pictures are shown.
+        batch_size: Images of one forward pass on each process.
+        num_workers: Processes that decode.
+        say: Called with lines for the user.
+        progress: Whether a bar is shown.
 
-def _open_encoder(options: EvaluateOptions, run: RunRecord | None) -> Encoder | None:
-    if run is not None:
-        return open_run(run)
-    if options.model is None:
+    Returns:
+        The page's path; `None` on other than the main process.
+    """
+    record = run if isinstance(run, RunRecord) else read_run(run)
+    old = read_results(record.folder)
+    subject = _open_subject(record, None, Work(batch_size, num_workers, "no", progress))
+    subject.check(split, (), False, record.folder, True)
+    measured = subject.measure(split, Study(num_samples=1000))
+    if measured is None:
         return None
-    encoder = Encoder.open(
-        options.model,
-        pooling=options.pooling,
-        revision=options.revision,
-        trust_remote_code=options.trust_remote_code,
-        image_size=options.image_size,
-    )
-    if encoder.kind == "features" and options.pooling is None:
-        raise ValueError(
-            f"--pooling must be named for {options.model}, which is not a UDON model: one of {', '.join(POOLINGS)}"
+    say(str(Evaluation(split, measured.results, None, "student")))
+    results = merge_results(old, measured.results)
+    if old is not None and split in old["splits"]:
+        if results["splits"][split] != old["splits"][split]:
+            say(f"WARNING: {RESULTS_FILE} has other scores of the {split} split; `udon evaluate --run` renews them")
+        results = old
+    return _write(record.folder, results, subject, measured, split, True, say)
+
+
+@dataclass(frozen=True)
+class Work:
+    """How images are embedded; see `evaluate`."""
+
+    batch_size: int
+    num_workers: int
+    mixed_precision: str
+    progress: bool
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is measured: embeddings of a split, and where its results belong."""
+
+    embed: Embedder
+    kind: str
+    domains: dict[str, Domain]
+    config: dict[str, Any]
+    baseline: dict[str, Any]
+    encoder: Encoder | None
+
+    @property
+    def model_folder(self) -> Path | None:
+        """The folder that a calibration belongs to."""
+        return None if self.encoder is None else self.encoder.folder
+
+    def check(self, split: str, pca: Sequence[int], calibrate: bool, output: Path | None, report: bool) -> None:
+        """Refuses what cannot be done, before all images are embedded."""
+        if report and output is None:
+            raise ValueError("--report must have a folder to go to; give --output FOLDER")
+        if calibrate and self.model_folder is None and output is None:
+            raise ValueError("--calibrate must have a folder for calibration.json; give --output FOLDER")
+        for needed in (split, *(["validation"] if calibrate else [])):
+            if not domains_with(self.domains, needed):
+                names = ", ".join(self.domains)
+                raise ValueError(f"--config must name at least one domain with a {needed} split, got {names}")
+        encoder = self.encoder
+        if encoder is not None and (wrong := [wanted for wanted in pca if wanted > encoder.dim]):
+            raise ValueError(f"--pca must be at most {encoder.dim}, the dimension of {encoder.name}. Got {wrong[0]}.")
+
+    def measure(self, split: str, study: Study) -> Measurement | None:
+        """Embeds a split on all processes and measures it on the main one; `None` on the others."""
+        embedded = self.embed(self.domains, split)
+        state = PartialState()
+        if not state.is_main_process:
+            return None
+        on_gpu = {"backend": "torch", "device": state.device} if state.device.type == "cuda" else {}
+        return measure(
+            embedded,
+            self.kind,
+            self.domains,
+            split,
+            study,
+            baseline=self.baseline,
+            config=self.config,
+            known_classes=[
+                line for one in domains_with(self.domains, split).values() for line in find_known_classes(one, split)
+            ],
+            **on_gpu,
         )
-    return encoder
+
+    def embed_validation(self, split: str, measured: Measurement | None) -> Any:
+        """Embeddings of the validation split, for a calibration."""
+        if split == "validation" and measured is not None:
+            return measured.embedded
+        return None if split == "validation" else self.embed(self.domains, "validation")
 
 
-def _check_pca(dims: Sequence[int], encoder: Encoder | None) -> None:
-    """Refuses dimensions that the model does not have before all images are embedded."""
-    if encoder is not None and (wrong := [wanted for wanted in dims if wanted > encoder.dim]):
-        raise ValueError(f"--pca must be at most {encoder.dim}, the dimension of {encoder.name}. Got {wrong[0]}.")
-
-
-def _open_domains(specs: Mapping[str, DomainSpec], seed: int) -> dict[str, Domain]:
-    return {name: open_domain(name, spec, seed) for name, spec in specs.items()}
-
-
-def _check_split(domains: Mapping[str, Domain], split: str) -> None:
-    if not domains_with(domains, split):
-        raise ValueError(f"--config must name at least one domain with a {split} split, got {', '.join(domains)}")
-
-
-def _subject(
-    options: EvaluateOptions, run: RunRecord | None, encoder: Encoder | None, specs: Mapping[str, DomainSpec]
-) -> _Subject:
+def _open_subject(source: Source, domains: Domains | None, work: Work) -> Subject:
+    transformers_logging.disable_progress_bar()
+    if isinstance(source, str | Path) and (Path(source) / "config.yaml").is_file():
+        source = read_run(source)
+    run = source if isinstance(source, RunRecord) else None
+    if domains is None and run is None:
+        raise ValueError("--config must name the domains of a --model or --embeddings; give a YAML file of a run")
+    specs, data_seed = (run.domains, run.seed) if domains is None and run is not None else _read_domains(domains)
     described = {name: spec.model_dump(mode="json") for name, spec in specs.items()}
-    if encoder is None:
-        folder = str(options.embeddings)
-        config = {"embeddings": folder, "domains": described}
-        return _Subject(lambda domains, split: read_split(folder, domains, split), KIND, config, {}, None)
-    embed = encode_with(encoder, options.batch_size, options.num_workers, options.mixed_precision)
+    if isinstance(source, EmbeddingFolder):
+        folder = source.path
+        config = {"embeddings": str(folder), "domains": described}
+        opened = {name: open_domain(name, spec, data_seed) for name, spec in specs.items()}
+        return Subject(lambda domains, split: read_split(folder, domains, split), KIND, opened, config, {}, None)
+    # What can be wrong with the model shows before the data is opened.
+    encoder = open_run(source) if isinstance(source, RunRecord) else source
+    encoder = encoder if isinstance(encoder, Encoder) else Encoder.open(encoder)
+    if encoder.kind == "features" and encoder.pooling is None:
+        raise ValueError(
+            f"--pooling must be named for {encoder.name}, which is not a UDON model: one of {', '.join(POOLINGS)}"
+        )
+    opened = {name: open_domain(name, spec, data_seed) for name, spec in specs.items()}
+    embed = encode_with(encoder, work.batch_size, work.num_workers, work.mixed_precision, work.progress)
     config = {"model": encoder.name, **encoder.settings, "domains": described}
     baseline: dict[str, Any] = {}
     if run is not None and described == {name: spec.model_dump(mode="json") for name, spec in run.domains.items()}:
+        # Under whatever file they are named: the run's own domains must be those that it was trained on.
+        check_label_maps(opened, run.folder / "domains.json")
         config = run.config
         path = run.folder / "baseline.json"
         baseline = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    return _Subject(embed, encoder.kind, config, baseline, encoder.folder)
+    return Subject(embed, encoder.kind, opened, config, baseline, encoder)
+
+
+def _read_domains(domains: Domains | None) -> tuple[dict[str, DomainSpec], int]:
+    """Specifications by name, and the seed of the demo domains' images."""
+    if isinstance(domains, Mapping):
+        return {name: DomainSpec(path=spec) if isinstance(spec, str) else spec for name, spec in domains.items()}, 0
+    config = load_config(str(domains))
+    return dict(config.domains), config.seed
+
+
+def _write(
+    folder: Path,
+    results: dict[str, Any],
+    subject: Subject,
+    measured: Measurement,
+    split: str,
+    report: bool,
+    say: Say,
+) -> Path | None:
+    folder.mkdir(parents=True, exist_ok=True)
+    write_results(folder / RESULTS_FILE, results)
+    say(f"\nwrote {folder / RESULTS_FILE}")
+    if not report:
+        return None
+    gallery = make_gallery(measured.found.merged, subject.domains, split)
+    path = write_report(folder, results, {split: gallery})
+    say(f"wrote {path}")
+    if split == "test":
+        write_sheets(folder / GALLERY_FOLDER, gallery)
+    return path

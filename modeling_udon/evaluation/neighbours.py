@@ -24,6 +24,7 @@ from modeling_udon.evaluation.protocol import (
     search_merged,
     search_separate,
 )
+from modeling_udon.evaluation.rules import embedded_domain
 
 # By domain, then by kind of embedding: "student", "teacher", "backbone".
 EmbeddedSplit = dict[str, dict[str, EmbeddedDomain]]
@@ -52,6 +53,7 @@ class SplitNeighbours:
             separate=score(self.separate, metrics),
             teachers=score(self.teachers, metrics) if self.teachers else None,
             left_out={name: found.num_left_out for name, found in self.merged.items() if found.num_left_out},
+            copies={name: found.num_copied for name, found in self.merged.items() if found.num_copied},
         )
 
 
@@ -140,14 +142,15 @@ def embed_split(
         query_rows = _readable_rows(query)
         index_rows = None if index is None else _readable_rows(index)
         for kind in query.embeddings:
-            embedded.setdefault(name, {})[kind] = EmbeddedDomain(
+            embedded.setdefault(name, {})[kind] = embedded_domain(
+                name,
+                images,
+                query_labels,
+                index_labels,
                 _chosen(query.embeddings[kind], query_rows),
-                query_labels if query_rows is None else [query_labels[row] for row in query_rows],
                 None if index is None else _chosen(index.embeddings[kind], index_rows),
-                index_labels if index_labels is None or index_rows is None else index_labels[index_rows],
                 query_rows,
                 index_rows,
-                len(query.broken) + (0 if index is None else len(index.broken)),
             )
     return embedded, tuple(broken)
 

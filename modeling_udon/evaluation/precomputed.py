@@ -1,6 +1,7 @@
 """Embeddings that lie in Parquet files, such as `udon embed` writes, in place of a model."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -9,11 +10,18 @@ import pyarrow.parquet as pq
 
 from modeling_udon.data.domains import Domain, ImageSplit
 from modeling_udon.evaluation.neighbours import EmbeddedSplit, domains_with, integer_labels
-from modeling_udon.evaluation.protocol import EmbeddedDomain
+from modeling_udon.evaluation.rules import embedded_domain
 
 KIND = "precomputed"
 # Paths compared with those of the data, to notice embeddings of other images.
 NUM_CHECKED = 32
+
+
+@dataclass(frozen=True)
+class EmbeddingFolder:
+    """A folder of ready-made embeddings, to be evaluated in place of a model; see `read_split`."""
+
+    path: Path
 
 
 def read_split(folder: str | Path, domains: Mapping[str, Domain], split: str) -> EmbeddedSplit:
@@ -38,7 +46,7 @@ def read_split(folder: str | Path, domains: Mapping[str, Domain], split: str) ->
         query = _read_images(Path(folder) / name / split, images.query)
         index = None if images.index is None else _read_images(Path(folder) / name / f"{split}-index", images.index)
         query_labels, index_labels = integer_labels(images)
-        embedded[name] = {KIND: EmbeddedDomain(query, query_labels, index, index_labels)}
+        embedded[name] = {KIND: embedded_domain(name, images, query_labels, index_labels, query, index)}
     return embedded
 
 

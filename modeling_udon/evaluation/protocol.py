@@ -1,17 +1,12 @@
-"""Embeddings of query and index sets become numbers: merged and separate index, `results.json` and its table.
+"""Evaluation protocol: embedded query and index sets, their neighbours in a merged and in separate indexes, scores.
 
-The search is the dear part, so it is done once: `search_merged` and `search_separate` return the neighbours, and every
-number, interval, confusion matrix and gallery is made from those.
+The search is the expensive part, so it runs once: `search_merged` and `search_separate` return the neighbours, and
+every number, interval, confusion matrix and gallery is made from those.
 """
 
-import os
-import platform
 import re
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any, TypedDict
 
 import numpy as np
@@ -26,11 +21,8 @@ from modeling_udon.evaluation.metrics import (
     recall_at_k,
 )
 from modeling_udon.search.exact_search import exact_search
-from modeling_udon.storage import write_json
-from modeling_udon.version import __version__
 
 METRICS = ("R@1", "mMP@5")
-LIBRARIES = ("torch", "transformers", "datasets", "accelerate", "huggingface_hub", "faiss-cpu", "faiss-gpu", "numpy")
 
 
 @dataclass(frozen=True)
@@ -46,6 +38,8 @@ class EmbeddedDomain:
         query_rows: Rows of the queries in the data, ascending, where some could not be read; `None` for all rows.
         index_rows: The same of the index.
         num_left_out: Images of both that could not be read.
+        copies: Of shape `(num_pairs, 2)`: a position among the queries, and one in the index that has the query's own
+            picture and is left out for it. `None` for no pairs.
     """
 
     query_embeds: np.ndarray
@@ -55,6 +49,7 @@ class EmbeddedDomain:
     query_rows: np.ndarray | None = None
     index_rows: np.ndarray | None = None
     num_left_out: int = 0
+    copies: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -72,6 +67,7 @@ class Neighbours:
         query_rows: As in `EmbeddedDomain`.
         index_rows: The same of each domain in the index.
         num_left_out: As in `EmbeddedDomain`.
+        num_copied: Queries whose own picture was in the index and left out for them.
     """
 
     ids: np.ndarray
@@ -84,6 +80,7 @@ class Neighbours:
     query_rows: np.ndarray | None = None
     index_rows: Mapping[str, np.ndarray] = field(default_factory=dict)
     num_left_out: int = 0
+    num_copied: int = 0
 
     def query_row(self, query: int) -> int:
         """The row in the data of a query."""
@@ -114,13 +111,15 @@ class Scores(TypedDict):
 class SplitScores:
     """All scores of one split; the teachers are scored on the index of their own domain.
 
-    `left_out` counts the images of a domain that could not be read and are in no score.
+    `left_out` counts the images of a domain that could not be read and are in no score, `copies` its queries whose own
+    picture was in the index and left out for them.
     """
 
     merged: Scores
     separate: Scores
     teachers: Scores | None = None
     left_out: Mapping[str, int] = field(default_factory=dict)
+    copies: Mapping[str, int] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Scores]:
         """The scores as a row of `metrics.jsonl` holds them."""
@@ -149,10 +148,14 @@ def search_merged(
     index_rows = {name: rows for name, rows in searched.items() if rows is not None}
     neighbours = {}
     for (name, domain), start in zip(domains.items(), index_starts, strict=True):
-        own_rows = start + np.arange(len(domain.query_embeds)) if domain.index_embeds is None else None
+        own_rows = own_rows_of(domain, int(start))
+        copies = copies_in(domain, int(start))
         num_positives = count_positives(query_labels[name], index_labels, own_rows)
+        num_positives -= _right_copies(copies, query_labels[name], index_labels)
         depth = max(_depth(metric, num_positives) for metric in metrics)
-        scores, ids = exact_search(domain.query_embeds, index_embeds, depth, exclude=own_rows, **search)
+        found = depth + most_copies(copies)
+        scores, ids = exact_search(domain.query_embeds, index_embeds, found, exclude=own_rows, **search)
+        scores, ids = without_copies(scores, ids, copies, depth)
         neighbours[name] = Neighbours(
             ids,
             scores,
@@ -164,8 +167,61 @@ def search_merged(
             domain.query_rows,
             index_rows,
             domain.num_left_out,
+            len(np.unique(copies[:, 0])),
         )
     return neighbours
+
+
+def own_rows_of(domain: EmbeddedDomain, start: int) -> np.ndarray | None:
+    """The row of each query in the merged index, where the query set is the index.
+
+    Args:
+        domain: The domain.
+        start: The row at which its index begins.
+    """
+    return start + np.arange(len(domain.query_embeds)) if domain.index_embeds is None else None
+
+
+def copies_in(domain: EmbeddedDomain, start: int) -> np.ndarray:
+    """The domain's `copies` by rows of the merged index, where its own begin at `start`: shape `(num_pairs, 2)`."""
+    pairs = np.empty((0, 2), np.int64) if domain.copies is None else np.asarray(domain.copies, np.int64)
+    return pairs + (0, start)
+
+
+def most_copies(copies: np.ndarray) -> int:
+    """How many more neighbours must be found, so that enough are left without the copies of a query."""
+    return int(np.bincount(copies[:, 0]).max(initial=0))
+
+
+def without_copies(
+    scores: np.ndarray, ids: np.ndarray, copies: np.ndarray, depth: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """The first `depth` neighbours of each query that are not its own picture.
+
+    Args:
+        scores: Of shape `(num_queries, >= depth + most_copies(copies))`.
+        ids: Rows of the index, of the same shape.
+        copies: Pairs of a query and a row of the index.
+        depth: Neighbours to keep.
+    """
+    if len(copies) == 0:
+        return scores[:, :depth], ids[:, :depth]
+    # A number for each pair of query and row; a missing neighbour, -1, is of no pair.
+    num_rows = max(int(ids.max(initial=0)), int(copies[:, 1].max())) + 1
+    pairs = np.arange(len(ids))[:, None] * num_rows + ids
+    is_copy = np.isin(pairs, copies[:, 0] * num_rows + copies[:, 1]) & (ids >= 0)
+    order = np.argsort(is_copy, axis=1, kind="stable")[:, :depth]
+    is_copy = np.take_along_axis(is_copy, order, axis=1)
+    kept_scores, kept_ids = np.take_along_axis(scores, order, axis=1), np.take_along_axis(ids, order, axis=1)
+    return np.where(is_copy, -np.inf, kept_scores).astype(scores.dtype), np.where(is_copy, -1, kept_ids)
+
+
+def _right_copies(
+    copies: np.ndarray, query_labels: np.ndarray | Sequence[np.ndarray], index_labels: np.ndarray
+) -> np.ndarray:
+    """How many of the left out images have a label of their query, of shape `(num_queries,)`."""
+    right = [np.isin(index_labels[row], query_labels[query]) for query, row in copies]
+    return np.bincount(copies[:, 0], weights=right, minlength=len(query_labels)).astype(np.int64)
 
 
 def search_separate(
@@ -224,47 +280,6 @@ def mean_over_domains(domains: Mapping[str, Mapping[str, float]]) -> dict[str, f
     """Mean of each metric, every domain counting the same."""
     metrics = next(iter(domains.values()))
     return {metric: sum(values[metric] for values in domains.values()) / len(domains) for metric in metrics}
-
-
-def build_results(
-    splits: Mapping[str, SplitScores], *, baseline: Mapping[str, Scores], config: Mapping[str, Any]
-) -> dict[str, Any]:
-    """What `results.json` holds.
-
-    Args:
-        splits: By name: "test", "val".
-        baseline: "untrained" and "raw_pixels", scored on the merged index of the test split.
-        config: Plain values, as JSON takes them.
-    """
-    return {
-        "schema": 1,
-        "splits": {
-            name: {
-                "merged": split.merged,
-                "separate": split.separate,
-                "teachers": split.teachers["domains"] if split.teachers else {},
-                **({"left_out": dict(split.left_out)} if split.left_out else {}),
-            }
-            for name, split in splits.items()
-        },
-        "baseline": {name: {**scores["mean"], "domains": scores["domains"]} for name, scores in baseline.items()},
-        "versions": versions(),
-        "config": dict(config),
-    }
-
-
-def write_results(path: str | os.PathLike[str], results: Mapping[str, Any]) -> None:
-    """Write `results.json`; a file that is there is replaced in one step, never left half written."""
-    write_json(Path(path), results)
-
-
-def versions() -> dict[str, str]:
-    """The versions of Python, of this package and of the libraries that shape its numbers."""
-    found = {"python": platform.python_version(), "modeling_udon": __version__}
-    for library in LIBRARIES:
-        with suppress(PackageNotFoundError):
-            found[library] = version(library)
-    return found
 
 
 def _merge(

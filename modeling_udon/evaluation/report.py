@@ -9,7 +9,8 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from modeling_udon.evaluation.charts import BOTTOM, HEIGHT, LEFT, RIGHT, WIDTH, make_charts
 from modeling_udon.evaluation.gallery import Gallery
-from modeling_udon.evaluation.tables import frequency_range
+from modeling_udon.evaluation.protocol import mean_over_domains
+from modeling_udon.evaluation.tables import format_notes, frequency_range
 from modeling_udon.storage import write_text
 
 REPORT_FILE = "report.html"
@@ -94,7 +95,7 @@ def _split(
         "separate indexes": (split["separate"], intervals.get("separate")),
     }
     if split["teachers"]:
-        teachers = {"mean": _mean(split["teachers"]), "domains": split["teachers"]}
+        teachers = {"mean": mean_over_domains(split["teachers"]), "domains": split["teachers"]}
         groups["teachers, own domain"] = (teachers, intervals.get("teachers"))
     for key, title in (("untrained", "untrained backbone"), ("raw_pixels", "raw pixels")):
         if name == "test" and key in baseline:
@@ -113,6 +114,7 @@ def _split(
         ],
         "quality": _quality(analysis.get("quality_per_byte", [])),
         "leaks": analysis.get("leaks"),
+        "notes": format_notes(split) + list(analysis.get("known_classes", [])),
         "gallery": gallery,
     }
 
@@ -190,11 +192,6 @@ def _quality(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     nothing = {"value": "–", "bytes": "", "share": 0}
     table = [(dim, [codes.get(code, nothing) for code in columns]) for dim, codes in by_dim.items()]
     return {"columns": columns, "rows": table}
-
-
-def _mean(domains: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
-    metrics = next(iter(domains.values()))
-    return {metric: sum(values[metric] for values in domains.values()) / len(domains) for metric in metrics}
 
 
 def _percent(value: float | None) -> str:

@@ -32,8 +32,24 @@ def format_table(results: Mapping[str, Any], split: str = "test", model: str = "
     ]
     rule = "-" * len(lines[0])
     caption = f"{split} split, in percent" + ("; untrained and raw pixels on the merged index" if baseline else "")
-    note = format_left_out(results["splits"][split].get("left_out", {}))
-    return "\n".join([caption, "", *lines[:2], rule, *lines[2:-1], rule, lines[-1], *([note] if note else [])])
+    return "\n".join([caption, "", *lines[:2], rule, *lines[2:-1], rule, lines[-1], *format_notes(scores)])
+
+
+def format_notes(scores: Mapping[str, Any]) -> list[str]:
+    """Lines about the images of a split that are in no score, or not as one may think."""
+    notes = [format_left_out(scores.get("left_out", {})), format_copies(scores.get("copies", {}))]
+    return [note for note in notes if note]
+
+
+def format_copies(copies: Mapping[str, int]) -> str:
+    """Says how many queries of each domain have their own picture in the index; empty if none has."""
+    if not copies:
+        return ""
+    counts = ", ".join(f"{name} {count}" for name, count in copies.items())
+    return (
+        f"WARNING: queries whose own picture is in the index too: {counts}; "
+        "for such a query its picture (the same bytes) was left out of the index"
+    )
 
 
 def format_left_out(left_out: Mapping[str, int]) -> str:
@@ -61,6 +77,7 @@ def format_measurement(results: Mapping[str, Any], split: str, model: str = "stu
         parts.append(_format_quality(analysis["quality_per_byte"]))
     if "leaks" in analysis:
         parts.append(_format_leaks(analysis["leaks"], split))
+    parts += [f"WARNING: {line}" for line in analysis.get("known_classes", [])]
     return "\n\n".join(parts)
 
 
@@ -152,7 +169,7 @@ def _format_quality(rows: Sequence[Mapping[str, Any]]) -> str:
         ]
         for row in rows
     ]
-    caption = "quality a byte: principal components of the index, merged index, mean over the domains, in percent"
+    caption = "quality per byte: principal components of the index, merged index, mean over the domains, in percent"
     return caption + "\n\n" + align([["dim", "code", "bytes", *METRICS], *cells])
 
 

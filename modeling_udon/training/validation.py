@@ -13,8 +13,8 @@ from modeling_udon.data.domains import Domain
 from modeling_udon.data.preprocessing import image_processor
 from modeling_udon.data.transforms import EvalTransform
 from modeling_udon.encoder import Encoder
+from modeling_udon.evaluation.analysis import analyse
 from modeling_udon.evaluation.embedder import ImageEmbedder
-from modeling_udon.evaluation.measure import analyse
 from modeling_udon.evaluation.neighbours import (
     SplitNeighbours,
     domains_with,
@@ -22,7 +22,8 @@ from modeling_udon.evaluation.neighbours import (
     evaluate_model,
     search_model,
 )
-from modeling_udon.evaluation.protocol import SplitScores, build_results, write_results
+from modeling_udon.evaluation.protocol import SplitScores
+from modeling_udon.evaluation.results import build_results, write_results
 from modeling_udon.evaluation.tables import format_table
 from modeling_udon.hub.card import render_card
 from modeling_udon.hub.student_folder import export_student

@@ -128,7 +128,7 @@ def test_everything_that_can_be_asked_for_is_in_the_results(udon, own_run):
     assert list(analysis["pca"]) == ["4", "2"] and analysis["intervals"]["num_samples"] == 10
     assert {row["code"] for row in analysis["quality_per_byte"]} == {"float32", "int8", "binary"}
     assert analysis["leaks"]["num_leaked"] == 0 and analysis["leaks"]["compared"] == "decoded pixels"
-    for title in ("reduced to 4 dimensions", "quality a byte", "0 of 85 images of the test split occur in training"):
+    for title in ("reduced to 4 dimensions", "quality per byte", "0 of 85 images of the test split occur in training"):
         assert title in out
     assert (own_run / "report.html").read_text().startswith("<!DOCTYPE html>")
 
@@ -295,6 +295,37 @@ def test_report_writes_the_page_of_a_run(udon, own_run):
         "noise.jpg",
         "stripes.jpg",
     ]
+
+
+def test_the_report_takes_nothing_from_the_results(udon, own_run):
+    asked = ["--metrics", "R@3", "mAP@R", "--pca", 4, "--leaks", "bytes", "--quality-per-byte", "--num-workers", 0]
+    assert udon("evaluate", "--run", own_run, *asked)[0] == 0
+    results = json.loads((own_run / "results.json").read_text())
+    results["extension"] = {"kept": True}
+    (own_run / "results.json").write_text(json.dumps(results))
+    assert udon("report", own_run, "--num-workers", 0)[0] == 0
+    assert json.loads((own_run / "results.json").read_text()) == results
+    page = (own_run / "report.html").read_text()
+    for title in ("R@3", "mAP@R", "reduced to 4 dimensions", "Images in training", "Quality per byte"):
+        assert title in page
+
+
+def test_a_second_evaluation_keeps_the_metrics_and_sections_of_the_first(udon, own_run):
+    run = ["evaluate", "--run", own_run, "--num-workers", 0]
+    assert udon(*run, "--metrics", "R@3", "--leaks", "bytes")[0] == 0
+    assert udon(*run, "--pca", 4)[0] == 0
+    results = json.loads((own_run / "results.json").read_text())
+    assert set(results["analysis"]["test"]) >= {"leaks", "pca", "intervals"}
+    for part in (results["splits"]["test"]["merged"], results["analysis"]["test"]["intervals"]["merged"]):
+        assert set(part["mean"]) == {"R@1", "mMP@5", "R@3"}
+
+
+def test_a_run_on_other_data_is_refused_under_a_config_of_the_same_domains_too(udon, own_run, config):
+    saved = json.loads((own_run / "domains.json").read_text())
+    saved["blobs"]["fingerprint"] = "another"
+    (own_run / "domains.json").write_text(json.dumps(saved))
+    code, _, err = udon("evaluate", "--run", own_run, "--config", config)
+    assert code == 2 and "`domains.blobs` must hold the data the run was started with" in err
 
 
 @pytest.mark.parametrize(

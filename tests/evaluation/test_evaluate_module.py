@@ -46,7 +46,7 @@ def test_only_recall_needs_no_number_of_positives(retrieval):
 
 def test_map_at_r_is_left_out_where_too_few_neighbours_are_given(retrieval):
     found = retrieval.compute(
-        predictions=[[1, 2]], references=[7], index_labels=[7, 7, 7, 7], num_positives=[3], precision_k=2
+        predictions=[[1, 2]], references=[7], index_labels=[7, 7, 7, 7, 3], num_positives=[3], precision_k=2
     )
     assert found == {"R@1": 1.0, "mMP@2": 1.0}
 

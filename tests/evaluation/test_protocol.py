@@ -12,15 +12,14 @@ from modeling_udon.evaluation.protocol import (
     METRICS,
     EmbeddedDomain,
     SplitScores,
-    build_results,
     score,
     score_merged,
     score_queries,
     score_separate,
     search_merged,
     search_separate,
-    write_results,
 )
+from modeling_udon.evaluation.results import build_results, write_results
 from modeling_udon.evaluation.tables import format_table
 
 ALL_METRICS = ("R@1", "R@3", "mMP@5", "mAP@R")

@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from modeling_udon.evaluation.analysis import analyse
 from modeling_udon.evaluation.charts import axis_steps, make_chart, make_charts
 from modeling_udon.evaluation.gallery import GalleryRow, Picture, choose_queries, write_sheets
-from modeling_udon.evaluation.measure import analyse, merge_results
 from modeling_udon.evaluation.neighbours import SplitNeighbours
-from modeling_udon.evaluation.protocol import EmbeddedDomain, Neighbours, build_results, search_merged, search_separate
+from modeling_udon.evaluation.protocol import EmbeddedDomain, Neighbours, search_merged, search_separate
 from modeling_udon.evaluation.report import read_rows, render_report, write_report
+from modeling_udon.evaluation.results import build_results, merge_results
 
 EVIL = "<script>alert('x')</script>&\"quoted\""
 TINY = "data:image/jpeg;base64,AAAA"
@@ -198,19 +199,39 @@ def test_the_surest_failures_come_first_and_a_class_once():
     assert choose_queries(found, num_failures=0, num_successes=0) == []
 
 
-def test_results_of_another_split_are_kept(tmp_path):
-    path = tmp_path / "results.json"
-    assert merge_results(path, {"splits": {}}) == {"splits": {}}
-    old = {"schema": 1, "splits": {"test": 1, "validation": 2}, "baseline": {"untrained": 3}, "config": {"a": 1}}
-    path.write_text(json.dumps(old))
-    new = {"schema": 1, "splits": {"test": 4}, "analysis": {"test": 5}, "baseline": {}, "config": {"a": 2}}
-    assert merge_results(path, new) == {
+def measured(config, metrics=("R@1",), value=0.5, split="test", **sections):
+    scores = {"mean": dict.fromkeys(metrics, value), "domains": {"cars": dict.fromkeys(metrics, value)}}
+    analysis = {"intervals": {"merged": list(metrics)}, **sections}
+    return {
         "schema": 1,
-        "splits": {"test": 4, "validation": 2},
-        "analysis": {"test": 5},
-        "baseline": {"untrained": 3},
-        "config": {"a": 2},
+        "splits": {split: {"merged": scores}},
+        "analysis": {split: analysis},
+        "baseline": {},
+        "config": config,
     }
+
+
+def test_a_measurement_adds_to_earlier_results_and_takes_nothing_away():
+    old = measured({"a": 1}, ("R@1", "R@5"), leaks={"num_leaked": 3}, pca={"4": 1})
+    old["splits"]["validation"], old["baseline"], old["extension"] = "kept", {"untrained": 3}, {"kept": True}
+    merged = merge_results(old, measured({"a": 1}, pca={"2": 2}))
+    assert merged["splits"]["validation"] == "kept" and merged["extension"] == {"kept": True}
+    assert merged["baseline"] == {"untrained": 3}
+    assert merged["splits"]["test"]["merged"]["mean"] == {"R@1": 0.5, "R@5": 0.5}
+    assert merged["analysis"]["test"] == {
+        "intervals": {"merged": ["R@1"]},
+        "leaks": {"num_leaked": 3},
+        "pca": {"4": 1, "2": 2},
+    }
+    assert merge_results(None, old) == old
+
+
+def test_results_of_another_model_or_of_other_weights_are_not_mixed():
+    old = measured({"a": 1}, ("R@1", "R@5"), leaks={"num_leaked": 3})
+    of_another = measured({"a": 2}, split="validation")
+    assert merge_results(old, of_another) == of_another
+    of_new_weights = measured({"a": 1}, value=0.8)
+    assert merge_results(old, of_new_weights) == of_new_weights
 
 
 def test_a_sheet_shows_the_first_failures_and_one_success_in_coloured_frames(tmp_path):

@@ -1,0 +1,1 @@
+"""Stable import path of the metrics: `modeling_udon.retrieval.metrics`."""
