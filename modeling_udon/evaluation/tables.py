@@ -9,7 +9,11 @@ Row = Sequence[str]
 
 
 def format_table(results: Mapping[str, Any], split: str = "test", model: str = "student") -> str:
-    """The results of one split in percent, a line a domain and one for the mean, for people."""
+    """The results of one split in percent, a line per domain and one for the mean, with notes on its images."""
+    return "\n".join([_format_scores_of_split(results, split, model), *format_notes(results["splits"][split])])
+
+
+def _format_scores_of_split(results: Mapping[str, Any], split: str, model: str) -> str:
     scores, baseline = results["splits"][split], results["baseline"]
     groups: dict[str, Scores] = {f"{model}, merged": scores["merged"], f"{model}, separate": scores["separate"]}
     if scores["teachers"]:
@@ -32,7 +36,7 @@ def format_table(results: Mapping[str, Any], split: str = "test", model: str = "
     ]
     rule = "-" * len(lines[0])
     caption = f"{split} split, in percent" + ("; untrained and raw pixels on the merged index" if baseline else "")
-    return "\n".join([caption, "", *lines[:2], rule, *lines[2:-1], rule, lines[-1], *format_notes(scores)])
+    return "\n".join([caption, "", *lines[:2], rule, *lines[2:-1], rule, lines[-1]])
 
 
 def format_notes(scores: Mapping[str, Any]) -> list[str]:
@@ -69,7 +73,7 @@ def format_measurement(results: Mapping[str, Any], split: str, model: str = "stu
     """
     analysis = results["analysis"][split]
     scores = results["splits"][split]
-    parts = [format_table(results, split, model), _format_intervals(scores, analysis["intervals"])]
+    parts = [_format_scores_of_split(results, split, model), _format_intervals(scores, analysis["intervals"])]
     for dim, reduced in analysis.get("pca", {}).items():
         parts.append(_format_scores(f"reduced to {dim} dimensions, merged index, in percent", reduced))
     parts += [_format_confusion(analysis["confusion"]), _format_frequency(analysis["frequency"])]
@@ -77,7 +81,9 @@ def format_measurement(results: Mapping[str, Any], split: str, model: str = "stu
         parts.append(_format_quality(analysis["quality_per_byte"]))
     if "leaks" in analysis:
         parts.append(_format_leaks(analysis["leaks"], split))
-    parts += [f"WARNING: {line}" for line in analysis.get("known_classes", [])]
+    # Last, where they are not overlooked.
+    notes = [*format_notes(scores), *(f"WARNING: {line}" for line in analysis.get("known_classes", []))]
+    parts += ["\n".join(notes)] if notes else []
     return "\n\n".join(parts)
 
 
