@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -13,8 +14,10 @@ import pyarrow.parquet as pq
 import pytest
 
 import train_udon
+from modeling_udon.cli import main as cli_main
 from modeling_udon.training.trainer import Trainer
 
+ROOT = Path(train_udon.__file__).parent
 Write = Callable[..., Path]
 Call = Callable[..., str]
 
@@ -54,7 +57,6 @@ def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
         ({"domains__blobs__image_column": "label"}, ["`domains.blobs.image_column` must hold images. Got int64"]),
         ({"domains__blobs__label_column": "image"}, ["`domains.blobs.label_column` must hold integers, ClassLabel or"]),
         ({"domains__blobs__test_split": "tset"}, ["`domains.blobs.test_split`", "train, validation, test", "'tset'"]),
-        ({"train__batch_size": 29}, ["`train.batch_size`", "Got 29 with 28 images in 'noise'"]),
         ({"train__accumulation_steps": 3}, ["`train.batch_size` must be a multiple of", "Got 16 with 1 x 3"]),
         ({"data__image_size": 24}, ["`data.image_size` must be the backbone's, 16. Got 24."]),
         ({"sampling__weights": {"blobs": 1}}, ["`sampling.weights` must be given for strategy 'fixed' and for no"]),
@@ -115,7 +117,7 @@ def old_run(
 def test_an_old_run_is_left_alone(call: Call, tiny_config: Write, old_run: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in old_run.rglob("*")}
     config = tiny_config(output_dir=str(old_run.parent), train__num_steps=2)
-    assert "holds a run; go on with --resume, start anew with --overwrite" in call(config)
+    assert "holds a run; go on with --resume, start over with --overwrite" in call(config)
     changed = call(config, "--resume", "--optim.lr", "0.5", "--data.num_workers", "1")
     assert "Got optim.lr from 0.01 to 0.5; take it back, or allow it with --resume-allow optim.lr." in changed
     assert "`optim.lrr` is not a key" in call(config, "--overwrite", "--optim.lrr", "1")
@@ -163,3 +165,20 @@ def test_a_broken_training_image_ends_the_run_in_one_line_that_names_it(
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
     assert re.search(r"^error: `domains\.blobs` has a broken image in row \d+ \(page\.jpg\): ", done.stderr, re.M)
+
+
+@pytest.mark.parametrize("command", [["train_udon.py"], ["-m", "modeling_udon.cli", "train"]])
+def test_the_help_of_training_loads_nothing_that_trains_or_publishes(command: list[str]) -> None:
+    run = subprocess.run(
+        [sys.executable, "-X", "importtime", *command, "--help"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    loaded = {line.rpartition("|")[2].strip() for line in run.stderr.splitlines()}
+    assert "--resume-allow" in run.stdout and "modeling_udon.cli.train" in loaded
+    heavy = {"torch", "transformers", "faiss", "gradio", "datasets", "cv2"}
+    ours = {"modeling_udon.evaluation.report", "modeling_udon.hub.push", "modeling_udon.evaluation.gallery"}
+    assert loaded & (heavy | ours) == set()
+
+
+def test_udon_train_is_the_launch_script(tiny_config: Write, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli_main(["train", "--config", str(tiny_config()), "--optim.lrr", "1"]) == 2
+    assert "error: `optim.lrr` is not a key of" in capsys.readouterr().err
