@@ -1,14 +1,18 @@
 """A config that cannot be used is refused in one line that names the key, the rule, the value and the way out."""
 
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import yaml
 
 from modeling_udon.config import ConfigError, TrainConfig
 from modeling_udon.config_file import dump_config, load_config
+from modeling_udon.config_reference import describe_configuration
+from modeling_udon.domain_spec import DomainSpec
 from modeling_udon.run_record import MOVED, REMOVED, migrate
 from modeling_udon.training.resuming import leaves
 
@@ -233,3 +237,24 @@ def test_the_config_of_an_old_run_is_read_with_its_keys_where_they_are_now() -> 
     assert migrate(old, Path("run/config.yaml")) == now == migrate(now, Path("run/config.yaml"))
     with pytest.raises(ValueError, match=r"^`data\.resize_size` must be null in run/config\.yaml, since .* 0\.1\.0"):
         migrate({"data": {"resize_size": 80}}, Path("run/config.yaml"))
+
+
+def test_the_reference_page_has_every_key_with_its_meaning() -> None:
+    def keys(model: Any, prefix: str) -> list[str]:
+        found = []
+        for name, field in model.model_fields.items():
+            kinds = (field.annotation, *get_args(field.annotation))
+            nested = next((kind for kind in kinds if hasattr(kind, "model_fields") and kind is not DomainSpec), None)
+            found += keys(nested, f"{prefix}{name}.") if nested else [prefix + name]
+        return found
+
+    rows = [row.split(" | ") for row in describe_configuration().splitlines() if row.startswith("| `")]
+    expected = keys(TrainConfig, "") + [f"domains.NAME.{name}" for name in DomainSpec.model_fields]
+    assert sorted(row[0].strip("| `") for row in rows) == sorted(expected)
+    assert all(len(row) == 4 and len(row[3]) > 10 for row in rows)
+
+
+def test_reading_a_config_loads_neither_torch_nor_transformers() -> None:
+    program = "import modeling_udon.config_file, sys; print({'torch', 'transformers'} & set(sys.modules))"
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "set()"

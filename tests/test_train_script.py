@@ -3,7 +3,6 @@
 import json
 import re
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,10 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 
 import train_udon
-from modeling_udon.cli import main as cli_main
 from modeling_udon.training.trainer import Trainer
 
-ROOT = Path(train_udon.__file__).parent
 Write = Callable[..., Path]
 Call = Callable[..., str]
 
@@ -165,20 +162,3 @@ def test_a_broken_training_image_ends_the_run_in_one_line_that_names_it(
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
     assert re.search(r"^error: `domains\.blobs` has a broken image in row \d+ \(page\.jpg\): ", done.stderr, re.M)
-
-
-@pytest.mark.parametrize("command", [["train_udon.py"], ["-m", "modeling_udon.cli", "train"]])
-def test_the_help_of_training_loads_nothing_that_trains_or_publishes(command: list[str]) -> None:
-    run = subprocess.run(
-        [sys.executable, "-X", "importtime", *command, "--help"], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    loaded = {line.rpartition("|")[2].strip() for line in run.stderr.splitlines()}
-    assert "--resume-allow" in run.stdout and "modeling_udon.cli.train" in loaded
-    heavy = {"torch", "transformers", "faiss", "gradio", "datasets", "cv2"}
-    ours = {"modeling_udon.evaluation.report", "modeling_udon.hub.push", "modeling_udon.evaluation.gallery"}
-    assert loaded & (heavy | ours) == set()
-
-
-def test_udon_train_is_the_launch_script(tiny_config: Write, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli_main(["train", "--config", str(tiny_config()), "--optim.lrr", "1"]) == 2
-    assert "error: `optim.lrr` is not a key of" in capsys.readouterr().err

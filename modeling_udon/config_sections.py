@@ -1,0 +1,190 @@
+"""Sections of the training configuration that make up the method: model, data, loss, sampling, optimiser, ablations."""
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, field_validator, model_validator
+
+
+class Section(BaseModel):
+    """Base of all sections: frozen, unknown keys refused, infinite and undefined numbers too."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+
+
+class ModelConfig(Section):
+    """The backbone and the heads."""
+
+    backbone: str | None = None
+    """Trained vision encoder to start from: a Hub id or a folder; a UDON model stands for its backbone."""
+    revision: str | None = None
+    """Commit, tag or branch of `backbone` on the Hub."""
+    trust_remote_code: bool = False
+    """Whether code that comes with `backbone` may run."""
+    backbone_config: dict[str, Any] | None = None
+    """Vision encoder to train from scratch: its `model_type` and values of its configuration."""
+    pooling: Literal["cls", "pooler"] | None = None
+    """What of the backbone's output is the image's feature; `null` takes the class token after the last norm."""
+    embedding_dim: int = Field(64, gt=0)
+    """Size of the student embedding."""
+    teacher_dim: int = Field(256, gt=0)
+    """Size of the teacher embeddings."""
+    head_hidden_dims: tuple[PositiveInt, ...] = ()
+    """Widths of the hidden layers of every head; empty for linear heads."""
+    head_bias: bool = True
+    """Whether the last layer of every head has a bias."""
+    attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    """How attention is computed."""
+    gradient_checkpointing: bool = False
+    """Whether activations are computed anew in the backward pass: less memory, about a third more time."""
+
+    @model_validator(mode="after")
+    def _one_backbone(self) -> "ModelConfig":
+        if (self.backbone is None) == (self.backbone_config is None):
+            raise ValueError("name either `backbone` (a trained one) or `backbone_config` (from scratch), not both")
+        return self
+
+
+class DataConfig(Section):
+    """From encoded images to batches."""
+
+    image_size: int = Field(224, gt=0)
+    """Side of the square images that the model sees, in pixels."""
+    augmentation: Literal["crop", "strong"] = "crop"
+    """`crop`: the paper's square, crop and flip; `strong`: crops of many sizes, turned, other colours, parts erased."""
+    targets: Literal["classes", "images"] = "classes"
+    """What is told apart in training: the data's classes, or each image by itself, which needs no labels."""
+    flip: bool = True
+    """Whether half of the training images are mirrored; false where left and right matter, as in letters."""
+    image_mean: tuple[float, float, float] | None = None
+    """Mean of each channel of images in 0..1; `null`: CLIP's for CLIP backbones, 0.5 elsewhere."""
+    image_std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] | None = None
+    """Standard deviation of each channel; `null` as for `image_mean`."""
+    max_broken_share: float = Field(0.01, ge=0, lt=1)
+    """Share of the images drawn from a domain (of 1,000 at least) that may be broken and replaced; 0: not one."""
+    num_workers: int = Field(2, ge=0)
+    """Processes that decode images, for each training process."""
+
+
+class LossConfig(Section):
+    """The objective; every term can be weighted."""
+
+    classifier: Literal["separate", "joint"] = "separate"
+    """What the student tells apart in its classification: the classes of a domain, or those of all domains."""
+    kind: Literal["normface", "cosface", "arcface"] = "normface"
+    """Margin of the classification loss."""
+    scale: float = Field(16.0, gt=0)
+    """Factor on the cosines in the classification loss."""
+    margin: float = Field(0.0, ge=0)
+    """Margin of cosface (a cosine) or arcface (radians)."""
+    student_temperature: float = Field(0.1, gt=0)
+    """Divisor of the student's cosines in logit distillation."""
+    teacher_temperature: float = Field(0.1, gt=0)
+    """Divisor of the teacher's cosines in logit distillation."""
+    student_classification: float = Field(1.0, ge=0)
+    """Weight of the student's classification loss."""
+    teacher_classification: float = Field(1.0, ge=0)
+    """Weight of the teacher's classification loss."""
+    logit_distillation: float = Field(1.0, ge=0)
+    """Weight of the distillation of class probabilities."""
+    relational_distillation: float = Field(1.0, ge=0)
+    """Weight of the distillation of similarities."""
+    chunk_size: int | None = Field(None, gt=0)
+    """Classes whose cosines are held at a time; `null` holds those of all, which costs memory with many classes."""
+    sampled_classes: int | float | None = None
+    """Classes of its domain that a batch is told apart from: a number or a share; its own are always among them."""
+
+    @property
+    def needs_teachers(self) -> bool:
+        """Whether any term has a teacher in it."""
+        return self.teacher_classification + self.logit_distillation + self.relational_distillation > 0
+
+    def weights(self) -> dict[str, float]:
+        """Returns the weight of each term by its name."""
+        return {
+            "student_classification": self.student_classification,
+            "teacher_classification": self.teacher_classification,
+            "logit_distillation": self.logit_distillation,
+            "relational_distillation": self.relational_distillation,
+        }
+
+    @field_validator("sampled_classes")
+    @classmethod
+    def _number_or_share(cls, classes: int | float | None) -> int | float | None:
+        number = isinstance(classes, int) and classes >= 2
+        if classes is not None and not number and not (isinstance(classes, float) and 0 < classes <= 1):
+            raise ValueError("must be a number of classes, an integer from 2 on, or a share above 0.0 and up to 1.0")
+        return classes
+
+    @model_validator(mode="after")
+    def _usable(self) -> "LossConfig":
+        if sum(self.weights().values()) == 0:
+            raise ValueError("at least one term must have a weight above 0")
+        if self.kind == "normface" and self.margin != 0:
+            raise ValueError("`margin` must be 0 for kind 'normface'; use 'cosface' or 'arcface'")
+        if self.classifier == "joint" and self.needs_teachers:
+            raise ValueError("`classifier` 'joint' must go without teachers, whose classes are those of one domain")
+        if self.classifier == "joint" and self.sampled_classes is not None:
+            raise ValueError(
+                "`sampled_classes` must be left out for `classifier` 'joint'; `chunk_size` saves memory too"
+            )
+        return self
+
+
+class SamplingConfig(Section):
+    """Which domain each step takes."""
+
+    strategy: Literal["dynamic", "round_robin", "balanced", "dataset_size", "fixed"] = "dynamic"
+    """`dynamic` gives more steps to domains whose loss is higher."""
+    update_every: int = Field(1000, gt=0)
+    """Steps between two updates of the weights, over which steps are shared out exactly."""
+    weights: dict[str, float] | None = None
+    """Weight of each domain, for `fixed` alone."""
+
+
+class OptimConfig(Section):
+    """AdamW and its schedule."""
+
+    lr: float = Field(1e-3, ge=0)
+    """Learning rate of heads and prototypes."""
+    backbone_lr: float = Field(1e-5, ge=0)
+    """Learning rate of the backbone."""
+    frozen_fraction: float = Field(0.2, ge=0, lt=1)
+    """Share of the run in which the backbone's learning rate is 0 while its moments gather; 2 of 10 epochs."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decay of AdamW's first and second moment."""
+    eps: float = Field(1e-8, gt=0)
+    """AdamW's epsilon."""
+    weight_decay: float = Field(1e-6, ge=0)
+    """Decoupled weight decay of every parameter."""
+    schedule: Literal["constant", "cosine"] = "constant"
+    """Course of the learning rates after the warm-up; `cosine` ends at 0."""
+    warmup_steps: int = Field(0, ge=0)
+    """Steps in which the learning rates rise from 0."""
+    max_grad_norm: float | None = Field(None, gt=0)
+    """Norm to which the gradient is clipped; `null`: never."""
+    skip_spikes: float | None = Field(None, gt=1)
+    """Steps whose gradient norm is more than so many times the domain's running norm are not applied; `null`: all are.
+    """
+
+    @field_validator("betas")
+    @classmethod
+    def _betas_in_range(cls, betas: tuple[float, float]) -> tuple[float, float]:
+        # At a second beta of 0 a head's second moment would be gone after one idle step, and AdamW divides by it.
+        if not (0 <= betas[0] < 1 and 0 < betas[1] < 1):
+            raise ValueError("the first must be at least 0, the second above 0, both below 1")
+        return betas
+
+
+class AblationConfig(Section):
+    """Parts of the method that can be switched off to measure what they do; the defaults are the method."""
+
+    idle_heads: Literal["coast", "hold"] = "coast"
+    """Heads of domains that are not in the batch: `coast` moves them on by their momentum, as in the original; `hold`
+    leaves them as they are."""
+    distill_through_backbone: bool = True
+    """Whether the distillation terms train the backbone too, as in the original; false trains only the student's head
+    by them."""
+    distillation_ramp_steps: int = Field(0, ge=0)
+    """Steps in which the weights of both distillation terms rise from 0; 0 gives them their full weight at once."""
+    signal: Literal["teacher", "student"] = "teacher"
+    """Head whose classification loss sets the weights of `sampling.strategy: dynamic`."""
