@@ -59,4 +59,4 @@ def _kind(annotation: Any) -> str:
     if origin is not None:
         return _kind(inner[0])
     names = {bool: "true or false", int: "integer", float: "number", str: "text", Any: "any"}
-    return names.get(annotation, "path")
+    return "domain, see below" if annotation is DomainSpec else names.get(annotation, "path")

@@ -118,7 +118,7 @@ def test_an_old_run_is_left_alone(call: Call, tiny_config: Write, old_run: Path)
     changed = call(config, "--resume", "--optim.lr", "0.5", "--data.num_workers", "1")
     assert "Got optim.lr from 0.01 to 0.5; take it back, or allow it with --resume-allow optim.lr." in changed
     assert "`optim.lrr` is not a key" in call(config, "--overwrite", "--optim.lrr", "1")
-    assert "Got 99 with 40 images" in call(config, "--overwrite", "--train.batch_size", "99")
+    assert "`train.batch_size` must be a multiple of" in call(config, "--overwrite", "--train.accumulation_steps", "3")
     assert {path: path.stat().st_mtime_ns for path in old_run.rglob("*")} == before
 
 
