@@ -1,0 +1,52 @@
+"""Every example runs, on tiny data."""
+
+import json
+import runpy
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+def run(monkeypatch: pytest.MonkeyPatch, name: str, *arguments: object) -> None:
+    monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+    runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+
+
+def test_own_domains_are_trained_and_scored(monkeypatch, capsys, tiny_config, tiny_domains, tmp_path) -> None:
+    config = tiny_config(train__num_steps=2)
+    run(monkeypatch, "train_own_domains.py", f"dots={tiny_domains / 'blobs'}", "--config", config, "--name", "mine")
+    said = capsys.readouterr().out
+    assert "dots: R@1 " in said and f"the student is in {tmp_path / 'runs' / 'mine' / 'best'}" in said
+
+
+def test_the_nearest_photo_is_the_query_itself(monkeypatch, capsys, searchable) -> None:
+    query = sorted(searchable.pictures.rglob("*.png"))[0]
+    run(monkeypatch, "search_photos.py", query, searchable.pictures, "--model", searchable.model, "-k", 2)
+    first, second = capsys.readouterr().out.splitlines()
+    assert first == f"1.000  {query}" and second != first
+
+
+def test_the_cells_of_the_notebook_run_in_order(monkeypatch, tiny_config: Callable[..., Path]) -> None:
+    monkeypatch.chdir(EXAMPLES)
+    cells = json.loads((EXAMPLES / "train_in_a_notebook.ipynb").read_text(encoding="utf-8"))["cells"]
+    sources = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    assert sources[0].startswith("CONFIG = ")
+    names = {"CONFIG": str(tiny_config(train__num_steps=2))}
+    for source in sources[1:]:
+        exec(source, names)
+    assert set(names["merged"]) == {"stripes", "blobs", "noise"}
+    assert names["encoder"].dim == 8
+
+
+def test_the_notebook_is_saved_without_outputs() -> None:
+    cells = json.loads((EXAMPLES / "train_in_a_notebook.ipynb").read_text(encoding="utf-8"))["cells"]
+    assert not any(cell.get("outputs") for cell in cells)
+
+
+def test_every_example_is_run_here() -> None:
+    source = Path(__file__).read_text(encoding="utf-8")
+    assert [path.name for path in EXAMPLES.iterdir() if path.is_file() and path.name not in source] == []
