@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from modeling_udon.encoder import Encoder
     from modeling_udon.evaluation.evaluate import evaluate
     from modeling_udon.hub.push import push
-    from modeling_udon.search.embed import embed_source as embed
+    from modeling_udon.search.embed import embed
     from modeling_udon.search.index import build_index
     from modeling_udon.search.query import search_images as search
     from modeling_udon.training.trainer import train
@@ -51,7 +51,7 @@ _ADDRESSES = {
     "Encoder": ("modeling_udon.encoder", "Encoder"),
     "evaluate": ("modeling_udon.evaluation.evaluate", "evaluate"),
     "push": ("modeling_udon.hub.push", "push"),
-    "embed": ("modeling_udon.search.embed", "embed_source"),
+    "embed": ("modeling_udon.search.embed", "embed"),
     "build_index": ("modeling_udon.search.index", "build_index"),
     # The folder takes its name's place as soon as anything in it is imported: so the folder itself can be called.
     "search": ("modeling_udon.search", ""),
