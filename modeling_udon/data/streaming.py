@@ -24,6 +24,8 @@ from datasets import config as datasets_config
 from datasets.packaged_modules.parquet.parquet import Parquet
 from huggingface_hub import HfFileSystem
 
+from modeling_udon.data.arrays import image_storage, is_array_type
+
 # Bytes of images in one row group, beyond which reading one image would cost too much.
 MAX_GROUP_BYTES = 256 * 2**20
 
@@ -66,7 +68,7 @@ class ParquetSplit:
 
     def read_column(self, name: str) -> pa.ChunkedArray:
         """Reads one column of all rows."""
-        tables = _of_all(lambda file: _read(file, lambda parquet: parquet.read(columns=[name])), self.files)
+        tables = of_all(lambda file: read_parquet(file, lambda parquet: parquet.read(columns=[name])), self.files)
         return pa.concat_tables(tables)[name]
 
 
@@ -84,7 +86,9 @@ class ParquetImages:
     """
 
     def __init__(self, split: ParquetSplit, column: str, window: int) -> None:
-        Image().cast_storage(pa.array([], split.features.arrow_schema.field(column).type))
+        kind = split.features.arrow_schema.field(column).type
+        if not is_array_type(kind):
+            Image().cast_storage(pa.array([], kind))
         self.group_sizes = split.group_sizes
         self._split, self._column = split, column
         self._check_group_bytes()
@@ -160,8 +164,8 @@ class ParquetImages:
             file.truncate(0)
             source = self._split.files[self._split.group_files[group]]
             number = int(self._split.group_numbers[group])
-            table = _read(source, lambda parquet: parquet.read_row_group(number, columns=[self._column]))
-            images = Image().cast_storage(table[self._column].combine_chunks())
+            table = read_parquet(source, lambda parquet: parquet.read_row_group(number, columns=[self._column]))
+            images = image_storage(table[self._column].combine_chunks())
             with pa.ipc.new_file(file, pa.schema({"image": images.type})) as writer:
                 writer.write_table(pa.table({"image": images}))
             file.flush()
@@ -195,7 +199,7 @@ def open_parquet_splits(
 
 
 def _open_split(files: Sequence[str]) -> ParquetSplit:
-    footers = _of_all(lambda file: _read(file, _read_footer), files)
+    footers = of_all(lambda file: read_parquet(file, _read_footer), files)
     features, tables = footers[0][0], [table for _, table in footers]
     sizes = np.concatenate([table[:, 0] for table in tables])
     if not sizes.sum():
@@ -229,7 +233,8 @@ def _read_footer(parquet: pq.ParquetFile) -> tuple[Features, np.ndarray]:
     return features, table
 
 
-def _read(file: str, read: Callable[[pq.ParquetFile], Any]) -> Any:
+def read_parquet(file: str, read: Callable[[pq.ParquetFile], Any]) -> Any:
+    """Opens a Parquet file, local or on the Hub, for one reading."""
     if not file.startswith(_HUB):
         with pq.ParquetFile(file) as parquet:
             return read(parquet)
@@ -238,7 +243,7 @@ def _read(file: str, read: Callable[[pq.ParquetFile], Any]) -> Any:
         return read(parquet)
 
 
-def _of_all(function: Callable[[str], Any], files: Sequence[str]) -> list[Any]:
+def of_all(function: Callable[[str], Any], files: Sequence[str]) -> list[Any]:
     """Applies it to all files; side by side where each waits for the network, which takes memory for each."""
     if not files[0].startswith(_HUB):
         return [function(file) for file in files]

@@ -12,7 +12,8 @@ from transformers.utils import logging as transformers_logging
 
 from modeling_udon.backbones import POOLINGS
 from modeling_udon.config_file import load_config
-from modeling_udon.data.domains import Domain, check_label_maps, find_known_classes, open_domain
+from modeling_udon.data.domains import Domain, find_doubts, open_domain
+from modeling_udon.data.label_maps import check_label_maps
 from modeling_udon.domain_spec import DomainSpec
 from modeling_udon.encoder import Encoder
 from modeling_udon.evaluation.calibration import calibrate as calibrate_domains
@@ -232,7 +233,7 @@ class Subject:
             baseline=self.baseline,
             config=self.config,
             known_classes=[
-                line for one in domains_with(self.domains, split).values() for line in find_known_classes(one, split)
+                line for one in domains_with(self.domains, split).values() for line in find_doubts(one, split)
             ],
             **on_gpu,
         )

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from datasets import ClassLabel, Dataset, DatasetDict, Image, load_dataset, load_from_disk
 
 from modeling_udon.data.demo import build_demo_domain
-from modeling_udon.data.domains import DEMO_PREFIX, why_not_opened
+from modeling_udon.data.opening import DEMO_PREFIX, why_not_opened
 from modeling_udon.search.file_source import read_image_file
 from modeling_udon.search.source_spec import Read, ReadImage, SourceSpec, with_domain
 

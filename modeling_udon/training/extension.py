@@ -14,7 +14,8 @@ from torch import nn
 from modeling_udon.config import ConfigError, TrainConfig
 from modeling_udon.config_file import read_initial_run
 from modeling_udon.configuration_udon import UdonConfig
-from modeling_udon.data.domains import Domain, label_maps
+from modeling_udon.data.domains import Domain
+from modeling_udon.data.label_maps import label_maps
 from modeling_udon.evaluation.protocol import METRICS, Scores, SplitScores
 from modeling_udon.modeling_udon import UdonModel
 from modeling_udon.run_record import RunRecord

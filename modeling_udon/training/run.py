@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from modeling_udon.config import ConfigError, TrainConfig
 from modeling_udon.config_file import dump_config
 from modeling_udon.data.dataset import DomainBatch, MultiDomainDataset
-from modeling_udon.data.domains import Domain, find_known_classes, open_domain, with_images_as_classes
+from modeling_udon.data.domains import Domain, find_doubts, open_domain, with_images_as_classes
 from modeling_udon.data.preprocessing import ChannelStatistics
 from modeling_udon.data.sampling import DomainBatchSampler
 from modeling_udon.data.transforms import EvalTransform
@@ -178,7 +178,7 @@ def describe_run(run: Run) -> Iterator[str]:
     for name, domain in run.domains.items():
         yield f"domain {name}: {len(domain.images)} images, {len(domain.classes)} classes"
         if run.config.data.targets == "classes":
-            for line in find_known_classes(domain):
+            for line in find_doubts(domain):
                 yield f"WARNING: {line}; its scores are not those of new classes"
     optim = run.config.optim
     rates, frozen = learning_rates(optim, run.step, run.num_steps), frozen_steps(optim, run.num_steps)

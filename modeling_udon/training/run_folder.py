@@ -11,7 +11,8 @@ import yaml
 
 from modeling_udon.config import ConfigError, TrainConfig
 from modeling_udon.config_file import dump_config
-from modeling_udon.data.domains import Domain, check_label_maps, label_maps
+from modeling_udon.data.domains import Domain
+from modeling_udon.data.label_maps import check_label_maps, label_maps
 from modeling_udon.evaluation.results import versions
 from modeling_udon.run_record import migrate
 from modeling_udon.storage import recover_folder, write_text

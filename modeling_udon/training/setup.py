@@ -17,7 +17,8 @@ from modeling_udon.backbones import check_remote_code
 from modeling_udon.config import ConfigError, DataConfig, ModelConfig, TrainConfig
 from modeling_udon.configuration_udon import UdonConfig
 from modeling_udon.data.augment import StrongTransform
-from modeling_udon.data.domains import Domain, label_maps
+from modeling_udon.data.domains import Domain
+from modeling_udon.data.label_maps import label_maps
 from modeling_udon.data.preprocessing import IMAGENET_STANDARD, OPENAI_CLIP, ChannelStatistics
 from modeling_udon.data.sampling import DomainBatchSampler
 from modeling_udon.data.transforms import RandomTransform, TrainTransform

@@ -11,7 +11,8 @@ import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, List, Value
 from PIL import Image as PILImage
 
-from modeling_udon.data.domains import Domain, check_label_maps, label_maps, open_domain
+from modeling_udon.data.domains import Domain, open_domain
+from modeling_udon.data.label_maps import check_label_maps, label_maps
 from modeling_udon.domain_spec import DomainSpec, check_domain_name
 
 SPLITS = ("train", "validation", "test")
@@ -176,7 +177,7 @@ def test_what_is_wrong_with_the_data_is_named(tmp_path: Path) -> None:
         "`domains.cars.label_column` must hold integers, ClassLabel or strings. Got float in 'label'."
     )
     assert refuse(save_train(tmp_path / "null", [1, None], Value("int64"))) == (
-        "`domains.cars.label_column` must hold a label for every image. Got 1 empty ones in 'label'."
+        "`domains.cars.label_column` must hold a label for every image. Got 1 empty ones in 'label', rows 1."
     )
     nothing = make_split([], Value("int64"))
     for spec in (

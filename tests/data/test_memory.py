@@ -17,7 +17,7 @@ PROGRAM = """
 import json, sys
 from pathlib import Path
 import numpy as np
-from modeling_udon.data.domains import open_domain
+from modeling_udon.data.domains import (open_domain)
 from modeling_udon.domain_spec import DomainSpec
 
 def mib():

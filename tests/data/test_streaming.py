@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from modeling_udon.data import streaming
-from modeling_udon.data.domains import Domain, check_label_maps, label_maps, open_domain
+from modeling_udon.data.domains import Domain, open_domain
+from modeling_udon.data.label_maps import check_label_maps, label_maps
 from modeling_udon.data.sampling import DomainBatchSampler
 from modeling_udon.data.windows import RowGroups, WindowShuffle
 from modeling_udon.domain_spec import DomainSpec

@@ -19,7 +19,7 @@ IMAGE_BYTES = 100_000
 
 PROGRAM = """
 import json
-from modeling_udon.data.domains import open_domain
+from modeling_udon.data.domains import (open_domain)
 from modeling_udon.domain_spec import DomainSpec
 spec = DomainSpec(path="me/cars", streaming=True, validation_split=None, test_split=None)
 domain = open_domain("cars", spec)

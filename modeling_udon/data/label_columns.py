@@ -1,0 +1,147 @@
+"""Columns of labels as files have them: class names of each file, text that a CSV reader took for numbers."""
+
+import csv
+import os
+from collections.abc import Sequence
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from datasets import ClassLabel, Dataset, Features, Image
+
+from modeling_udon.data.labels import Labels
+from modeling_udon.data.streaming import ParquetSplit, of_all, read_parquet
+from modeling_udon.domain_spec import DomainSpec
+
+
+def read_labels(
+    name: str, spec: DomainSpec, rows: Dataset | ParquetSplit, files: Sequence[str] = (), tables: Sequence[str] = ()
+) -> Labels:
+    """Reads the classes of a split.
+
+    Args:
+        name: The domain's name.
+        spec: Its specification.
+        rows: The split.
+        files: The files that its rows come from, in their order; each may number its class names in its own way.
+        tables: Files `metadata.csv` of all splits of the data set.
+
+    Raises:
+        ValueError: If a class is missing, unknown to its ClassLabel, or of no supported type.
+    """
+    if (text := _text_labels(spec, tables, rows)) is not None:
+        return Labels.of(text)
+    column: pa.ChunkedArray
+    if isinstance(rows, ParquetSplit):
+        column = rows.read_column(spec.label_column)
+    else:
+        column = rows.select_columns([spec.label_column]).with_format("arrow")[:][spec.label_column]
+    column = _plain(column)
+    value_type = column.type.value_type if pa.types.is_list(column.type) else column.type
+    if not (pa.types.is_integer(value_type) or pa.types.is_string(value_type) or pa.types.is_large_string(value_type)):
+        raise ValueError(
+            f"`domains.{name}.label_column` must hold integers, ClassLabel or strings. "
+            f"Got {value_type} in {spec.label_column!r}."
+        )
+    missing = _rows_without(column)
+    if len(missing):
+        rows_named = ", ".join(map(str, missing[:5].tolist())) + (" ..." if len(missing) > 5 else "")
+        raise ValueError(
+            f"`domains.{name}.label_column` must hold a label for every image. "
+            f"Got {len(missing)} empty ones in {spec.label_column!r}, rows {rows_named}."
+        )
+    feature = rows.features[spec.label_column]
+    if pa.types.is_list(column.type):
+        feature = feature.feature
+    if isinstance(feature, ClassLabel) and (named := _named_by_file(name, spec, column, files)) is not None:
+        return Labels.from_arrow(named)
+
+    def name_of(number: int) -> str:
+        if not 0 <= number < feature.num_classes:
+            raise ValueError(
+                f"`domains.{name}.label_column` must hold classes of its ClassLabel, 0 to {feature.num_classes - 1}. "
+                f"Got {number} in {spec.label_column!r}."
+            )
+        return str(feature.int2str(number))
+
+    labels = Labels.from_arrow(column, name_of if isinstance(feature, ClassLabel) else None)
+    del column
+    pa.default_memory_pool().release_unused()  # Arrow would keep what the column took.
+    return labels
+
+
+def _plain(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """The column without dictionary encoding, as pandas writes categories, and with lists of one kind."""
+    kind = column.type
+    if pa.types.is_dictionary(kind):
+        return column.cast(kind.value_type)
+    if pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
+        return column.cast(pa.list_(kind.value_type))
+    return column
+
+
+def _rows_without(column: pa.ChunkedArray) -> np.ndarray:
+    """Rows without a label: null, an empty list, or a list with a null in it."""
+    empty = np.asarray(column.is_null())
+    if pa.types.is_list(column.type):
+        empty = empty | (pc.fill_null(pc.list_value_length(column), 0).to_numpy() == 0)
+        if any(chunk.flatten().null_count for chunk in column.chunks):
+            empty = empty | np.array([None in (labels or ()) for labels in column.to_pylist()])
+    return np.flatnonzero(empty)
+
+
+def _named_by_file(
+    name: str, spec: DomainSpec, column: pa.ChunkedArray, files: Sequence[str]
+) -> pa.ChunkedArray | None:
+    """The class names of all rows where Parquet files number them differently; `None` where they agree.
+
+    `datasets` takes the names of the first file for those of all.
+    """
+    if not files or not all(file.endswith(".parquet") for file in files):
+        return None
+    found = of_all(lambda file: read_parquet(file, lambda parquet: _class_names(parquet, spec.label_column)), files)
+    if len({names for names, _ in found}) == 1:
+        return None
+    parts, start = [], 0
+    for file, (names, num_rows) in zip(files, found, strict=True):
+        part = column.slice(start, num_rows).combine_chunks()
+        start += num_rows
+        numbers = part.flatten() if pa.types.is_list(part.type) else part
+        if names is None or (len(numbers) and not 0 <= pc.min(numbers).as_py() <= pc.max(numbers).as_py() < len(names)):
+            raise ValueError(
+                f"`domains.{name}.label_column` must be named alike in all files. Got {file} with other names or "
+                f"without them in {spec.label_column!r}; write its classes as text."
+            )
+        taken = pa.array(names, pa.string()).take(numbers)
+        parts.append(pa.ListArray.from_arrays(part.offsets, taken) if pa.types.is_list(part.type) else taken)
+    if start != len(column):
+        raise ValueError(f"`domains.{name}` must hold the {start:,} rows of its files. Got {len(column):,}.")
+    return pa.chunked_array(parts)
+
+
+def _class_names(parquet: pq.ParquetFile, column: str) -> tuple[tuple[str, ...] | None, int]:
+    feature = Features.from_arrow_schema(parquet.schema_arrow).get(column)
+    feature = getattr(feature, "feature", feature)
+    return tuple(feature.names) if isinstance(feature, ClassLabel) else None, parquet.metadata.num_rows
+
+
+def _text_labels(spec: DomainSpec, tables: Sequence[str], rows: Dataset | ParquetSplit) -> list[str] | None:
+    """Labels of `metadata.csv` as they are written, where reading them as numbers would change them.
+
+    pandas makes 7 of 007 and nothing of NA. `None` where the files are others, or all labels are plain numbers.
+    """
+    if not tables or isinstance(rows, ParquetSplit):
+        return None
+    texts: dict[str, str] = {}
+    for table in tables:
+        with open(table, encoding="utf-8-sig", newline="") as file:
+            for row in csv.DictReader(file):
+                if "file_name" in row and row.get(spec.label_column) is not None:
+                    path = os.path.join(os.path.dirname(os.path.abspath(table)), row["file_name"])
+                    texts[os.path.normpath(path)] = row[spec.label_column]
+    if all(text.isdecimal() and str(int(text)) == text for text in texts.values()):
+        return None
+    images = rows.cast_column(spec.image_column, Image(decode=False))[spec.image_column]
+    found = [texts.get(os.path.normpath(image["path"] or "")) for image in images]
+    return None if None in found or "" in found else [text for text in found if text is not None]
