@@ -27,7 +27,7 @@ def test_the_nearest_photo_is_the_query_itself(monkeypatch, capsys, searchable) 
     query = sorted(searchable.pictures.rglob("*.png"))[0]
     run(monkeypatch, "search_photos.py", query, searchable.pictures, "--model", searchable.model, "-k", 2)
     first, second = capsys.readouterr().out.splitlines()
-    assert first == f"1.000  {query}" and second != first
+    assert first == f"1.000  {query.relative_to(searchable.pictures)}" and second != first
 
 
 def test_the_cells_of_the_notebook_run_in_order(monkeypatch, tiny_config: Callable[..., Path]) -> None:
