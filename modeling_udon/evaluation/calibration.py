@@ -13,7 +13,7 @@ import numpy as np
 
 from modeling_udon.calibration import CALIBRATION_FILE
 from modeling_udon.evaluation.metrics import flatten_labels
-from modeling_udon.evaluation.protocol import EmbeddedDomain, search_merged
+from modeling_udon.evaluation.protocol import EmbeddedDomain, Neighbours, search_merged
 from modeling_udon.evaluation.results import versions
 from modeling_udon.storage import write_json
 
@@ -30,6 +30,11 @@ def best_wrong_scores(domains: Mapping[str, EmbeddedDomain]) -> dict[str, np.nda
     Returns:
         By domain, of shape `(num_queries,)`; -inf where the index holds no other class.
     """
+    return {name: scores for name, (scores, _) in _best_wrong_neighbours(domains).items()}
+
+
+def _best_wrong_neighbours(domains: Mapping[str, EmbeddedDomain]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Scores of `best_wrong_scores`, and the rows of the merged index that have them."""
     neighbours = search_merged(domains, ("R@1",))
     index = np.concatenate(
         [domain.query_embeds if domain.index_embeds is None else domain.index_embeds for domain in domains.values()]
@@ -67,7 +72,9 @@ def threshold_at(scores: Mapping[str, np.ndarray], false_accept_rate: float) -> 
 
 
 def calibrate(domains: Mapping[str, EmbeddedDomain], false_accept_rate: float, split: str) -> dict[str, Any]:
-    """Finds the threshold and says what it does.
+    """Finds the threshold of each domain, one for all domains, and says what they do.
+
+    A neighbour is held to the threshold of its own domain; where an index names no domains, to the one for all.
 
     Args:
         domains: By name, embedded by one model; best those of the validation split.
@@ -75,28 +82,28 @@ def calibrate(domains: Mapping[str, EmbeddedDomain], false_accept_rate: float, s
         split: What to call the data.
 
     Returns:
-        What `calibration.json` holds: `"threshold"`, the least accepted score; `"false_accept_rate"` as asked for;
-        and by domain, on the queries it was measured with: `"false_accept_rate"`; `"accept_rate"`, of the queries whose
-        class is in the index; `"right_accept_rate"`, of those with the right first neighbour besides; `"threshold"`,
-        what the domain's own would be.
+        What `calibration.json` holds: `"threshold"`, the least accepted score where domains are not known;
+        `"false_accept_rate"` as asked for; and by domain, on the queries it was measured with and with that threshold:
+        `"false_accept_rate"`; `"accept_rate"`, of the queries whose class is in the index; `"right_accept_rate"`, of
+        those with the right first neighbour besides; `"threshold"`, the domain's own; `"own_thresholds"`, the same
+        three rates where each neighbour is held to the threshold of its domain.
     """
-    wrong = best_wrong_scores(domains)
+    found_wrong = _best_wrong_neighbours(domains)
+    wrong = {name: scores for name, (scores, _) in found_wrong.items()}
     threshold = threshold_at(wrong, false_accept_rate)
     neighbours = search_merged(domains, ("R@1",))
+    own = np.asarray([threshold_at({name: wrong[name]}, false_accept_rate) for name in domains])
     rows = {}
     for name, found in neighbours.items():
-        answerable = found.num_positives > 0
-        accepted = answerable & (found.scores[:, 0] >= threshold)
         flat, counts = flatten_labels(found.query_labels)
         first = np.repeat(found.index_labels[found.ids[:, 0]], counts)
         right = np.bincount(np.repeat(np.arange(len(counts)), counts), weights=flat == first, minlength=len(counts)) > 0
-        num_answerable = max(int(answerable.sum()), 1)
+        wrong_domains = np.searchsorted(found.index_starts, found_wrong[name][1], side="right") - 1
         rows[name] = {
-            "num_queries": len(answerable),
-            "threshold": threshold_at({name: wrong[name]}, false_accept_rate),
-            "false_accept_rate": float((wrong[name] >= threshold).mean()),
-            "accept_rate": float(accepted.sum() / num_answerable),
-            "right_accept_rate": float((accepted & right).sum() / num_answerable),
+            "num_queries": len(right),
+            "threshold": float(own[list(domains).index(name)]),
+            **_rates(found, right, wrong[name], threshold, threshold),
+            "own_thresholds": _rates(found, right, wrong[name], own[found.locate()[0][:, 0]], own[wrong_domains]),
         }
     return {
         "schema": 1,
@@ -117,7 +124,31 @@ def write_calibration(folder: Path, calibration: Mapping[str, Any]) -> Path:
     return path
 
 
-def _best_wrong(queries: np.ndarray, index: np.ndarray, query_labels: Any, index_labels: np.ndarray) -> np.ndarray:
+def _rates(
+    found: Neighbours, right: np.ndarray, wrong: np.ndarray, needed: Any, needed_of_wrong: Any
+) -> dict[str, float]:
+    """Shares of queries that get an answer where none is, that get one, and that get a right one.
+
+    Args:
+        found: The first neighbour of each query.
+        right: Whether it is right.
+        wrong: Score of the best wrong answer of each query.
+        needed: Threshold for the first neighbour, one or a value per query.
+        needed_of_wrong: The same for the best wrong answer.
+    """
+    answerable = found.num_positives > 0
+    accepted = answerable & (found.scores[:, 0] >= needed)
+    num_answerable = max(int(answerable.sum()), 1)
+    return {
+        "false_accept_rate": float((wrong >= needed_of_wrong).mean()),
+        "accept_rate": float(accepted.sum() / num_answerable),
+        "right_accept_rate": float((accepted & right).sum() / num_answerable),
+    }
+
+
+def _best_wrong(
+    queries: np.ndarray, index: np.ndarray, query_labels: Any, index_labels: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     flat, counts = flatten_labels(query_labels)
     first_label = np.cumsum(counts) - counts
     best = np.full(len(queries), -np.inf, dtype=np.float32)
@@ -139,4 +170,4 @@ def _best_wrong(queries: np.ndarray, index: np.ndarray, query_labels: Any, index
             best[chunk[better]], best_rows[chunk[better]] = scores[better], left + found[better]
     # The score that counts, as `exact_search` gives it.
     exact = np.einsum("qd,qd->q", queries.astype(np.float64), index[best_rows].astype(np.float64))
-    return np.where(np.isfinite(best), exact.astype(np.float32), best)
+    return np.where(np.isfinite(best), exact.astype(np.float32), best), best_rows

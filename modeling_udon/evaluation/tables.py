@@ -90,10 +90,12 @@ def format_measurement(results: Mapping[str, Any], split: str, model: str = "stu
 def format_calibration(calibration: Mapping[str, Any]) -> str:
     """The threshold, and what it does in each domain."""
     rate, threshold = calibration["false_accept_rate"], calibration["threshold"]
+    keys = ("false_accept_rate", "accept_rate", "right_accept_rate")
     rows = [
         [
             name,
-            *(_percent(of_domain[key]) for key in ("false_accept_rate", "accept_rate", "right_accept_rate")),
+            f"{of_domain['threshold']:.4f}",
+            *(_percent(of_domain["own_thresholds"][key]) for key in keys),
         ]
         for name, of_domain in calibration["domains"].items()
     ]
@@ -101,7 +103,16 @@ def format_calibration(calibration: Mapping[str, Any]) -> str:
         f"a score of at least {threshold:.4f} is taken for an answer: at most {_percent(rate)} % of queries without "
         f"one get one ({calibration['split']} split, {calibration['num_queries']} queries), in percent"
     )
-    return caption + "\n\n" + align([["domain", "false accepts", "accepted", "accepted and right"], *rows])
+    table = align([["domain", "threshold", "false accepts", "accepted", "accepted and right"], *rows])
+    how = "where the index names domains, a neighbour is held to the threshold of its domain:"
+    parts = [caption, how, table]
+    shares = {name: of["own_thresholds"]["accept_rate"] for name, of in calibration["domains"].items()}
+    if few := [f"{name} {_percent(share)} %" for name, share in shares.items() if share < 0.5]:
+        parts.append(
+            f"WARNING: most right answers would count as not in the index: accepted are {', '.join(few)} of the "
+            "queries with one; raise --false-accept-rate or train longer"
+        )
+    return "\n\n".join(parts)
 
 
 def align(rows: Sequence[Row]) -> str:

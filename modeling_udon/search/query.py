@@ -256,7 +256,7 @@ def _found(index: ImageIndex, model: Encoder, row: int, score: float) -> FoundIm
             if name not in _OWN_COLUMNS and value is not None
         },
         thumbnail=values.get("thumbnail"),
-        accepted=None if model.calibration is None else score >= model.calibration.threshold,
+        accepted=None if model.calibration is None else score >= model.calibration.threshold_of(values.get("domain")),
     )
 
 

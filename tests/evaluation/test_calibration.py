@@ -5,8 +5,10 @@ import json
 import numpy as np
 import pytest
 
+from modeling_udon.calibration import read_calibration
 from modeling_udon.evaluation.calibration import best_wrong_scores, calibrate, threshold_at, write_calibration
 from modeling_udon.evaluation.protocol import EmbeddedDomain
+from modeling_udon.evaluation.tables import format_calibration
 
 
 def unit_vectors(rng, num, dim=4):
@@ -105,3 +107,41 @@ def test_calibration_is_written_beside_the_model(tmp_path):
     path = write_calibration(tmp_path, calibration)
     assert path == tmp_path / "calibration.json" and json.loads(path.read_text()) == calibration
     assert [file.name for file in tmp_path.iterdir()] == ["calibration.json"]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_each_neighbour_is_held_to_the_threshold_of_its_own_domain(seed):
+    domains = two_domains(seed)
+    calibration = calibrate(domains, 0.3, "validation")
+    own = {name: row["threshold"] for name, row in calibration["domains"].items()}
+    rows = [("own", v) for v in domains["own"].query_embeds] + [("apart", v) for v in domains["apart"].index_embeds]
+    for name, queries in pairs(domains).items():
+        num_false = num_accepted = num_answerable = 0
+        for query, (wrong, right) in zip(domains[name].query_embeds, queries, strict=True):
+            of = {np.float32(query.astype(np.float64) @ vector): domain for domain, vector in rows}
+            num_false += max(wrong) >= own[of[max(wrong)]]
+            if right:
+                best = max(wrong + right)
+                num_answerable += 1
+                num_accepted += best >= own[of[best]]
+        found = calibration["domains"][name]["own_thresholds"]
+        assert found["false_accept_rate"] == pytest.approx(num_false / len(queries))
+        assert found["accept_rate"] == pytest.approx(num_accepted / num_answerable)
+
+
+def test_a_threshold_that_refuses_most_right_answers_is_warned_of():
+    calibration = calibrate(two_domains(0), 0.05, "validation")
+    for share, warned in ((0.49, True), (0.5, False)):
+        for row in calibration["domains"].values():
+            row["own_thresholds"]["accept_rate"] = share
+        text = format_calibration(calibration)
+        assert ("WARNING: most right answers would count as not in the index" in text) == warned
+        assert f"{100 * share:.1f}" in text
+
+
+def test_a_model_gives_the_thresholds_of_its_domains(tmp_path):
+    calibration = calibrate(two_domains(0), 0.1, "validation")
+    write_calibration(tmp_path, calibration)
+    found = read_calibration(str(tmp_path), None)
+    assert found.threshold_of("own") == calibration["domains"]["own"]["threshold"]
+    assert found.threshold_of("elsewhere") == found.threshold_of(None) == calibration["threshold"]
