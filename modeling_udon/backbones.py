@@ -12,12 +12,16 @@ from PIL import Image
 from torch import nn
 from transformers import AutoImageProcessor, AutoModel, PretrainedConfig, PreTrainedModel
 from transformers.image_processing_utils import BaseImageProcessor
+from transformers.utils import cached_file
+
+from modeling_udon.configuration_udon import BACKBONES, UdonConfig, backbone_facts
+from modeling_udon.modeling_udon import pool_features, vision_tower
 
 TIMM_PREFIX = "timm:"
 # Side of the thumbnails that are the raw-pixel baseline.
 RAW_PIXELS_SIZE = 16
 
-Pooling = Literal["cls", "mean", "pooler"]
+Pooling = Literal["cls", "mean", "cls+mean", "pooler"]
 POOLINGS: tuple[str, ...] = get_args(Pooling)
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -28,14 +32,26 @@ class ImageFeatures(nn.Module):
 
     Args:
         backbone: A vision encoder of transformers, or a model of transformers that takes images alone.
-        pooling: `"cls"`, the first token of the last hidden state; `"mean"`, the mean over all its positions;
-            `"pooler"`, the model's own. `None` takes `image_embeds` where the model gives them, else its pooler.
+        pooling: As `UdonConfig` has it. `None` takes `image_embeds` where the model gives them, else the feature that
+            it was trained to give.
+        image_size: Side in pixels of its images, for position embeddings that are interpolated on request.
     """
 
-    def __init__(self, backbone: nn.Module, pooling: Pooling | None) -> None:
+    def __init__(self, backbone: PreTrainedModel, pooling: Pooling | None, image_size: int | None = None) -> None:
         super().__init__()
+        config = UdonConfig(backbone_config=backbone.config, pooling=pooling)
         self.backbone = backbone
-        self.pooling = pooling
+        self.pooling = config.pooling
+        self._config = config
+        self._gives_embeds = pooling is None
+        facts, own = backbone_facts(backbone.config), getattr(backbone.config, "image_size", None)
+        other = image_size is not None and own is not None and own not in (image_size, [image_size] * 2)
+        self._options = {"interpolate_pos_encoding": True} if other and facts.sizes == "request" else {}
+        if "cls" in config.pooling and backbone.config.model_type in BACKBONES and not facts.prefix:
+            raise ValueError(
+                f"`pooling` must be one that the model has. Got {config.pooling} for {backbone.config.model_type!r}, "
+                "which has no class token; use mean or pooler."
+            )
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """`(batch_size, 3, height, width)` -> `(batch_size, dim)`.
@@ -43,14 +59,10 @@ class ImageFeatures(nn.Module):
         Raises:
             ValueError: If the model's output does not have what the pooling reads.
         """
-        outputs = self.backbone(pixel_values=pixel_values)
-        if self.pooling is None and "image_embeds" in outputs:
+        outputs = self.backbone(pixel_values=pixel_values, **self._options)
+        if self._gives_embeds and "image_embeds" in outputs:
             return outputs["image_embeds"]
-        if self.pooling in (None, "pooler"):
-            if outputs.get("pooler_output") is None:
-                raise ValueError("`pooling` must be one that the model has. Got pooler without one; use cls or mean.")
-            return outputs["pooler_output"].flatten(1)
-        return pool_hidden(outputs["last_hidden_state"], self.pooling)
+        return pool_features(self.backbone, outputs, self._config)
 
 
 class TimmFeatures(nn.Module):
@@ -114,7 +126,7 @@ def pool_hidden(hidden: torch.Tensor, pooling: str) -> torch.Tensor:
 
 
 def open_backbone(name: str, config: PretrainedConfig, pooling: Pooling | None, **source: Any) -> PreTrainedModel:
-    """Opens a model of transformers in float32: the tower that sees, where it takes texts too and `pooling` is named.
+    """Opens a model of transformers in float32: the tower that sees, where it takes texts too.
 
     Args:
         name: A folder or Hub id.
@@ -129,7 +141,7 @@ def open_backbone(name: str, config: PretrainedConfig, pooling: Pooling | None, 
         name, config=config, dtype=torch.float32, output_loading_info=True, **source
     )
     check_missing(name, found["missing_keys"], pooling)
-    return model.vision_model if pooling is not None and hasattr(config, "vision_config") else model
+    return vision_tower(model)
 
 
 def check_missing(name: str, missing: Any, pooling: str | None) -> None:
@@ -189,6 +201,20 @@ def open_processor(name: str, **source: Any) -> BaseImageProcessor:
             "`model` must have a preprocessor_config.json, which says how images are prepared. "
             f"Got {name!r}: {one_line(error)}"
         ) from None
+
+
+def find_processor(name: str, revision: str | None, trust_remote_code: bool) -> BaseImageProcessor | None:
+    """Returns a model's image processor, `None` for a model without one."""
+    path = cached_file(
+        name,
+        "preprocessor_config.json",
+        revision=revision,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    if path is None:
+        return None
+    return open_processor(name, revision=revision, trust_remote_code=trust_remote_code)
 
 
 def check_remote_code(model: str, revision: str | None, trust_remote_code: bool) -> None:

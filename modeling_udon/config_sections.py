@@ -22,8 +22,8 @@ class ModelConfig(Section):
     """Whether code that comes with `backbone` may run."""
     backbone_config: dict[str, Any] | None = None
     """Vision encoder to train from scratch: its `model_type` and values of its configuration."""
-    pooling: Literal["cls", "pooler"] | None = None
-    """What of the backbone's output is the image's feature; `null` takes the class token after the last norm."""
+    pooling: Literal["cls", "mean", "cls+mean", "pooler"] | None = None
+    """Feature of the backbone; `null` takes the one it was trained to give, mostly the class token after the norm."""
     embedding_dim: int = Field(64, gt=0)
     """Size of the student embedding."""
     teacher_dim: int = Field(256, gt=0)

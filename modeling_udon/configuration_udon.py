@@ -4,14 +4,82 @@ This file travels to the Hub beside `modeling_udon.py`, so it uses nothing of th
 """
 
 import inspect
-from typing import Any
+from typing import Any, NamedTuple
 
 from transformers import AutoConfig, PretrainedConfig
 
-POOLINGS = ("cls", "pooler")
+POOLINGS = ("cls", "mean", "cls+mean", "pooler")
 
-# The only known backbone whose final layer norm is applied to the class token in the pooler alone.
-_NORMALISED_IN_POOLER = ("clip_vision_model",)
+
+class BackboneFacts(NamedTuple):
+    """Facts about the vision encoders of one model type.
+
+    Attributes:
+        prefix: Tokens before the patches, the class token first; 0 for none, and for feature maps.
+        pooling: The pooling that is read where none is named: the feature that the backbone was trained to give.
+        norm: Submodule with the final norm of the tokens, where the encoder applies it in its pooler alone.
+        sizes: `"any"`, takes images of any size by itself; `"request"`, by `interpolate_pos_encoding`; `"own"`.
+        statistics: Channel statistics of its usual checkpoints: `"standard"` (0.5), `"imagenet"`, `"clip"`.
+        refusal: Why it cannot be used, empty if it can.
+    """
+
+    prefix: int
+    pooling: str
+    norm: str | None = None
+    sizes: str = "own"
+    statistics: str = "imagenet"
+    refusal: str = ""
+
+
+_NAFLEX = "it takes patches, masks and shapes in place of images (NaFlex); take a SigLIP2 checkpoint of fixed size"
+_MASKED = "it hides random patches of each image, so that its features are not deterministic; take its ViT weights"
+
+# One line for each model type that was tried; tests train and publish each of them.
+BACKBONES = {
+    "vit": BackboneFacts(1, "cls", None, "request", "standard"),
+    "deit": BackboneFacts(2, "cls", None, "request", "imagenet"),
+    "vit_msn": BackboneFacts(1, "cls", None, "request", "imagenet"),
+    "vit_mae": BackboneFacts(1, "cls", refusal=_MASKED),
+    "ijepa": BackboneFacts(0, "mean", None, "request", "imagenet"),
+    "dinov2": BackboneFacts(1, "cls", None, "any", "imagenet"),
+    "dinov2_with_registers": BackboneFacts(1, "cls", None, "any", "imagenet"),
+    "dinov3_vit": BackboneFacts(1, "cls", None, "any", "imagenet"),
+    "dinov3_convnext": BackboneFacts(1, "cls", None, "any", "imagenet"),
+    "clip_vision_model": BackboneFacts(1, "pooler", "post_layernorm", "request", "clip"),
+    "chinese_clip_vision_model": BackboneFacts(1, "pooler", "post_layernorm", "request", "clip"),
+    "metaclip_2_vision_model": BackboneFacts(1, "pooler", "post_layernorm", "request", "clip"),
+    "mlcd_vision_model": BackboneFacts(1, "cls", "post_layernorm", "own", "clip"),
+    "mlcd": BackboneFacts(1, "cls", "post_layernorm", "own", "clip"),
+    "siglip_vision_model": BackboneFacts(0, "pooler", None, "request", "standard"),
+    "siglip2_vision_model": BackboneFacts(0, "pooler", refusal=_NAFLEX),
+    "aimv2_vision_model": BackboneFacts(0, "mean", None, "own", "clip"),
+    "beit": BackboneFacts(1, "pooler", "pooler.layernorm", "request", "standard"),
+    "data2vec-vision": BackboneFacts(1, "mean", None, "request", "standard"),
+    "convnext": BackboneFacts(0, "pooler", None, "any", "imagenet"),
+    "convnextv2": BackboneFacts(0, "pooler", None, "any", "imagenet"),
+    "resnet": BackboneFacts(0, "pooler", None, "any", "imagenet"),
+    "regnet": BackboneFacts(0, "pooler", None, "any", "imagenet"),
+    "bit": BackboneFacts(0, "pooler", None, "any", "standard"),
+    "efficientnet": BackboneFacts(0, "pooler", None, "any", "imagenet"),
+    "mobilenet_v2": BackboneFacts(0, "pooler", None, "any", "standard"),
+    "mobilevit": BackboneFacts(0, "pooler", None, "any", "imagenet"),
+    "swin": BackboneFacts(0, "pooler", None, "request", "imagenet"),
+    "swinv2": BackboneFacts(0, "pooler", None, "request", "imagenet"),
+    "focalnet": BackboneFacts(0, "pooler", None, "any", "imagenet"),
+    "poolformer": BackboneFacts(0, "mean", None, "any", "imagenet"),
+    "cvt": BackboneFacts(0, "mean", None, "any", "imagenet"),
+    "pvt": BackboneFacts(1, "cls", None, "own", "imagenet"),
+    "pvt_v2": BackboneFacts(0, "mean", None, "any", "imagenet"),
+    "hiera": BackboneFacts(0, "pooler", None, "request", "imagenet"),
+    "timm_wrapper": BackboneFacts(0, "pooler", None, "any", "imagenet"),
+}
+
+
+def backbone_facts(config: PretrainedConfig) -> BackboneFacts:
+    """Returns the facts about a backbone; of a model type that was not tried, those of a plain ViT."""
+    facts = BACKBONES.get(config.model_type, BackboneFacts(1, "cls", None, "own", "standard"))
+    registers = getattr(config, "num_register_tokens", 0) or 0
+    return facts._replace(prefix=facts.prefix + registers) if facts.prefix else facts
 
 
 class UdonConfig(PretrainedConfig):
@@ -26,12 +94,19 @@ class UdonConfig(PretrainedConfig):
         head_hidden_dims: Widths of the hidden layers of every head; empty for linear heads.
         head_bias: Whether the last layer of every head has a bias.
         domains: Number of training classes for each domain that has a teacher head; empty for a published student.
-        pooling: `"cls"`, the first token of the last hidden state, or `"pooler"`, the backbone's own pooler
-            output. `None` chooses what gives the class token after the final layer norm: the pooler for CLIP,
-            the first token elsewhere.
+        pooling: Feature of the backbone: `"cls"`, the class token; `"mean"`, the mean of the patch tokens or of a
+            feature map; `"cls+mean"`, both, each of unit norm, side by side; `"pooler"`, the backbone's own output.
+            `None` takes the feature that the backbone was trained to give, the class token after the final norm in
+            most; see `BACKBONES`.
+        token_norm: Submodule of the backbone that normalises its tokens before they are pooled, for a backbone that
+            does so in its pooler alone. `"auto"`: the one in `BACKBONES`; `None`: none.
+        interpolate_pos_encoding: Whether the backbone is told to interpolate its position embeddings to the images'
+            size, for images of another size than its own.
+        feature_dim: Width of the backbone's features; `None`: `hidden_size` of the backbone, or measured.
 
     Raises:
-        ValueError: If a size is not positive, `pooling` is unknown, or the backbone has no `model_type`.
+        ValueError: If a size is not positive, `pooling` is unknown, the backbone has no `model_type`, or it gives no
+            features.
     """
 
     model_type = "udon"
@@ -48,6 +123,9 @@ class UdonConfig(PretrainedConfig):
         head_bias: bool = True,
         domains: dict[str, int] | None = None,
         pooling: str | None = None,
+        token_norm: str | None = "auto",
+        interpolate_pos_encoding: bool = False,
+        feature_dim: int | None = None,
         **kwargs: Any,
     ) -> None:
         self.backbone_config = _resolve_backbone(backbone_config)
@@ -56,11 +134,20 @@ class UdonConfig(PretrainedConfig):
         self.head_hidden_dims = [_positive("head_hidden_dims", width) for width in head_hidden_dims]
         self.head_bias = head_bias
         self.domains = {name: _positive(f"domains[{name!r}]", count) for name, count in (domains or {}).items()}
+        facts = backbone_facts(self.backbone_config)
+        if facts.refusal:
+            raise ValueError(f"`backbone_config` must not be of {self.backbone_config.model_type}: {facts.refusal}.")
         if pooling is None:
-            pooling = "pooler" if self.backbone_config.model_type in _NORMALISED_IN_POOLER else "cls"
+            pooling = facts.pooling
         if pooling not in POOLINGS:
             raise ValueError(f"`pooling` must be one of {', '.join(POOLINGS)} or None. Got {pooling!r}.")
         self.pooling = pooling
+        if token_norm == "auto":
+            # A model that was saved before this field existed read its tokens as they came.
+            token_norm = None if "transformers_version" in kwargs or pooling == "pooler" else facts.norm
+        self.token_norm = token_norm
+        self.interpolate_pos_encoding = interpolate_pos_encoding
+        self.feature_dim = feature_dim
         super().__init__(**kwargs)
 
     def shape(self) -> dict[str, Any]:

@@ -38,7 +38,7 @@ from modeling_udon.backbones import (
     shrink_to_thumbnail,
 )
 from modeling_udon.calibration import Calibration, read_calibration
-from modeling_udon.configuration_udon import UdonConfig
+from modeling_udon.configuration_udon import UdonConfig, backbone_facts
 from modeling_udon.data.image_list import ImageLike, ImageList, UnreadableImage
 from modeling_udon.data.images import use_one_thread
 from modeling_udon.data.preprocessing import ChannelStatistics, processor_fields, processor_transform
@@ -269,7 +269,7 @@ def _open_folder(
     options: dict[str, Any] = {"revision": revision or "main", "trust_remote_code": trust_remote_code}
     try:
         config = AutoConfig.from_pretrained(source, **options)
-        network = _open_network(source, config, pooling, options)
+        network = _open_network(source, config, pooling, image_size, options)
     except ValueError as error:
         if str(error).startswith(("`model`", "--")):
             raise
@@ -304,9 +304,11 @@ def _open_folder(
     return encoder.backbone() if isinstance(network, UdonModel) and pooling is not None else encoder
 
 
-def _open_network(name: str, config: PretrainedConfig, pooling: Pooling | None, options: dict[str, Any]) -> nn.Module:
+def _open_network(
+    name: str, config: PretrainedConfig, pooling: Pooling | None, image_size: int | None, options: dict[str, Any]
+) -> nn.Module:
     if not isinstance(config, UdonConfig):
-        return ImageFeatures(open_backbone(name, config, pooling, **options), pooling).eval()
+        return ImageFeatures(open_backbone(name, config, pooling, **options), pooling, image_size).eval()
     if pooling not in (None, config.pooling):
         raise ValueError(
             f"--pooling must be left out for the student {name}, or {config.pooling} for its backbone's own features. "
@@ -317,6 +319,8 @@ def _open_network(name: str, config: PretrainedConfig, pooling: Pooling | None, 
     )
     model, found = loaded
     check_missing(name, found["missing_keys"], None)
+    if image_size is not None and backbone_facts(model.config.backbone_config).sizes == "request":
+        model.config.interpolate_pos_encoding = True
     # What is published with its teachers is searched without.
     return model.student().eval()
 

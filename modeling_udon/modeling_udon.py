@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from transformers import AutoModel, PreTrainedModel
 from transformers.utils import ModelOutput
 
-from .configuration_udon import UdonConfig
+from .configuration_udon import BACKBONES, UdonConfig, backbone_facts
 
 # Standard deviation of a standard normal cut off at two deviations, by which flax's `lecun_normal` is corrected.
 _TRUNCATED_STD = 0.87962566103423978
@@ -43,7 +43,7 @@ class UdonModelOutput(ModelOutput):
         image_embeds: Student embeddings of shape `(batch_size, embedding_dim)`, float32, unit norm.
         teacher_embeds: Teacher embeddings of shape `(batch_size, teacher_dim)`, float32, unit norm, of the domain
             that was asked for.
-        backbone_embeds: The backbone's class token of shape `(batch_size, hidden_size)`, float32, unit norm.
+        backbone_embeds: The backbone's features of shape `(batch_size, feature_dim)`, float32, unit norm.
         hidden_states: The backbone's hidden states, if asked for.
         attentions: The backbone's attention maps, if asked for.
     """
@@ -121,6 +121,8 @@ class UdonModel(UdonPreTrainedModel):
         super().__init__(config)
         self.backbone = _drop_unused_pooler(AutoModel.from_config(config.backbone_config), config)
         _check_class_token(self.backbone, config)
+        if config.feature_dim is None:
+            config.feature_dim = _measure_width(self.backbone, config)
         self.student_head = self._make_head(config.embedding_dim)
         self.teacher_heads = nn.ModuleDict({name: self._make_head(config.teacher_dim) for name in config.domains})
         self.post_init()
@@ -130,18 +132,11 @@ class UdonModel(UdonPreTrainedModel):
         """Puts fresh heads on a trained vision encoder.
 
         Args:
-            backbone: A model from `AutoModel.from_pretrained`, or the vision tower of one. A whole CLIP model
-                stands for its vision tower. A `UdonModel` stands for its backbone.
+            backbone: A model from `AutoModel.from_pretrained`, or the vision tower of one. A model of images and
+                texts stands for its vision tower. A `UdonModel` stands for its backbone.
             config_values: Values for `UdonConfig` other than `backbone_config`.
         """
-        if isinstance(backbone, UdonModel):
-            backbone = backbone.backbone
-        elif backbone.config.model_type == "clip":
-            # In transformers 4 `CLIPModel.vision_model` is the bare transformer inside a `CLIPVisionModel`.
-            tower = AutoModel.from_config(backbone.config.vision_config)
-            inner = getattr(tower, "vision_model", tower)
-            inner.load_state_dict(backbone.get_submodule("vision_model").state_dict())
-            backbone = tower
+        backbone = backbone.backbone if isinstance(backbone, UdonModel) else vision_tower(backbone)
         model = cls(UdonConfig(backbone_config=backbone.config, **config_values))
         model.backbone = _drop_unused_pooler(backbone, model.config)
         return model
@@ -149,7 +144,8 @@ class UdonModel(UdonPreTrainedModel):
     @property
     def feature_dim(self) -> int:
         """Width of the backbone's features."""
-        return self.config.backbone_config.hidden_size
+        assert self.config.feature_dim is not None, "measured when the model was made"
+        return self.config.feature_dim
 
     def student(self) -> "UdonModel":
         """Returns a model that shares backbone and student head with this one and has no teacher heads."""
@@ -163,7 +159,7 @@ class UdonModel(UdonPreTrainedModel):
         self,
         pixel_values: torch.Tensor,
         domain: str | None = None,
-        interpolate_pos_encoding: bool = False,
+        interpolate_pos_encoding: bool | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
@@ -174,7 +170,7 @@ class UdonModel(UdonPreTrainedModel):
             pixel_values: Normalised images of shape `(batch_size, num_channels, height, width)`.
             domain: Domain whose teacher embeds the images as well.
             interpolate_pos_encoding: Whether to interpolate the position embeddings to the images' size, for a
-                backbone that leaves this to its caller.
+                backbone that leaves this to its caller; default: as the configuration says.
             output_attentions: Whether to return the backbone's attention maps.
             output_hidden_states: Whether to return the backbone's hidden states.
             return_dict: Whether to return a `UdonModelOutput` (default) or a tuple of what it holds.
@@ -190,12 +186,10 @@ class UdonModel(UdonPreTrainedModel):
         outputs = self.backbone(
             pixel_values,
             **self._interpolation(interpolate_pos_encoding),
-            output_attentions=output_attentions,
-            output_hidden_states=output_hidden_states,
+            **_asked(output_attentions=output_attentions, output_hidden_states=output_hidden_states),
             return_dict=True,
         )
-        token = outputs.pooler_output if self.config.pooling == "pooler" else outputs.last_hidden_state[:, 0]
-        backbone_embeds = F.normalize(token.float(), dim=-1)
+        backbone_embeds = F.normalize(pool_features(self.backbone, outputs, self.config).float(), dim=-1)
         image_embeds = self.student_head(backbone_embeds)
         result = UdonModelOutput(
             last_hidden_state=outputs.last_hidden_state,
@@ -203,8 +197,8 @@ class UdonModel(UdonPreTrainedModel):
             image_embeds=image_embeds,
             teacher_embeds=None if domain is None else self.teacher_heads[domain](backbone_embeds),
             backbone_embeds=backbone_embeds,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
+            hidden_states=outputs.get("hidden_states"),
+            attentions=outputs.get("attentions"),
         )
         return result.to_tuple() if return_dict is False else result
 
@@ -216,8 +210,8 @@ class UdonModel(UdonPreTrainedModel):
         config = self.config
         return UdonHead(self.feature_dim, config.head_hidden_dims, out_dim, config.head_bias)
 
-    def _interpolation(self, wanted: bool) -> dict[str, bool]:
-        if not wanted:
+    def _interpolation(self, wanted: bool | None) -> dict[str, bool]:
+        if not (self.config.interpolate_pos_encoding if wanted is None else wanted):
             return {}
         if "interpolate_pos_encoding" not in inspect.signature(type(self.backbone).forward).parameters:
             raise ValueError(
@@ -227,19 +221,100 @@ class UdonModel(UdonPreTrainedModel):
         return {"interpolate_pos_encoding": True}
 
 
+def pool_features(backbone: nn.Module, outputs: Any, config: UdonConfig) -> torch.Tensor:
+    """Pools a backbone's output to one feature an image.
+
+    Args:
+        backbone: The backbone, whose norm `config.token_norm` names.
+        outputs: What it gave: `last_hidden_state`, tokens of shape `(B, N, D)` or a map of shape `(B, D, H, W)`, and
+            `pooler_output` where `pooling` is `"pooler"`.
+        config: Says how to pool.
+
+    Returns:
+        Shape `(batch_size, feature_dim)`, not of unit norm.
+
+    Raises:
+        ValueError: If the output does not have what the pooling reads.
+    """
+    if config.pooling == "pooler":
+        pooled = outputs.get("pooler_output")
+        if pooled is None:
+            raise ValueError(
+                "`pooling` 'pooler' must go with a backbone that has a pooler. "
+                f"Got {config.backbone_config.model_type!r}; use cls or mean."
+            )
+        return pooled.flatten(1)  # (B, D, 1, 1) of convolutional backbones -> (B, D)
+    tokens = outputs.last_hidden_state
+    if tokens.ndim == 4:
+        tokens = tokens.flatten(2).transpose(1, 2)  # (B, D, H, W) -> (B, H * W, D)
+    if config.token_norm is not None:
+        tokens = backbone.get_submodule(_norm_name(backbone, config.token_norm))(tokens)
+    if config.pooling == "cls":
+        return tokens[:, 0]
+    mean = tokens[:, backbone_facts(config.backbone_config).prefix :].mean(dim=1)
+    if config.pooling == "mean":
+        return mean
+    return torch.cat([F.normalize(tokens[:, 0].float(), dim=-1), F.normalize(mean.float(), dim=-1)], dim=-1)
+
+
+def vision_tower(model: PreTrainedModel) -> PreTrainedModel:
+    """Returns the part of a model of images and texts that sees, any other model itself."""
+    vision_config = getattr(model.config, "vision_config", None)
+    if vision_config is None:
+        return model
+    # In transformers 4 `CLIPModel.vision_model` is the bare transformer inside a `CLIPVisionModel`.
+    tower = AutoModel.from_config(vision_config)
+    inner = getattr(tower, "vision_model", tower)
+    inner.load_state_dict(model.get_submodule("vision_model").state_dict())
+    return tower.train(model.training)
+
+
+def _norm_name(backbone: nn.Module, name: str) -> str:
+    # In transformers 4 a tower's parts lie one level deeper.
+    inner = getattr(backbone, "vision_model", None)
+    return f"vision_model.{name}" if isinstance(inner, nn.Module) else name
+
+
+def _asked(**values: Any) -> dict[str, Any]:
+    # Convolutional backbones know no attention maps; what was not asked for need not be said.
+    return {name: value for name, value in values.items() if value is not None}
+
+
+@torch.no_grad()
+def _measure_width(backbone: PreTrainedModel, config: UdonConfig) -> int:
+    """Width of a backbone's features: as its configuration says, or of one forward pass."""
+    hidden_size = getattr(config.backbone_config, "hidden_size", None)
+    if hidden_size is not None and config.backbone_config.model_type not in ("pvt", "hiera", "swinv2"):
+        return 2 * hidden_size if config.pooling == "cls+mean" else hidden_size
+    size = getattr(config.backbone_config, "image_size", 224)
+    height, width = (size, size) if isinstance(size, int) else size
+    was_training = backbone.training
+    pixels = torch.zeros(1, 3, height, width, device=next(backbone.parameters()).device)
+    outputs = backbone.eval()(pixel_values=pixels, return_dict=True)
+    backbone.train(was_training)
+    return pool_features(backbone, outputs, config).shape[-1]
+
+
 def _drop_unused_pooler(backbone: PreTrainedModel, config: UdonConfig) -> PreTrainedModel:
     # A pooler that is not read would be trained, counted and published for nothing.
-    if config.pooling == "cls" and isinstance(getattr(backbone, "pooler", None), nn.Module):
+    unread = config.pooling != "pooler" and not (config.token_norm or "").startswith("pooler")
+    pooler = getattr(backbone, "pooler", None)
+    # One without weights, as convolutional backbones have it, is called in any case.
+    if unread and isinstance(pooler, nn.Module) and any(True for _ in pooler.parameters()):
         backbone.pooler = None  # type: ignore[assignment]
     return backbone
 
 
 def _check_class_token(backbone: PreTrainedModel, config: UdonConfig) -> None:
+    if config.pooling not in ("cls", "cls+mean"):
+        return
+    kind = config.backbone_config.model_type
     names = [name for name, _ in backbone.named_parameters()]
-    if config.pooling == "cls" and not any(name.endswith(_CLASS_TOKEN_NAMES) for name in names):
+    has_token = BACKBONES[kind].prefix > 0 if kind in BACKBONES else any(n.endswith(_CLASS_TOKEN_NAMES) for n in names)
+    if not has_token:
         raise ValueError(
-            "`pooling` 'cls' must go with a backbone that has a class token. "
-            f"Got {backbone.config.model_type!r}; use pooling 'pooler' or another backbone."
+            f"`pooling` {config.pooling!r} must go with a backbone that has a class token. "
+            f"Got {kind!r}; use pooling 'pooler' or 'mean', or another backbone."
         )
 
 

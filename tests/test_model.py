@@ -292,9 +292,9 @@ def test_a_backbone_without_class_token_needs_its_pooler():
     with pytest.raises(
         ValueError,
         match=r"`pooling` 'cls' must go with a backbone that has a class token. "
-        r"Got 'swin'; use pooling 'pooler' or another backbone.",
+        r"Got 'swin'; use pooling 'pooler' or 'mean', or another backbone.",
     ):
-        UdonModel(UdonConfig(SWIN))
+        UdonModel(UdonConfig(SWIN, pooling="cls"))
     model = UdonModel(UdonConfig(SWIN, embedding_dim=4, pooling="pooler")).eval()
     assert model(torch.randn(2, 3, 16, 16)).image_embeds.shape == (2, 4)
 
@@ -302,7 +302,7 @@ def test_a_backbone_without_class_token_needs_its_pooler():
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"pooling": "mean"}, r"`pooling` must be one of cls, pooler or None. Got 'mean'."),
+        ({"pooling": "max"}, r"`pooling` must be one of cls, mean, cls\+mean, pooler or None. Got 'max'."),
         ({"embedding_dim": 0}, r"`embedding_dim` must be a positive integer. Got 0."),
         ({"teacher_dim": 2.5}, r"`teacher_dim` must be a positive integer. Got 2.5."),
         ({"head_hidden_dims": [8, -1]}, r"`head_hidden_dims` must be a positive integer. Got -1."),

@@ -19,6 +19,7 @@ from modeling_udon.data.domains import Domain, find_doubts, open_domain, with_im
 from modeling_udon.data.preprocessing import ChannelStatistics
 from modeling_udon.data.sampling import DomainBatchSampler
 from modeling_udon.data.transforms import EvalTransform
+from modeling_udon.training.backbone import channel_statistics
 from modeling_udon.training.checkpoint import CheckpointError, TrainState, check_weights, load_checkpoint
 from modeling_udon.training.distillation import UdonForDistillation
 from modeling_udon.training.extension import trained_domains
@@ -30,7 +31,6 @@ from modeling_udon.training.run_lock import FolderInUseError
 from modeling_udon.training.sampled_classes import SampledClasses
 from modeling_udon.training.setup import (
     build_model,
-    channel_statistics,
     describe_prototypes,
     make_accelerator,
     make_sampler,
@@ -136,7 +136,8 @@ def build_run(
         accelerator.print(line)
     # `from_pretrained` opens in evaluation mode: without dropout and without gradient checkpointing.
     model = build_model(config, trained, accelerator).train()
-    statistics = channel_statistics(config.data, model.config.backbone_config)
+    statistics = channel_statistics(config.data, config.model, model.config.backbone_config)
+    accelerator.print(f"channel statistics: mean {statistics.mean}, std {statistics.std}")
     wrapped, shared_heads = _share_model(config, model, accelerator)
     optimizer = make_optimizer(model, config.optim)
     wrapped_optimizer = accelerator.prepare_optimizer(optimizer)

@@ -9,19 +9,17 @@ from importlib.util import find_spec
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.utils import get_int_from_env, parse_flag_from_env
-from transformers import AutoConfig, AutoModel, PretrainedConfig
 from transformers.utils import logging as transformers_logging
 
 from modeling_udon.auto_classes import UdonModel
-from modeling_udon.backbones import check_remote_code
 from modeling_udon.config import ConfigError, DataConfig, ModelConfig, TrainConfig
 from modeling_udon.configuration_udon import UdonConfig
 from modeling_udon.data.augment import StrongTransform
 from modeling_udon.data.domains import Domain
 from modeling_udon.data.label_maps import label_maps
-from modeling_udon.data.preprocessing import IMAGENET_STANDARD, OPENAI_CLIP, ChannelStatistics
 from modeling_udon.data.sampling import DomainBatchSampler
 from modeling_udon.data.transforms import RandomTransform, TrainTransform
+from modeling_udon.training.backbone import build_udon, check_backbone
 from modeling_udon.training.distillation import Peers, UdonForDistillation
 from modeling_udon.training.extension import load_start, old_student, open_start
 from modeling_udon.training.memory import describe_memory, estimate_prototypes, free_memory
@@ -131,12 +129,15 @@ def build_model(config: TrainConfig, domains: Mapping[str, Domain], accelerator:
         "pooling": config.model.pooling,
     }
     try:
-        udon = _build_udon(config.model, sizes) if start is None else _build_like(start.shape, config.model, sizes)
+        if start is None:
+            udon = build_udon(config.model, sizes, config.data.image_size)
+        else:
+            udon = _build_like(start.shape, config.model, sizes)
     except Exception as error:  # On values that transformers does not expect it raises nearly every type there is.
         what = "backbone" if config.model.backbone else "backbone_config"
         reason = str(error) if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: {error}"
         raise ConfigError(f"`model.{what}` must be a vision encoder that opens. {reason[:400]}") from error
-    _check_images(udon.config.backbone_config, config.data.image_size)
+    check_backbone(udon, config.data.image_size)
     if config.model.gradient_checkpointing:
         # transformers 5 has another name for it, and warns about the one that transformers 4 has.
         enable = getattr(udon, "activation_checkpointing_enable", None) or udon.gradient_checkpointing_enable
@@ -170,12 +171,6 @@ def training_transform(data: DataConfig) -> RandomTransform:
     if data.augmentation == "strong":
         return StrongTransform(data.image_size, data.flip)
     return TrainTransform(data.image_size, flip=data.flip)
-
-
-def channel_statistics(data: DataConfig, backbone: PretrainedConfig) -> ChannelStatistics:
-    """Mean and standard deviation of each channel: the config's, or those the backbone is known by."""
-    known = OPENAI_CLIP if backbone.model_type.startswith("clip") else IMAGENET_STANDARD
-    return ChannelStatistics(data.image_mean or known.mean, data.image_std or known.std)
 
 
 def make_sampler(config: TrainConfig, domains: Mapping[str, Domain], accelerator: Accelerator) -> DomainBatchSampler:
@@ -222,51 +217,8 @@ def _frozen_teachers(config: TrainConfig, domains: Mapping[str, Domain]) -> Froz
         raise ConfigError(f"`teachers` must be runs with trained teachers. {' '.join(str(error).split())}") from error
 
 
-def _build_udon(model: ModelConfig, sizes: dict[str, object]) -> UdonModel:
-    if model.backbone is None:
-        assert model.backbone_config is not None, "checked by the config"
-        values = _known_values(model.backbone_config)
-        return UdonModel(
-            UdonConfig(backbone_config=values, attn_implementation=model.attn_implementation, **sizes)  # type: ignore[arg-type]
-        )
-    check_remote_code(model.backbone, model.revision, model.trust_remote_code)
-    backbone = AutoModel.from_pretrained(
-        model.backbone,
-        revision=model.revision,
-        trust_remote_code=model.trust_remote_code,
-        attn_implementation=model.attn_implementation,
-        dtype=torch.float32,
-    )
-    return UdonModel.from_backbone(backbone, **sizes)
-
-
 def _build_like(shape: UdonConfig, model: ModelConfig, sizes: dict[str, object]) -> UdonModel:
     """A model with the backbone of a student, whose weights are still to come."""
-    values = sizes | {"pooling": shape.pooling, "attn_implementation": model.attn_implementation}
+    kept = {name: getattr(shape, name) for name in ("pooling", "token_norm", "interpolate_pos_encoding", "feature_dim")}
+    values = sizes | kept | {"attn_implementation": model.attn_implementation}
     return UdonModel(UdonConfig(backbone_config=shape.backbone_config, **values))  # type: ignore[arg-type]
-
-
-def _known_values(values: dict[str, object]) -> dict[str, object]:
-    """Refuses unknown keys and sizes below 1: transformers would take them in silence."""
-    if "model_type" in values:
-        known = AutoConfig.for_model(str(values["model_type"])).to_dict()
-        for key, value in values.items():
-            if key not in known:
-                raise ValueError(f"Got the unknown key `{key}` for model_type {values['model_type']!r}.")
-            is_size = type(known[key]) is int and known[key] > 0
-            if is_size and isinstance(value, int) and value < 1:
-                raise ValueError(f"`{key}` must be at least 1. Got {value}.")
-    return values
-
-
-def _check_images(backbone: PretrainedConfig, image_size: int) -> None:
-    expected = getattr(backbone, "image_size", image_size)
-    if expected != image_size:
-        raise ConfigError(f"`data.image_size` must be the backbone's, {expected}. Got {image_size}.")
-    if (channels := getattr(backbone, "num_channels", 3)) != 3:
-        raise ConfigError(f"`model` must take images of 3 channels, RGB. Got a backbone for {channels}.")
-    patch_size = getattr(backbone, "patch_size", 1)
-    if isinstance(patch_size, int) and image_size % patch_size:
-        raise ConfigError(
-            f"`data.image_size` must be a multiple of the backbone's patch size, {patch_size}. Got {image_size}."
-        )
