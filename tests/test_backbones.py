@@ -24,8 +24,8 @@ TINY = {
     "dinov3_convnext": {"hidden_sizes": [8, 8, 16, 16], "depths": [1, 1, 1, 1]},
     "resnet": STAGES,
     "regnet": STAGES | {"groups_width": 8},
-    "bit": {"hidden_sizes": [32, 32, 64, 64], "depths": [1, 1, 1, 1], "embedding_size": 32},
-    "efficientnet": {"width_coefficient": 0.1, "depth_coefficient": 0.1, "hidden_dim": 32},
+    "bit": {"hidden_sizes": [32, 32, 64, 64], "depths": [1, 1, 1, 1], "embedding_size": 32, "num_groups": 2},
+    "efficientnet": {"width_coefficient": 0.1, "depth_coefficient": 0.1, "hidden_dim": 128},
     "mobilenet_v2": {"depth_multiplier": 0.1},
     "mobilevit": {"image_size": 64},
     "swin": {
@@ -46,7 +46,7 @@ TINY = {
     },
     "focalnet": {"image_size": 32, "embed_dim": 8, "depths": [1, 1, 1, 1]},
     "poolformer": {"hidden_sizes": [8, 8, 16, 16], "depths": [1, 1, 1, 1]},
-    "cvt": {"embed_dim": [8, 16, 32], "num_heads": [1, 2, 4], "depth": [1, 1, 1]},
+    "cvt": {},
     "pvt": {
         "image_size": 64,
         "hidden_sizes": [8, 16, 16, 16],
