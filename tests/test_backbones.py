@@ -25,7 +25,7 @@ TINY = {
     "resnet": STAGES,
     "regnet": STAGES | {"groups_width": 8},
     "bit": {"hidden_sizes": [32, 32, 64, 64], "depths": [1, 1, 1, 1], "embedding_size": 32, "num_groups": 2},
-    "efficientnet": {"width_coefficient": 0.1, "depth_coefficient": 0.1, "hidden_dim": 128},
+    "efficientnet": {"width_coefficient": 0.1, "depth_coefficient": 0.1, "hidden_dim": 128, "initializer_range": 0.5},
     "mobilenet_v2": {"depth_multiplier": 0.1},
     "mobilevit": {"image_size": 64},
     "swin": {
