@@ -155,7 +155,7 @@ def build_model(config: TrainConfig, domains: Mapping[str, Domain], accelerator:
         config.loss,
         udon,
         num_classes={name: len(domain.classes) for name, domain in domains.items()},
-        frozen_teachers=_frozen_teachers(config, domains),
+        frozen_teachers=_frozen_teachers(config, domains, channel_statistics(config.data, udon.config.backbone_config)),
         old_student=old,
         takes_features=config.train.heads_only,
         distill_through_backbone=config.ablation.distill_through_backbone,
@@ -208,11 +208,13 @@ def make_sampler(config: TrainConfig, domains: Mapping[str, Domain], accelerator
         raise ConfigError(str(error)) from None
 
 
-def _frozen_teachers(config: TrainConfig, domains: Mapping[str, Domain]) -> FrozenTeachers | None:
+def _frozen_teachers(
+    config: TrainConfig, domains: Mapping[str, Domain], statistics: ChannelStatistics
+) -> FrozenTeachers | None:
     if not config.teacher_runs:
         return None
     try:
-        return load_frozen_teachers(config.teacher_runs, label_maps(domains))
+        return load_frozen_teachers(config.teacher_runs, label_maps(domains), statistics)
     except (ValueError, KeyError, OSError) as error:
         raise ConfigError(f"`teachers` must be runs with trained teachers. {' '.join(str(error).split())}") from error
 

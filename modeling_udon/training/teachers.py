@@ -2,13 +2,15 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
+from torch.nn import functional as F
 
+from modeling_udon.data.preprocessing import ChannelStatistics
 from modeling_udon.modeling_udon import UdonModel
 from modeling_udon.run_models import open_teachers
 from modeling_udon.run_record import read_run
@@ -21,10 +23,32 @@ class FrozenTeacher:
     Attributes:
         model: A model with a teacher head for the domain.
         prototypes: Classifier weights of shape `(num_classes, teacher_dim)`.
+        statistics: Channel statistics that it was trained with.
+        image_size: Side of the images that it was trained with, in pixels.
     """
 
     model: UdonModel
     prototypes: torch.Tensor
+    statistics: ChannelStatistics
+    image_size: int
+
+    def prepared(self, pixel_values: torch.Tensor, statistics: ChannelStatistics) -> torch.Tensor:
+        """Gives normalised images of another preparation the teacher's own.
+
+        Args:
+            pixel_values: Shape `(batch_size, 3, height, width)`.
+            statistics: Channel statistics that they are normalised by.
+        """
+        if statistics != self.statistics:
+            ours, theirs = (
+                [torch.tensor(values, device=pixel_values.device).view(3, 1, 1) for values in (one.mean, one.std)]
+                for one in (self.statistics, statistics)
+            )
+            pixel_values = (pixel_values * theirs[1] + theirs[0] - ours[0]) / ours[1]
+        if pixel_values.shape[-1] != self.image_size:
+            size = (self.image_size, self.image_size)
+            pixel_values = F.interpolate(pixel_values, size, mode="bilinear", antialias=True)
+        return pixel_values
 
 
 class FrozenTeachers:
@@ -34,18 +58,21 @@ class FrozenTeachers:
 
     Args:
         teachers: The teacher of each domain; several domains may share a model.
+        statistics: Channel statistics that the student's images are normalised by.
     """
 
-    def __init__(self, teachers: Mapping[str, FrozenTeacher]) -> None:
+    def __init__(self, teachers: Mapping[str, FrozenTeacher], statistics: ChannelStatistics) -> None:
         self._teachers = dict(teachers)
+        self._statistics = statistics
 
     def to(self, device: torch.device) -> "FrozenTeachers":
         """Returns the teachers on another device."""
         return FrozenTeachers(
             {
-                domain: FrozenTeacher(teacher.model.to(device), teacher.prototypes.to(device))  # type: ignore[arg-type]
+                domain: replace(teacher, model=teacher.model.to(device), prototypes=teacher.prototypes.to(device))  # type: ignore[arg-type]
                 for domain, teacher in self._teachers.items()
-            }
+            },
+            self._statistics,
         )
 
     @torch.no_grad()
@@ -53,13 +80,15 @@ class FrozenTeachers:
         """Embeds images of a domain by its teacher.
 
         Args:
-            pixel_values: Normalised images of shape `(batch_size, num_channels, height, width)`.
+            pixel_values: Images as the student takes them, of shape `(batch_size, num_channels, height, width)`.
             domain: Name of the domain.
 
         Returns:
             Embeddings of shape `(batch_size, teacher_dim)`.
         """
-        embeds: torch.Tensor = self._teachers[domain].model(pixel_values, domain=domain).teacher_embeds
+        teacher = self._teachers[domain]
+        inputs = teacher.prepared(pixel_values, self._statistics)
+        embeds: torch.Tensor = teacher.model(inputs, domain=domain).teacher_embeds
         return embeds
 
     def prototypes(self, domain: str) -> torch.Tensor:
@@ -98,12 +127,15 @@ class OldStudent:
         return embeds
 
 
-def load_frozen_teachers(runs: Mapping[str, Path], label_maps: Mapping[str, Mapping[str, Any]]) -> FrozenTeachers:
+def load_frozen_teachers(
+    runs: Mapping[str, Path], label_maps: Mapping[str, Mapping[str, Any]], statistics: ChannelStatistics
+) -> FrozenTeachers:
     """Loads the teacher of each domain from the run that trained it.
 
     Args:
         runs: Folder of a run for each domain; several domains may share one.
         label_maps: What `domains.json` says of each domain now.
+        statistics: Channel statistics that the student's images are normalised by.
 
     Raises:
         ValueError: If a folder holds no run with teachers, or its classes of the domain are others.
@@ -121,5 +153,11 @@ def load_frozen_teachers(runs: Mapping[str, Path], label_maps: Mapping[str, Mapp
         if folder not in models:
             models[folder] = open_teachers(run)
         weights = load_file(run.weights)
-        teachers[domain] = FrozenTeacher(models[folder], weights[f"teacher_prototypes.{domain}"])
-    return FrozenTeachers(teachers)
+        processor = json.loads((run.folder / "best" / "preprocessor_config.json").read_text(encoding="utf-8"))
+        teachers[domain] = FrozenTeacher(
+            models[folder],
+            weights[f"teacher_prototypes.{domain}"],
+            ChannelStatistics(tuple(processor["image_mean"]), tuple(processor["image_std"])),
+            run.config["data"]["image_size"],
+        )
+    return FrozenTeachers(teachers, statistics)

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from transformers import ViTConfig, ViTModel
 
 from modeling_udon.config import TrainConfig
+from modeling_udon.config_file import load_config
 
 Values = Callable[..., dict[str, Any]]
 Run = Callable[..., Path]
@@ -85,3 +86,23 @@ def test_a_run_in_half_precision_is_tested_as_its_student_is_evaluated(
     assert answer.code == 0, answer.err
     again = json.loads((tmp_path / "again" / "results.json").read_text())
     assert again["splits"]["test"] == results["splits"]["test"]
+
+
+@pytest.mark.parametrize("size", [16, 24])
+def test_a_frozen_teacher_sees_images_with_its_own_statistics_and_size(
+    make_values: Values, run_train: Run, open_trainer: Any, tiny_config: Any, tmp_path: Path, size: int
+) -> None:
+    own = {"data__image_mean": [0.2, 0.3, 0.4], "data__image_std": [0.1, 0.2, 0.3], "train__num_steps": 2}
+    teacher = run_train(make_values(tmp_path, **own, system="shared_teacher", name="teacher"))
+    sizes = {"data__image_size": size, "model__backbone_config__image_size": size}
+    config = load_config(tiny_config(**sizes, system="separate_teachers", teachers=str(teacher)))
+    run = open_trainer(config).run
+    model = run.model.frozen_teachers._teachers["blobs"].model
+    colours = torch.tensor([[30, 120, 220], [200, 90, 10]], dtype=torch.uint8)
+    pixels = colours[:, None, None, :].expand(2, size, size, 3)  # Of one colour, so that no filter matters.
+    mean, std = torch.tensor([0.2, 0.3, 0.4]), torch.tensor([0.1, 0.2, 0.3])
+    expected = ((colours / 255 - mean) / std)[:, :, None, None].expand(2, 3, 16, 16)
+    with torch.no_grad():
+        right = model(expected, domain="blobs").teacher_embeds
+    found = run.model.frozen_teachers(run.statistics.normalize(pixels), "blobs")
+    torch.testing.assert_close(found, right, atol=1e-5, rtol=1e-5)

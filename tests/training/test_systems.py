@@ -130,10 +130,11 @@ def test_separate_teachers_give_their_own_targets_and_stay_as_they_are(
 
 
 def test_a_frozen_teacher_embeds_as_in_its_own_run(specialists: dict[str, Path], make_values: Values) -> None:
+    from modeling_udon.data.preprocessing import IMAGENET_STANDARD
     from modeling_udon.training.teachers import load_frozen_teachers
 
     label_maps = {name: json.loads((run / "domains.json").read_text())[name] for name, run in specialists.items()}
-    frozen = load_frozen_teachers(specialists, label_maps)
+    frozen = load_frozen_teachers(specialists, label_maps, IMAGENET_STANDARD)
     weights = load_file(specialists["blobs"] / "checkpoints" / "best" / "model.safetensors")
     config = UdonConfig.from_pretrained(specialists["blobs"] / "best")
     sizes = {"embedding_dim": 8, "teacher_dim": 12, "domains": {"blobs": 3}}
