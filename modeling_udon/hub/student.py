@@ -1,7 +1,6 @@
 """A published student, opened to be written in another form, and images by which the forms are compared."""
 
 import importlib
-from pathlib import Path
 from typing import Any
 
 import numpy as np
