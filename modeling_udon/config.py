@@ -115,8 +115,8 @@ class PushConfig(Section):
     """Tag of the commit; `null` makes one of the files' contents."""
     gallery: bool = False
     """Whether small pictures of the test split are published with the card."""
-    license: str = "apache-2.0"
-    """Licence of the model, as the Hub calls it."""
+    license: str | None = None
+    """Licence of the model, as the Hub calls it; `null` derives it from those of the backbone and the data."""
 
 
 class InitConfig(Section):

@@ -309,7 +309,7 @@ def test_the_floor_check_sees_an_import_that_breaks_the_rules(module, line, comp
 @pytest.mark.parametrize(
     ("module", "line"),
     [
-        ("training.trainer", "from modeling_udon.hub.student_folder import export_student"),
+        ("training.trainer", "from modeling_udon.hub.student_folder import write_student"),
         ("training.distillation", "from modeling_udon.auto_classes import UdonConfig"),
         ("data.dataset", "from modeling_udon.data import transforms"),
         ("cli.main", "def f():\n    from modeling_udon.search.app import launch"),

@@ -9,7 +9,7 @@ from modeling_udon.cli.terminal import hide_bars_in_logs, say
 def export(
     model: str,
     *,
-    format: Literal["sentence-transformers", "native", "onnx"],
+    format: Literal["sentence-transformers", "onnx"],
     out: Folder,
     revision: Commit | None = None,
     force: bool = False,
@@ -37,20 +37,22 @@ def export(
         udon export runs/demo --format sentence-transformers --out demo-modules
     """
     from modeling_udon.config_file import load_config
-    from modeling_udon.hub.export import ExportOptions, export_model
+    from modeling_udon.hub import export as exporting
 
     hide_bars_in_logs()
-    options = ExportOptions(
-        model=model,
-        format=format,
-        out=out,
+    loaded = None if config is None else load_config(config)
+    specs, seed = (None, 0) if loaded is None else (loaded.domains, loaded.seed)
+    exporting.export(
+        model,
+        format,
+        out,
         revision=revision,
         int8=int8,
+        specs=specs,
+        data_seed=seed,
         split=split,
         batch_size=batch_size,
         num_workers=num_workers,
         force=force,
+        say=say,
     )
-    loaded = None if config is None else load_config(config)
-    specs, seed = (None, 0) if loaded is None else (loaded.domains, loaded.seed)
-    export_model(options, specs, seed, say=say)

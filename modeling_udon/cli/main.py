@@ -8,7 +8,6 @@ import traceback
 from collections.abc import Sequence
 
 from modeling_udon.cli.app import app
-from modeling_udon.cli.convert import convert
 from modeling_udon.cli.embed import embed
 from modeling_udon.cli.evaluate import evaluate
 from modeling_udon.cli.export import export
@@ -77,7 +76,6 @@ def make_parser() -> argparse.ArgumentParser:
     add_verb(verbs, "app", app)
     add_verb(verbs, "push-space", push_space)
     add_verb(verbs, "export", export)
-    add_verb(verbs, "convert", convert)
     add_verb(verbs, "push", push)
     return parser
 

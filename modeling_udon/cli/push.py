@@ -15,7 +15,7 @@ def push(
     tag: Name | None = None,
     create_pr: bool = False,
     gallery: bool = False,
-    license: Name = "apache-2.0",
+    license: Name | None = None,
     dry_run: bool = False,
 ) -> None:
     """Publish a run's student on the Hub, in one commit.
@@ -28,7 +28,7 @@ def push(
         tag: Tag of the commit, which the card pins; by default a digest of the files.
         create_pr: Open a pull request instead.
         gallery: Show small pictures of the test split in the card.
-        license: Licence of the model.
+        license: Licence of the model; by default derived from those of its backbone and data.
         dry_run: List files and sizes, and do nothing.
 
     Example:
@@ -40,13 +40,15 @@ def push(
 
     logging.disable_progress_bar()
     hide_bars_in_logs()
-    options = pushing.PushOptions(
-        repo=repo,
+    pushing.push(
+        run,
+        repo,
         private=private,
         revision=revision,
         tag=tag,
         create_pr=create_pr,
         gallery=gallery,
         license=license,
+        dry_run=dry_run,
+        say=say,
     )
-    pushing.push(run, options, dry_run=dry_run, say=say)

@@ -43,9 +43,10 @@ def push_space(
     """
     sides = make_sides(Side(model, index, revision), model2, index2, revision2)
     from modeling_udon.hub import space
+    from modeling_udon.hub.commit import check_repo
     from modeling_udon.search.app import find_examples
 
-    space.check_repo(repo)
+    check_repo(repo)
     hide_bars_in_logs()
     name = repo.rpartition("/")[2]
     folder = out or f"{name}-space"

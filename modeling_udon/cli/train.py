@@ -7,7 +7,7 @@ from collections.abc import Collection
 from modeling_udon.config import TrainConfig
 from modeling_udon.evaluation.gallery import GALLERY_FOLDER, make_gallery, write_sheets
 from modeling_udon.evaluation.report import write_report
-from modeling_udon.hub.push import PushError, PushOptions, push
+from modeling_udon.hub.push import PushError, push
 from modeling_udon.training.trainer import train
 from modeling_udon.training.validation import TrainingResults
 
@@ -33,6 +33,6 @@ def write_pages(tested: TrainingResults) -> None:
 def push_student(config: TrainConfig) -> None:
     """Pushes a run's student; what goes wrong there takes nothing from the run."""
     try:
-        push(config.run_dir, PushOptions(**config.push.model_dump()), say=print)
+        push(config.run_dir, **config.push.model_dump(), say=print)
     except (PushError, ValueError) as error:
         sys.stdout.write(f"WARNING: the run has ended well, but its student is not on the Hub: {error}\n")

@@ -1,6 +1,5 @@
 """The model card: `model_card.md` filled in from the run's config, its domains and its measured results."""
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from modeling_udon.hub.sources import Sources, domain_licenses
 from modeling_udon.search.results_page import html_text
 
 TEMPLATE = Path(__file__).with_name("model_card.md")
@@ -15,11 +15,9 @@ TASK = "image-feature-extraction"
 METRICS = ("R@1", "mMP@5")
 NOT_STATED = "not stated"
 SEE_PACKAGE = "see the package"
-DEFAULT_LICENSE = "apache-2.0"
 TASK_ID = "image-retrieval"
 
 _METRIC_TYPES = {"R@1": "recall_at_1", "mMP@5": "mean_modified_precision_at_5"}
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _DEMO_SOURCES = {
     "demo:numbers": "handwritten digits that come with scikit-learn",
     "demo:letters": "letters drawn with the fonts that come with matplotlib",
@@ -33,12 +31,13 @@ def render_card(
     path: str,
     config: Mapping[str, Any],
     results: Mapping[str, Any] | None,
+    sources: Sources,
     *,
     revision: str | None = None,
     licences: Mapping[str, str] | None = None,
     gallery: Sequence[str] = (),
     calibrated: bool = False,
-    license: str = DEFAULT_LICENSE,
+    license: str | None = None,
 ) -> ModelCard:
     """Renders the card of a student.
 
@@ -47,15 +46,15 @@ def render_card(
         path: What `from_pretrained` takes: a Hub id or a folder.
         config: The run's resolved config; of a model without a run, what is known of it.
         results: What `results.json` holds, or `None` before the test.
+        sources: What of backbone and data came from the Hub.
         revision: What the snippets pin; `None` for a folder.
         licences: Licences of data sets by their Hub id, as far as they are known.
         gallery: Files of the failure gallery, each named after its domain; those in a folder `examples` hold one query.
         calibrated: Whether `calibration.json` goes along.
-        license: The model's own.
+        license: The model's own; `None` leaves it out.
     """
     scores = None if results is None else results["splits"].get("test")
-    domains = describe_domains(config.get("domains", {}), licences or {})
-    backbone = config["model"].get("backbone")
+    domains = describe_domains(config.get("domains", {}), sources, licences or {})
     hub_data = list(dict.fromkeys(domain["hub_id"] for domain in domains if domain["hub_id"]))
     examples = [file for file in gallery if Path(file).parent.name == "examples"]
     data = ModelCardData(
@@ -63,11 +62,11 @@ def render_card(
         library_name="transformers",
         pipeline_tag=TASK,
         license=license,
-        base_model=backbone if backbone and is_hub_id(backbone) else None,
+        base_model=sources.backbone,
         datasets=hub_data or None,
         metrics=list(_METRIC_TYPES.values()) if scores else None,
         tags=["udon", "image-retrieval", "image-embedding"],
-        eval_results=_model_index(scores, config.get("domains", {})) if scores else None,
+        eval_results=_model_index(scores, sources) if scores else None,
         widget=_widget(path, revision, examples) or None,
     )
     return ModelCard.from_template(
@@ -81,31 +80,31 @@ def render_card(
         domains=domains,
         domain_names=", ".join(domain["name"] for domain in domains),
         results=None if results is None or scores is None else _results(results, scores),
-        training=_training(config, results),
+        training=_training(config, sources, results),
         gallery=[{"domain": Path(file).stem, "path": file} for file in gallery if file not in examples],
         calibrated=calibrated,
     )
 
 
-def describe_domains(specs: Mapping[str, Any], licences: Mapping[str, str]) -> list[dict[str, Any]]:
+def describe_domains(specs: Mapping[str, Any], sources: Sources, licences: Mapping[str, str]) -> list[dict[str, Any]]:
     """Says of each domain where its images come from and under which licence.
 
     Args:
         specs: The specs of the domains, as the resolved config has them.
+        sources: What of the data came from the Hub.
         licences: Licences of data sets by their Hub id; what a spec says itself comes first.
     """
+    stated = domain_licenses(specs, sources, licences)
     described = []
     for name, spec in specs.items():
-        path = spec["path"]
-        hub_id = path if is_hub_id(path) else None
-        unknown = SEE_PACKAGE if path in _DEMO_SOURCES else NOT_STATED
-        licence = str(spec.get("license") or licences.get(path) or unknown)
-        source = f"[{path}](https://huggingface.co/datasets/{path})" if hub_id else "own data"
+        hub_id, demo = sources.domains.get(name), _DEMO_SOURCES.get(spec["path"])
+        licence = str(spec.get("license") or stated.get(name) or (SEE_PACKAGE if demo else NOT_STATED))
+        source = f"[{hub_id}](https://huggingface.co/datasets/{hub_id})" if hub_id else "own data"
         described.append(
             {
                 "name": name,
                 "hub_id": hub_id,
-                "source": _DEMO_SOURCES.get(path, source),
+                "source": demo or source,
                 # A data set's own words: neither HTML nor further cells of the table.
                 "licence": html_text(licence).replace("|", "&#124;"),
             }
@@ -113,16 +112,12 @@ def describe_domains(specs: Mapping[str, Any], licences: Mapping[str, str]) -> l
     return described
 
 
-def is_hub_id(path: str) -> bool:
-    """Whether a path names something on the Hub and not a folder."""
-    return _HUB_ID.fullmatch(path) is not None and not Path(path).exists()
-
-
-def evaluation_files(results: Mapping[str, Any] | None) -> dict[str, str]:
+def evaluation_files(results: Mapping[str, Any] | None, sources: Sources) -> dict[str, str]:
     """The scores on data sets of the Hub, in the form of `.eval_results/*.yaml`.
 
     Args:
         results: What `results.json` holds.
+        sources: What of the data came from the Hub.
 
     Returns:
         Text by path in the repository. Scores are those of the separate index: a data set's own, whatever other
@@ -133,9 +128,10 @@ def evaluation_files(results: Mapping[str, Any] | None) -> dict[str, str]:
     separate = results["splits"]["test"]["separate"]["domains"]
     files = {}
     for name, spec in results["config"]["domains"].items():
-        if name not in separate or not is_hub_id(spec["path"]):
+        hub_id = sources.domains.get(name)
+        if name not in separate or hub_id is None:
             continue
-        dataset = {"id": spec["path"], "task_id": TASK_ID}
+        dataset = {"id": hub_id, "task_id": TASK_ID}
         if spec.get("revision"):
             dataset["revision"] = spec["revision"]
         entries = [
@@ -146,24 +142,24 @@ def evaluation_files(results: Mapping[str, Any] | None) -> dict[str, str]:
     return files
 
 
-def _model_index(scores: Mapping[str, Any], specs: Mapping[str, Any]) -> list[EvalResult]:
+def _model_index(scores: Mapping[str, Any], sources: Sources) -> list[EvalResult]:
     """R@1 and mMP@5 of each domain, and the means over domains, on the merged index."""
     merged = scores["merged"]
-    rows = [(name, specs.get(name, {}).get("path", name), values) for name, values in merged["domains"].items()]
-    rows.append(("mean over the domains", "mean", merged["mean"]))
+    # What is not on the Hub is called by the domain's name: a folder of the author's says nothing.
+    rows = [(name, sources.domains.get(name) or name, values) for name, values in merged["domains"].items()]
+    rows.append(("mean over the domains", "mean-over-the-domains", merged["mean"]))
     return [
         EvalResult(
             task_type=TASK,
             task_name="image retrieval, merged index",
             dataset_name=name,
-            # What is not on the Hub is called by the domain's name: a folder of the author's says nothing.
-            dataset_type=path if is_hub_id(path) else name.replace(" ", "-"),
+            dataset_type=dataset,
             dataset_split="test",
             metric_type=_METRIC_TYPES[metric],
             metric_name=metric,
             metric_value=_round(values[metric]),
         )
-        for name, path, values in rows
+        for name, dataset, values in rows
         for metric in METRICS
     ]
 
@@ -198,7 +194,7 @@ def _results(results: Mapping[str, Any], scores: Mapping[str, Any]) -> dict[str,
     }
 
 
-def _training(config: Mapping[str, Any], results: Mapping[str, Any] | None) -> list[str]:
+def _training(config: Mapping[str, Any], sources: Sources, results: Mapping[str, Any] | None) -> list[str]:
     """The settings that make the run, a line each."""
     model, train = config["model"], config.get("train")
     if train is None:
@@ -207,7 +203,7 @@ def _training(config: Mapping[str, Any], results: Mapping[str, Any] | None) -> l
     if backbone is None:
         told = f"{model['backbone_config']['model_type']}, from scratch"
     else:
-        told = f"`{backbone}`" if is_hub_id(backbone) else "weights of an own folder"
+        told = f"`{sources.backbone}`" if sources.backbone else "weights of an own folder"
     length = f"{train['num_steps']} steps" if train["num_steps"] is not None else f"{train['num_epochs']:g} epochs"
     optim, loss, sampling = config["optim"], config["loss"], config["sampling"]
     weights = [

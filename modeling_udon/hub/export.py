@@ -1,7 +1,8 @@
-"""`udon export`: a student in a form that needs no remote code, checked against the student itself."""
+"""`udon export`: a student in a format that needs no remote code, checked against the student itself."""
 
+import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,13 +17,13 @@ from modeling_udon.evaluation.neighbours import choose_kind, domains_with
 from modeling_udon.evaluation.protocol import score_merged
 from modeling_udon.evaluation.tables import align
 from modeling_udon.hub.modules_format import embed_with_modules, write_modules
-from modeling_udon.hub.native_format import embed_natively, write_native
 from modeling_udon.hub.onnx_format import FLOAT_FILE, INT8_FILE, OnnxModel, open_onnx, quantise, write_onnx
-from modeling_udon.hub.student import check_out, embed_as_published, open_student, probe_images, processed
+from modeling_udon.hub.student import embed_as_published, open_student, probe_images, processed
+from modeling_udon.hub.student_folder import check_out
 from modeling_udon.run_record import read_run
 from modeling_udon.storage import replaced_folder
 
-FORMATS = ("sentence-transformers", "native", "onnx")
+FORMATS = ("sentence-transformers", "onnx")
 # Float32 noise; another activation or epsilon would show as 1e-5 and more. Of ONNX's own kernels, somewhat more.
 TOLERANCE = 2e-6
 ONNX_TOLERANCE = 1e-5
@@ -30,82 +31,78 @@ ONNX_TOLERANCE = 1e-5
 Say = Callable[[str], None]
 
 
-@dataclass(frozen=True)
-class ExportOptions:
-    """What `udon export` is asked for.
+def export(
+    model: str | os.PathLike[str],
+    format: str,
+    out: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    int8: bool = False,
+    specs: Mapping[str, DomainSpec] | None = None,
+    data_seed: int = 0,
+    split: str = "validation",
+    batch_size: int = 64,
+    num_workers: int = 2,
+    force: bool = False,
+    say: Say = lambda text: None,
+) -> Path:
+    """Writes a student in another format; one that embeds otherwise than the student is not left behind.
 
-    Attributes:
+    Args:
         model: As `open_student` takes it.
         format: One of `FORMATS`.
         out: Folder to write.
         revision: Commit, tag or branch of the model on the Hub.
         int8: Whether the weights of an ONNX graph become int8.
+        specs: The domains on which the loss of int8 is measured; by default those of the run.
+        data_seed: Seed of the demo domains' images.
         split: The split on which the loss of int8 is measured.
         batch_size: Images of one forward pass, for that measurement.
         num_workers: Processes that decode, for that measurement.
         force: Whether a model in `out` is replaced.
-    """
-
-    model: str
-    format: str
-    out: str
-    revision: str | None = None
-    int8: bool = False
-    split: str = "validation"
-    batch_size: int = 64
-    num_workers: int = 2
-    force: bool = False
-
-
-def export_model(
-    options: ExportOptions,
-    specs: Mapping[str, DomainSpec] | None = None,
-    data_seed: int = 0,
-    say: Say = lambda text: None,
-) -> None:
-    """Writes a student in another form; a form that embeds otherwise than the student is not left behind.
-
-    Args:
-        options: What to do.
-        specs: The domains on which the loss of int8 is measured; a run has its own.
-        data_seed: Seed of the demo domains' images.
         say: Called with lines for the user.
 
+    Returns:
+        The folder.
+
     Raises:
-        ValueError: If the form cannot be exact, or something that is asked for does not go with the rest.
+        ValueError: If the format cannot be exact, or something that is asked for does not go with the rest.
         ImportError: If a package of the extra `export` is missing.
     """
-    if options.int8 and options.format != "onnx":
-        raise ValueError(f"--int8 must go with --format onnx. Got {options.format}.")
-    out = Path(options.out)
-    check_out(out, options.force)
-    student = open_student(options.model, options.revision)
-    if options.int8 and specs is None:
-        if student.run is None:
-            raise ValueError(
-                "--int8 must be measured on domains: give --config, a YAML file of a run, or a run's folder as MODEL."
-            )
-        run = read_run(student.run)
-        specs, data_seed = run.domains, run.seed
-    with replaced_folder(out) as draft:
-        if options.format == "onnx":
+    if format not in FORMATS:
+        raise ValueError(f"`format` must be one of {', '.join(FORMATS)}. Got {format!r}.")
+    if int8 and format != "onnx":
+        raise ValueError(f"--int8 must go with --format onnx. Got {format}.")
+    folder = Path(out)
+    check_out(folder, force)
+    student = open_student(str(model), revision)
+    if int8 and specs is None:
+        specs, data_seed = _run_domains(student)
+    with replaced_folder(folder) as draft:
+        if format == "onnx":
             _export_onnx(student, draft, say)
-            if options.int8:
-                assert specs is not None, "checked above"
-                _export_int8(student, draft, options, specs, data_seed, say)
-        elif options.format == "native":
-            write_native(student, draft)
-            images = probe_images()
-            actual, expected = embed_natively(student, draft, images), embed_as_published(student, images)
-            _check(actual, expected, TOLERANCE, "transformers", say)
+            if specs is not None and int8:
+                loading = batch_size, num_workers
+                _export_int8(student, draft, specs, split, data_seed, loading, say)
         else:
             write_modules(student, draft)
             images = probe_images()
             actual, expected = embed_with_modules(draft, images), embed_as_published(student, images)
             _check(actual, expected, TOLERANCE, "sentence-transformers", say)
-    for path in sorted(path for path in out.rglob("*") if path.is_file()):
-        say(f"{path.stat().st_size:>13,}  {path.relative_to(out)}")
-    say(f"wrote {out}")
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        say(f"{path.stat().st_size:>13,}  {path.relative_to(folder)}")
+    say(f"wrote {folder}")
+    return folder
+
+
+def _run_domains(student: Encoder) -> tuple[dict[str, DomainSpec], int]:
+    """Domains and data seed of the run that a student was found in."""
+    if student.run is None:
+        raise ValueError(
+            "--int8 must be measured on domains: give --config, a YAML file of a run, or a run's folder as MODEL."
+        )
+    run = read_run(student.run)
+    return run.domains, run.seed
 
 
 def _export_onnx(student: Encoder, folder: Path, say: Say) -> None:
@@ -137,23 +134,30 @@ def _check(actual: np.ndarray, expected: np.ndarray, tolerance: float, library: 
 
 
 def _export_int8(
-    student: Encoder, folder: Path, options: ExportOptions, specs: Mapping[str, DomainSpec], seed: int, say: Say
+    student: Encoder,
+    folder: Path,
+    specs: Mapping[str, DomainSpec],
+    split: str,
+    seed: int,
+    loading: tuple[int, int],
+    say: Say,
 ) -> None:
+    """Quantises the graph and says what that costs; `loading` is the batch size and the number of workers."""
     domains = {name: open_domain(name, spec, seed) for name, spec in specs.items()}
-    if not domains_with(domains, options.split):
-        raise ValueError(f"--config must name at least one domain with a {options.split} split, got {', '.join(specs)}")
+    if not domains_with(domains, split):
+        raise ValueError(f"--config must name at least one domain with a {split} split, got {', '.join(specs)}")
     quantise(folder)
     graph = open_onnx(folder / INT8_FILE)
     scores = []
     for encoder in (student, replace(student, network=_Graph(graph), kind="features")):
-        embedded = encode_with(encoder, options.batch_size, options.num_workers, "no")(domains, options.split)
+        embedded = encode_with(encoder, *loading, "no")(domains, split)
         scores.append(score_merged(choose_kind(embedded, encoder.kind), ("R@1",)))
     full, small = scores
     rows = [(name, full["domains"][name]["R@1"], small["domains"][name]["R@1"]) for name in full["domains"]] + [
         ("mean", full["mean"]["R@1"], small["mean"]["R@1"])
     ]
     cells = [(name, f"{100 * a:.1f}", f"{100 * b:.1f}", f"{100 * (a - b):.1f}") for name, a, b in rows]
-    say(f"R@1 on the {options.split} split, merged index, in percent\n")
+    say(f"R@1 on the {split} split, merged index, in percent\n")
     say(align([("domain", "float32", "int8", "loss"), *cells]) + "\n")
 
 

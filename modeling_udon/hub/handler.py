@@ -1,24 +1,18 @@
-"""Serves the model on Inference Endpoints: images in, embeddings or neighbours out.
+"""Serves the model on Inference Endpoints: images in, embeddings out.
 
 The file travels with the weights and runs where the package it comes from is not installed. A request holds
 
-    {"inputs": IMAGE or a list of IMAGE, "parameters": {"top_k": 5}}
+    {"inputs": IMAGE or a list of IMAGE}
 
 where IMAGE is a base64 string, the bytes of a file, or `{"image": base64}`. Each image is answered with
-`{"embedding": [...]}`; with `top_k`, and a folder `index` beside this file, with `{"embedding": [...], "neighbours":
-[{"score": .., ...}]}`; what cannot be answered with `{"error": "..."}`, in its place in the list.
-
-The folder `index` holds `embeddings.npy`, of shape `(num_images, embedding_dim)`, and `metadata.json`, a list that says
-of each row what a neighbour is told by.
+`{"embedding": [...]}`, and what cannot be embedded with `{"error": "..."}`, in its place in the list.
 """
 
 import base64
 import binascii
 import io
-import json
 import threading
 import warnings
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -49,21 +43,18 @@ class EndpointHandler:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model = AutoModel.from_pretrained(path, trust_remote_code=True).eval().to(self.device)
         self.processor = AutoImageProcessor.from_pretrained(path)
-        self.index, self.metadata = _read_index(Path(path) / "index", self.model.config.embedding_dim)
 
     def __call__(self, data: dict[str, Any]) -> Any:
         """Answers one request: a dict for one image, a list for a list of them, `{"error": ..}` for a wrong request."""
         try:
-            inputs, top_k = _read_request(data)
-            if top_k and self.index is None:
-                raise ValueError("`parameters.top_k` must go with an index, and this model has none")
+            inputs = _read_request(data)
         except ValueError as error:
             return {"error": str(error)}
         many = isinstance(inputs, list)
-        answers = self._answer(inputs if many else [inputs], top_k)
+        answers = self._answer(inputs if many else [inputs])
         return answers if many else answers[0]
 
-    def _answer(self, inputs: list[Any], top_k: int) -> list[dict[str, Any]]:
+    def _answer(self, inputs: list[Any]) -> list[dict[str, Any]]:
         answers: list[dict[str, Any]] = [{} for _ in inputs]
         waiting: list[tuple[int, torch.Tensor]] = []
         for place, item in enumerate(inputs):
@@ -78,20 +69,12 @@ class EndpointHandler:
                 outputs = self.model(torch.cat([pixels for _, pixels in batch]).to(self.device))
             for (place, _), embed in zip(batch, outputs.image_embeds.float().cpu().numpy(), strict=True):
                 answers[place] = {"embedding": embed.tolist()}
-                if top_k:
-                    answers[place]["neighbours"] = self._neighbours(embed, top_k)
         return answers
 
     def _prepare(self, image: Image.Image) -> torch.Tensor:
         # Said in so many words: an image three pixels high is taken for one whose channels come first.
         prepared = self.processor(images=np.array(image), input_data_format="channels_last", return_tensors="pt")
         return prepared["pixel_values"]  # (1, 3, size, size)
-
-    def _neighbours(self, embed: np.ndarray, top_k: int) -> list[dict[str, Any]]:
-        assert self.index is not None, "checked with the request"
-        scores = self.index @ embed  # (num_images,)
-        first = np.argsort(-scores, kind="stable")[:top_k]
-        return [{**self.metadata[row], "score": float(scores[row])} for row in first]
 
 
 def read_image(item: Any) -> Image.Image:
@@ -162,29 +145,12 @@ def _cut_ends(image: Image.Image) -> Image.Image:
     return image.crop((left, top, left + min(image.width, longest), top + min(image.height, longest)))
 
 
-def _read_request(data: Any) -> tuple[Any, int]:
+def _read_request(data: Any) -> Any:
     if not isinstance(data, dict) or "inputs" not in data:
         raise ValueError("a request must hold `inputs`: an image or a list of images")
-    parameters = data.get("parameters") or {}
-    if not isinstance(parameters, dict) or parameters.keys() - {"top_k"}:
-        raise ValueError("`parameters` must hold `top_k` alone")
-    top_k = parameters.get("top_k", 0)
-    if not isinstance(top_k, int) or isinstance(top_k, bool) or top_k < 0:
-        raise ValueError("`parameters.top_k` must be a whole number")
+    if data.get("parameters"):
+        raise ValueError("a request must hold `inputs` alone: this model takes no `parameters`")
     inputs = data["inputs"]
     if isinstance(inputs, list) and len(inputs) > MAX_IMAGES:
         raise ValueError(f"`inputs` must hold at most {MAX_IMAGES} images, got {len(inputs)}")
-    return inputs, top_k
-
-
-def _read_index(folder: Path, embedding_dim: int) -> tuple[np.ndarray | None, list[dict[str, Any]]]:
-    if not folder.is_dir():
-        return None, []
-    embeds = np.load(folder / "embeddings.npy", allow_pickle=False).astype(np.float32)
-    metadata = json.loads((folder / "metadata.json").read_text(encoding="utf-8"))
-    if embeds.shape != (len(metadata), embedding_dim):
-        raise ValueError(
-            f"index/embeddings.npy must be of shape ({len(metadata)}, {embedding_dim}), as many rows as metadata.json "
-            f"by the size of an embedding. Got {embeds.shape}."
-        )
-    return embeds, metadata
+    return inputs

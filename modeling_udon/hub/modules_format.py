@@ -17,9 +17,10 @@ from modeling_udon.hub.student_folder import (
     TRANSFORMER_FILE,
     TRANSFORMER_TYPE,
     WEIGHTS_FILE,
+    save_model,
     transformer_settings,
-    write_json,
 )
+from modeling_udon.storage import write_json
 
 _BASE = "sentence_transformers.base.modules"
 _POOLING = "sentence_transformers.sentence_transformer.modules.pooling.Pooling"
@@ -45,7 +46,7 @@ def write_modules(student: Encoder, folder: Path) -> None:
     settings = transformer_settings(
         *(("pooler_output", "sentence_embedding") if pooled else ("last_hidden_state", "token_embeddings"))
     )
-    model.backbone.save_pretrained(folder)
+    save_model(model.backbone, folder)
     student_processor(student).save_pretrained(folder)
     write_json(folder / TRANSFORMER_FILE, settings | _without_pooler(model.backbone))
     modules: list[tuple[str, dict[str, Any]]] = []

@@ -21,7 +21,6 @@ from huggingface_hub import HfApi, SpaceCardData
 
 # The client's own base of what its HTTP library raises: another one in version 0.34 (requests) than later (httpx).
 from huggingface_hub.errors import HTTPError
-from huggingface_hub.utils import HFValidationError, validate_repo_id
 from tqdm import tqdm
 from transformers.utils import cached_file
 from transformers.utils.hub import extract_commit_hash
@@ -72,20 +71,6 @@ class _Placed:
     revision: str | None
     index: str
     title: str
-
-
-def check_repo(repo: str) -> None:
-    """Refuses what the Hub would not take for a repository.
-
-    Raises:
-        ValueError: If it is not `owner/name`.
-    """
-    try:
-        validate_repo_id(repo)
-        if "/" not in repo:
-            raise HFValidationError("it has no owner")
-    except HFValidationError as error:
-        raise ValueError(f"`--repo` must be `owner/name` as the Hub takes it. Got {repo!r}: {error}") from None
 
 
 def make_space(

@@ -1,7 +1,6 @@
 """A published student, opened to be written in another form, and images by which the forms are compared."""
 
 import importlib
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,9 +10,6 @@ from transformers.image_processing_utils import BaseImageProcessor
 
 from modeling_udon.auto_classes import UdonModel
 from modeling_udon.encoder import Encoder
-
-# The file that every folder of a model has, in whatever form.
-PROCESSOR_FILE = "preprocessor_config.json"
 
 _PROBE_SIZES = ((48, 64), (200, 150), (301, 97), (64, 64), (33, 240), (120, 90))
 
@@ -64,20 +60,6 @@ def probe_images() -> list[Image.Image]:
         Image.fromarray(rng.integers(0, 256, (5, 5, 3), dtype=np.uint8)).resize(size, Image.Resampling.BILINEAR)
         for size in _PROBE_SIZES
     ]
-
-
-def check_out(folder: Path, force: bool) -> None:
-    """Refuses a folder that must not be written.
-
-    Raises:
-        ValueError: If it exists and is no model, or is one and `force` is not given.
-    """
-    if not folder.exists():
-        return
-    if not (folder / PROCESSOR_FILE).is_file():
-        raise ValueError(f"`out` must be a new folder, or one of a model to replace. Got {str(folder)!r}.")
-    if not force:
-        raise ValueError(f"`out` must be a new folder. Got {str(folder)!r}, a model; give --force to replace it.")
 
 
 def require(module: str, extra: str) -> Any:

@@ -14,6 +14,7 @@ from modeling_udon.config_file import dump_config
 from modeling_udon.data.domains import Domain
 from modeling_udon.data.label_maps import check_label_maps, label_maps
 from modeling_udon.evaluation.results import versions
+from modeling_udon.hub.sources import SOURCES_FILE, find_sources
 from modeling_udon.run_record import migrate
 from modeling_udon.storage import recover_folder, write_text
 from modeling_udon.training.checkpoint import (
@@ -170,6 +171,9 @@ class RunFolder:
         self._record_changes(step)
         write_text(self.path / "config.yaml", yaml.safe_dump(self._described(), sort_keys=False))
         write_text(self.path / "domains.json", json.dumps(label_maps(domains), indent=1))
+        # Now, since the same paths may mean something else where and when the student is published.
+        sources = find_sources(dump_config(self._config)).to_json()
+        write_text(self.path / SOURCES_FILE, json.dumps(sources, indent=1))
 
     def _described(self) -> dict[str, Any]:
         return dump_config(self._config) | {"versions": versions()}

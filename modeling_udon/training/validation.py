@@ -26,7 +26,8 @@ from modeling_udon.evaluation.protocol import SplitScores
 from modeling_udon.evaluation.results import build_results, write_results
 from modeling_udon.evaluation.tables import format_table
 from modeling_udon.hub.card import render_card
-from modeling_udon.hub.student_folder import export_student
+from modeling_udon.hub.sources import derive_license, find_sources
+from modeling_udon.hub.student_folder import write_student
 from modeling_udon.storage import replaced_folder, write_text
 from modeling_udon.training.broken import BrokenImages
 from modeling_udon.training.checkpoint import BEST_FILE
@@ -181,12 +182,13 @@ class Assessment:
         udon = unsharded(self._model.udon, self._run.is_main)
         if not self._run.is_main:
             return
-        best = self._folder.best
-        with replaced_folder(best) as folder:
-            export_student(
-                udon,
-                image_processor(self._config.data.image_size, self._run.statistics),
-                render_card(self._config.name, str(best), dump_config(self._config), results),
-                folder,
-                self._config.train.keep_teachers,
-            )
+        best, config = self._folder.best, dump_config(self._config)
+        sources = find_sources(config)
+        license = self._config.push.license or derive_license(config["domains"], sources, {})[0]
+        write_student(
+            best,
+            udon,
+            image_processor(self._config.data.image_size, self._run.statistics),
+            render_card(self._config.name, str(best), config, results, sources, license=license),
+            keep_teachers=self._config.train.keep_teachers,
+        )

@@ -49,7 +49,7 @@ FAILURES: dict[str, tuple[Patch, str]] = {
     ),
     "full disk in a manifest": (at(checkpoint, "_write_json", 2, raising(FULL)), "the disk is full at /somewhere"),
     "full disk in a log": (at(Reporter, "record", 3, raising(FULL)), "the disk is full at /somewhere"),
-    "full disk in the best": (at(assessment, "export_student", 1, raising(FULL)), "the disk is full at /somewhere"),
+    "full disk in the best": (at(assessment, "write_student", 1, raising(FULL)), "the disk is full at /somewhere"),
     "full disk in the report": (at(publishing, "write_report", 1, raising(FULL)), "the disk is full at /somewhere"),
 }
 

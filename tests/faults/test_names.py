@@ -22,6 +22,7 @@ from modeling_udon.cli.main import make_parser
 from modeling_udon.data.dataset import BrokenImageError, read_images
 from modeling_udon.data.files import lies_in, read_file
 from modeling_udon.hub.card import describe_domains
+from modeling_udon.hub.sources import Sources
 from modeling_udon.search.results_page import html_text
 from modeling_udon.text import printable, table_cell
 
@@ -62,7 +63,9 @@ def test_text_from_data_makes_no_element_in_a_page(text: str) -> None:
 
 def test_a_licence_of_a_data_set_stays_in_its_cell_of_the_card() -> None:
     hostile = "mit | <img src=x onerror=alert(1)>\n# Title"
-    (domain,) = describe_domains({"cars": {"path": "org/cars"}}, {"org/cars": hostile})
+    (domain,) = describe_domains(
+        {"cars": {"path": "org/cars"}}, Sources(domains={"cars": "org/cars"}), {"org/cars": hostile}
+    )
     assert not re.search(r"[|<>\n]", domain["licence"]) and domain["licence"].startswith("mit ")
 
 
@@ -212,8 +215,7 @@ COMMANDS = {
     ("embed",): (["{inside}", "--model", "{model}"], "{embedded}"),
     ("index",): (["{embedded}"], "{index}"),
     ("push-space",): (["--repo", "me/x", "--model", "{model}", "--index", "{index}", "--dry-run"], "{space}"),
-    ("export",): (["{model}", "--format", "native"], "{model}"),
-    ("convert",): (["{table}", "--format", "augreg"], "{model}"),
+    ("export",): (["{model}", "--format", "onnx"], "{model}"),
 }
 
 

@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,16 @@ from loopback import LoopbackHub
 from packaging.version import Version
 from PIL import Image
 
-from modeling_udon.hub.card import describe_domains, evaluation_files, is_hub_id, render_card
-from modeling_udon.hub.push import PushOptions, push
+from modeling_udon.hub.card import describe_domains, evaluation_files, render_card
+from modeling_udon.hub.push import push as push_student
+from modeling_udon.hub.sources import Sources, is_hub_id
 
+# Nothing says under which licence the pictures of these tests are.
+push = partial(push_student, license="apache-2.0")
 REPO = "org/udon-tiny"
 NUMBER = re.compile(r"\d+(?:\.\d+)*(?:e[+-]?\d+)?")
 METRICS = ("R@1", "mMP@5")
+HUB_SOURCES = Sources("org/some-vit", domains={"stripes": None, "blobs": "org/blobs", "noise": "org/noise"})
 
 
 @pytest.fixture
@@ -38,7 +43,10 @@ def hub_results(results: dict[str, Any]) -> dict[str, Any]:
 
 
 def render(results: Mapping[str, Any] | None, config: Mapping[str, Any], **options: Any) -> ModelCard:
-    return render_card("udon-tiny", REPO, config, results, revision="v1", **options)
+    sources = HUB_SOURCES
+    if config["domains"]["blobs"]["path"] != "org/blobs":
+        sources = Sources(from_scratch=True)
+    return render_card("udon-tiny", REPO, config, results, sources, revision="v1", license="apache-2.0", **options)
 
 
 def leaves(value: Any) -> Iterator[Any]:
@@ -148,7 +156,7 @@ def test_the_hub_finds_nothing_wrong_with_the_card(hub_results: dict[str, Any], 
 
 def test_licences_come_from_the_config_then_from_the_hub_then_are_not_stated(hub_results: dict[str, Any]) -> None:
     licences = {"org/blobs": "mit", "org/noise": "other"}
-    described = {row["name"]: row for row in describe_domains(hub_results["config"]["domains"], licences)}
+    described = {row["name"]: row for row in describe_domains(hub_results["config"]["domains"], HUB_SOURCES, licences)}
     assert {name: row["licence"] for name, row in described.items()} == {
         "stripes": "not stated",
         "blobs": "mit",
@@ -164,14 +172,16 @@ def test_a_push_asks_the_hub_for_licences(run: Path, hub: LoopbackHub, api: HfAp
     config["domains"]["blobs"]["path"] = "org/blobs"
     config["domains"]["noise"]["path"] = "org/not-there"
     (run / "config.yaml").write_text(yaml.safe_dump(config))
-    push(run, PushOptions(REPO), say=lambda text: None, api=api)
+    sources = Sources(from_scratch=True, domains={"blobs": "org/blobs", "noise": "org/not-there", "stripes": None})
+    (run / "sources.json").write_text(json.dumps(sources.to_json()))
+    push(run, REPO, say=lambda text: None, api=api)
     card = hub.files(REPO)["README.md"].decode()
     assert "(https://huggingface.co/datasets/org/blobs) | cc-by-4.0 |" in card
     assert "(https://huggingface.co/datasets/org/not-there) | not stated |" in card
 
 
 def test_scores_on_data_sets_of_the_hub_go_into_eval_results(hub_results: dict[str, Any]) -> None:
-    files = evaluation_files(hub_results)
+    files = evaluation_files(hub_results, HUB_SOURCES)
     assert files.keys() == {".eval_results/udon-blobs.yaml", ".eval_results/udon-noise.yaml"}
     noise = yaml.safe_load(files[".eval_results/udon-noise.yaml"])
     separate = hub_results["splits"]["test"]["separate"]["domains"]["noise"]
@@ -188,13 +198,13 @@ def test_without_results_the_card_claims_none(results: dict[str, Any]) -> None:
     card = str(render(None, results["config"]))
     assert "## Results" not in card and "model-index" not in card
     assert "## Training" in card
-    assert evaluation_files(None) == {}
+    assert evaluation_files(None, HUB_SOURCES) == {}
 
 
 def test_the_gallery_is_shown_and_its_queries_are_the_widget_s_examples(
     run: Path, hub: LoopbackHub, api: HfApi, tmp_path: Path
 ) -> None:
-    push(run, PushOptions(REPO, tag="v1", gallery=True), say=lambda text: None, api=api)
+    push(run, REPO, tag="v1", gallery=True, say=lambda text: None, api=api)
     files = hub.files(REPO)
     shown = re.findall(r"!\[[^\]]*\]\(([^)]+)\)", files["README.md"].decode())
     assert shown == ["gallery/blobs.jpg", "gallery/noise.jpg", "gallery/stripes.jpg"]

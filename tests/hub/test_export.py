@@ -13,8 +13,7 @@ import yaml
 from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import load_file
-from torch.nn import functional as F
-from transformers import AutoImageProcessor, CLIPVisionModelWithProjection, ViTConfig, ViTModel
+from transformers import AutoImageProcessor, ViTConfig, ViTModel
 
 from modeling_udon import UdonConfig, UdonModel
 from modeling_udon.data.dataset import read_images
@@ -22,7 +21,7 @@ from modeling_udon.data.domains import open_domain
 from modeling_udon.data.preprocessing import IMAGENET_STANDARD, ChannelStatistics, image_processor
 from modeling_udon.domain_spec import DomainSpec
 from modeling_udon.hub import export as formats
-from modeling_udon.hub.student_folder import export_student
+from modeling_udon.hub.student_folder import write_student
 
 SIZES = {
     "image_size": 16,
@@ -47,12 +46,8 @@ def make_student(tmp_path: Path) -> Callable[..., Path]:
             for value in model.parameters():
                 value.add_(0.2 * torch.randn_like(value))
         folder = tmp_path / "student"
-        export_student(
-            model,
-            image_processor(16, ChannelStatistics((0.5, 0.4, 0.3), (0.5, 0.5, 0.4))),
-            ModelCard("---\n---\n"),
-            folder,
-        )
+        processor = image_processor(16, ChannelStatistics((0.5, 0.4, 0.3), (0.5, 0.5, 0.4)))
+        write_student(folder, model, processor, ModelCard("---\n---\n"))
         return folder
 
     return make
@@ -101,54 +96,6 @@ def test_a_folder_for_sentence_transformers_embeds_as_the_student_without_remote
     assert not list(out.rglob("*.py"))
     assert max(Counter(tensors_in(out)).values()) == 1
     assert sorted(tensors_in(out)) == sorted(tensors_in(student))
-
-
-@pytest.mark.parametrize(
-    ("kind", "model_class"), [("vit", ViTModel), ("clip_vision_model", CLIPVisionModelWithProjection)]
-)
-def test_the_native_form_embeds_as_the_student_up_to_the_last_normalisation(
-    udon: Callable[..., Any],
-    make_student: Callable[..., Path],
-    images: list[Image.Image],
-    tmp_path: Path,
-    kind: str,
-    model_class: Any,
-) -> None:
-    student, out = make_student(kind, head_bias=False), tmp_path / "out"
-    done = udon("export", student, "--format", "native", "--out", out)
-    assert done.code == 0, done.err
-    assert "checked in transformers: largest difference" in done.out
-    with torch.no_grad():
-        outputs = model_class.from_pretrained(out).eval()(pixels_of(out, images))
-    embeds = outputs.pooler_output if kind == "vit" else outputs.image_embeds
-    np.testing.assert_allclose(F.normalize(embeds, dim=-1).numpy(), embeds_of(student, images), atol=2e-6)
-    assert {path.name for path in out.iterdir()} == {"config.json", "model.safetensors", "preprocessor_config.json"}
-    assert max(Counter(tensors_in(out)).values()) == 1
-
-
-@pytest.mark.parametrize(
-    ("kind", "values", "reason"),
-    [
-        ("vit", {}, "--format native must have a head without bias: the head sees features of unit norm"),
-        ("vit", {"head_bias": False, "head_hidden_dims": [12]}, "--format native must have a linear head"),
-        ("vit", {"head_bias": False, "pooling": "pooler"}, "Got vit with pooling pooler"),
-        ("clip_vision_model", {"head_bias": False, "pooling": "cls"}, "Got clip_vision_model with pooling cls"),
-        ("dinov2", {"head_bias": False}, "Got dinov2 with pooling cls"),
-    ],
-)
-def test_the_native_form_is_refused_with_the_reason_where_it_is_not_exact(
-    udon: Callable[..., Any],
-    make_student: Callable[..., Path],
-    tmp_path: Path,
-    kind: str,
-    values: dict[str, Any],
-    reason: str,
-) -> None:
-    done = udon("export", make_student(kind, **values), "--format", "native", "--out", tmp_path / "out")
-    assert done.code == 2
-    assert reason in done.err
-    assert len(done.err.splitlines()) == 1
-    assert {path.name for path in tmp_path.iterdir()} == {"student"}
 
 
 def test_a_head_with_hidden_layers_is_refused_for_sentence_transformers_and_exact_in_onnx(
@@ -263,7 +210,7 @@ def merged_recalls(run: Path, embed: Callable[[torch.Tensor], np.ndarray]) -> di
 @pytest.mark.parametrize(
     ("words", "reason"),
     [
-        (["--format", "native", "--int8"], "--int8 must go with --format onnx. Got native."),
+        (["--format", SENTENCES, "--int8"], "--int8 must go with --format onnx. Got sentence-transformers."),
         (["--format", "onnx", "--int8"], "--int8 must be measured on domains: give --config"),
         (["--format", "gguf"], "invalid choice: 'gguf'"),
     ],
@@ -280,7 +227,7 @@ def test_what_does_not_go_together_is_refused(
 def test_a_model_of_another_kind_is_refused(udon: Callable[..., Any], tmp_path: Path) -> None:
     ViTModel(ViTConfig(**SIZES)).save_pretrained(tmp_path / "vit")
     image_processor(16, IMAGENET_STANDARD).save_pretrained(tmp_path / "vit")
-    done = udon("export", tmp_path / "vit", "--format", "native", "--out", tmp_path / "out")
+    done = udon("export", tmp_path / "vit", "--format", SENTENCES, "--out", tmp_path / "out")
     assert done.code == 2
     assert "`model` must be a UDON student. Got" in done.err
 
@@ -288,8 +235,9 @@ def test_a_model_of_another_kind_is_refused(udon: Callable[..., Any], tmp_path: 
 def test_a_folder_is_replaced_only_with_force_and_only_if_it_is_a_model(
     udon: Callable[..., Any], make_student: Callable[..., Path], tmp_path: Path
 ) -> None:
-    student, out = make_student(head_bias=False), tmp_path / "out"
-    words = ("export", student, "--format", "native", "--out", out)
+    pytest.importorskip("sentence_transformers")
+    student, out = make_student(), tmp_path / "out"
+    words = ("export", student, "--format", SENTENCES, "--out", out)
     assert udon(*words).code == 0
     (out / "old").touch()
     refused = udon(*words)
@@ -299,7 +247,7 @@ def test_a_folder_is_replaced_only_with_force_and_only_if_it_is_a_model(
     assert not (out / "old").exists()
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.txt").write_text("years of work")
-    refused = udon("export", student, "--format", "native", "--out", tmp_path / "other", "--force")
+    refused = udon("export", student, "--format", SENTENCES, "--out", tmp_path / "other", "--force")
     assert refused.code == 2
     assert "`out` must be a new folder, or one of a model to replace" in refused.err
     assert (tmp_path / "other" / "thesis.txt").exists()
@@ -313,9 +261,10 @@ def test_a_form_that_embeds_otherwise_is_not_left_behind(
     monkeypatch: pytest.MonkeyPatch,
     wrong: float,
 ) -> None:
-    embed = formats.embed_natively
-    monkeypatch.setattr(formats, "embed_natively", lambda *inputs: embed(*inputs) + np.float32(wrong))
-    done = udon("export", make_student(head_bias=False), "--format", "native", "--out", tmp_path / "out")
+    pytest.importorskip("sentence_transformers")
+    embed = formats.embed_with_modules
+    monkeypatch.setattr(formats, "embed_with_modules", lambda *inputs: embed(*inputs) + np.float32(wrong))
+    done = udon("export", make_student(), "--format", SENTENCES, "--out", tmp_path / "out")
     assert done.code == 2
     assert "--format must give the student's own embeddings up to 2e-06" in done.err
     assert {path.name for path in tmp_path.iterdir()} == {"student"}

@@ -1,4 +1,4 @@
-"""`handler.py` answers every image of a request: with its embedding, its neighbours, or what is wrong with it."""
+"""`handler.py` answers every image of a request: with its embedding or what is wrong with it."""
 
 import base64
 import io
@@ -20,8 +20,9 @@ from modeling_udon import UdonModel
 from modeling_udon.data.images import decode_image
 from modeling_udon.data.transforms import EvalTransform
 from modeling_udon.hub import handler as handler_module
+from modeling_udon.hub.commit import Target
 from modeling_udon.hub.handler import EndpointHandler, read_image
-from modeling_udon.hub.push import HANDLER, PushOptions, find_student, stage
+from modeling_udon.hub.push import HANDLER, find_student, stage
 
 TOLERANCE = 2e-6
 
@@ -44,14 +45,9 @@ def text(content: bytes) -> str:
 
 @pytest.fixture(scope="module")
 def repository(trained: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder as it lies on the Hub, with an index of three images."""
-    folder = tmp_path_factory.mktemp("repository")
-    stage(find_student(trained["student"]), PushOptions("org/udon-tiny"), {}, folder)
-    (folder / "index").mkdir()
-    embeds = np.stack([embed_ourselves(folder, encode(draw(seed))) for seed in range(3)])
-    np.save(folder / "index" / "embeddings.npy", embeds)
-    rows = [{"id": f"image-{seed}", "domain": "blobs"} for seed in range(3)]
-    (folder / "index" / "metadata.json").write_text(json.dumps(rows))
+    """The folder as it lies on the Hub."""
+    folder = tmp_path_factory.mktemp("published") / "repository"
+    stage(find_student(trained["student"]), Target("org/udon-tiny"), {}, "apache-2.0", folder)
     return folder
 
 
@@ -126,16 +122,6 @@ def test_a_batch_is_answered_in_order_and_what_is_wrong_in_its_place(
     assert handler({"inputs": []}) == []
 
 
-def test_neighbours_come_with_their_scores_best_first(handler: EndpointHandler) -> None:
-    answer = handler({"inputs": text(encode(draw(1))), "parameters": {"top_k": 2}})
-    first, second = answer["neighbours"]
-    assert first["id"] == "image-1" and first["domain"] == "blobs"
-    assert first["score"] == pytest.approx(1, abs=1e-6)
-    assert second["score"] < first["score"]
-    assert len(handler({"inputs": text(encode(draw(1))), "parameters": {"top_k": 99}})["neighbours"]) == 3
-    assert "neighbours" not in handler({"inputs": text(encode(draw(1)))})
-
-
 def bomb() -> bytes:
     """A PNG of a few hundred bytes whose header announces 60000 x 60000 pixels."""
 
@@ -181,29 +167,12 @@ def test_too_many_bytes_are_refused_before_they_are_decoded(
         ({}, "must hold `inputs`"),
         ([], "must hold `inputs`"),
         ({"inputs": ["x"] * 257}, "at most 256 images"),
-        ({"inputs": "x", "parameters": {"top_k": "5"}}, "`parameters.top_k` must be a whole number"),
-        ({"inputs": "x", "parameters": {"top_k": -1}}, "`parameters.top_k` must be a whole number"),
-        ({"inputs": "x", "parameters": {"topk": 5}}, "`parameters` must hold `top_k` alone"),
-        ({"inputs": "x", "parameters": [5]}, "`parameters` must hold `top_k` alone"),
+        ({"inputs": "x", "parameters": {"top_k": 5}}, "this model takes no `parameters`"),
+        ({"inputs": "x", "parameters": [5]}, "this model takes no `parameters`"),
     ],
 )
 def test_a_wrong_request_is_answered_with_what_is_wrong(handler: EndpointHandler, data: Any, complaint: str) -> None:
     assert complaint in handler(data)["error"]
-
-
-def test_without_an_index_there_are_no_neighbours(handler: EndpointHandler, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(handler, "index", None)
-    assert "this model has none" in handler({"inputs": text(encode(draw(1))), "parameters": {"top_k": 1}})["error"]
-
-
-def test_an_index_of_another_size_is_refused_at_the_start(
-    tmp_path: Path,
-) -> None:
-    with pytest.raises(ValueError, match=r"index/embeddings.npy must be of shape \(1, 8\).*Got \(3, 8\)"):
-        (tmp_path / "index").mkdir()
-        np.save(tmp_path / "index" / "embeddings.npy", np.zeros((3, 8), np.float32))
-        (tmp_path / "index" / "metadata.json").write_text("[{}]")
-        handler_module._read_index(tmp_path / "index", 8)
 
 
 def test_a_picture_that_the_server_has_decoded_already_is_taken() -> None:

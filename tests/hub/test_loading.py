@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,10 @@ from modeling_udon.data.transforms import EvalTransform
 from modeling_udon.domain_spec import DomainSpec
 from modeling_udon.encoder import Encoder
 from modeling_udon.evaluation.embedder import ImageEmbedder
-from modeling_udon.hub.push import PushOptions, push
+from modeling_udon.hub.push import push as push_student
 
+# Nothing says under which licence the pictures of these tests are.
+push = partial(push_student, license="apache-2.0")
 REPO = "org/udon-tiny"
 HALF = (0.5, 0.5, 0.5)
 TOLERANCE = 2e-6
@@ -95,7 +98,7 @@ def embed_ourselves(best: Path, folder: Path) -> np.ndarray:
 def hub_with_students(shared_hub: LoopbackHub, trained: dict[str, Path]) -> LoopbackHub:
     """Holds a student with the tag `v1`, and another one on its main branch."""
     with known_to_clients(shared_hub):
-        push(trained["student"], PushOptions(REPO, tag="v1"), say=lambda text: None)
+        push(trained["student"], REPO, tag="v1", say=lambda text: None)
     weights = shared_hub.files(REPO)["model.safetensors"]
     # What comes after the pinned commit must not be what loads: another model of the same name.
     repository = shared_hub.model(REPO)

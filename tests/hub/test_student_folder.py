@@ -24,7 +24,7 @@ from modeling_udon.data.transforms import EvalTransform
 from modeling_udon.domain_spec import DomainSpec
 from modeling_udon.encoder import Encoder
 from modeling_udon.evaluation.embedder import ImageEmbedder
-from modeling_udon.hub.student_folder import export_student
+from modeling_udon.hub.student_folder import write_student
 
 Values = Callable[..., dict[str, Any]]
 DOMAINS = ("stripes", "blobs", "noise")
@@ -155,13 +155,13 @@ def test_the_weights_of_a_tower_bear_the_names_that_every_version_of_transformer
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
     backbone = {"model_type": tower, "image_size": 16, "patch_size": 8, **sizes}
     model = UdonModel(UdonConfig(backbone_config=backbone, embedding_dim=8, pooling="pooler")).eval()
-    export_student(model, image_processor(16, IMAGENET_STANDARD), ModelCard("---\n---\n"), tmp_path)
-    with safe_open(tmp_path / "model.safetensors", "pt") as file:
+    write_student(tmp_path / "student", model, image_processor(16, IMAGENET_STANDARD), ModelCard("---\n---\n"))
+    with safe_open(tmp_path / "student" / "model.safetensors", "pt") as file:
         names = {name for name in file.keys() if name.startswith("backbone.")}  # noqa: SIM118
         assert file.metadata() == {"format": "pt"}
     assert names
     assert {name.split(".")[1] for name in names} == {"vision_model"}
-    again, loading = UdonModel.from_pretrained(tmp_path, output_loading_info=True)
+    again, loading = UdonModel.from_pretrained(tmp_path / "student", output_loading_info=True)
     assert not loading["missing_keys"]
     assert not loading["unexpected_keys"]
     pixels = torch.rand(2, 3, 16, 16)

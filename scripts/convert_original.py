@@ -1,8 +1,12 @@
-"""`udon convert`: weights of the original's files become a folder that transformers loads."""
+"""Converts weights of the original's files into a folder that transformers loads.
 
+python -m scripts.convert_original FILE --format flax --out udon-vitb
+"""
+
+import argparse
 import hashlib
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +17,12 @@ from torch.nn import functional as F
 from transformers import AutoConfig, CLIPVisionModel, PreTrainedModel, ViTModel
 
 from modeling_udon.data.preprocessing import IMAGENET_STANDARD, OPENAI_CLIP, image_processor
-from modeling_udon.hub.checkpoints import read_arrays
-from modeling_udon.hub.originals import STUDENT_HEAD, Original, describe
-from modeling_udon.hub.student import check_out
-from modeling_udon.hub.student_folder import WEIGHTS_FILE, export_student, name_tower
+from modeling_udon.hub.student_folder import CARD_FILE, check_out, save_model, write_student
 from modeling_udon.modeling_udon import UdonModel
 from modeling_udon.storage import replaced_folder
+from modeling_udon.text import printable
+from scripts.original_models import STUDENT_HEAD, Original, describe
+from scripts.read_weights import read_arrays
 
 _SOURCES = {
     "augreg": "a ViT of AugReg ([arXiv 2106.10270](https://arxiv.org/abs/2106.10270))",
@@ -29,86 +33,83 @@ _CLASSES: dict[str, tuple[Any, dict[str, bool]]] = {
     "vit": (ViTModel, {"add_pooling_layer": False}),
     "clip_vision_model": (CLIPVisionModel, {}),
 }
+FORMATS = tuple(_SOURCES)
 _CHECK_BATCH = 32
 
 Say = Callable[[str], None]
 
 
-@dataclass(frozen=True)
-class ConvertOptions:
-    """What `udon convert` is asked for.
+def convert(
+    file: Path,
+    format: str,
+    out: Path,
+    *,
+    image_size: int | None = None,
+    inputs: str | None = None,
+    outputs: str | None = None,
+    head: str | None = None,
+    keep_teachers: bool = False,
+    domains: tuple[str, ...] = (),
+    force: bool = False,
+    say: Say = lambda text: None,
+) -> None:
+    """Writes the student of a flax checkpoint, or the backbone of another file, for `model.backbone` of a run.
 
-    Attributes:
+    Args:
         file: The file of weights.
-        format: `"augreg"`, `"clip-npy"` or `"flax"`.
+        format: One of `FORMATS`.
         out: Folder to write.
         image_size: Side in pixels that the model is to take; by default the one that it was trained with.
         inputs: Images that the original was given, `.npy` of shape `(num_images, height, width, 3)`, normalised.
         outputs: What the original made of them, `.npy` of shape `(num_images, dim)`.
         head: Name of the student's head in a flax checkpoint.
-        keep_teachers: Whether the teachers of a flax checkpoint go along.
+        keep_teachers: Whether the teachers of a flax checkpoint are kept.
         domains: Names of the domains that they teach, in the checkpoint's order.
         force: Whether a model in `out` is replaced.
-    """
-
-    file: str
-    format: str
-    out: str
-    image_size: int | None = None
-    inputs: str | None = None
-    outputs: str | None = None
-    head: str = STUDENT_HEAD
-    keep_teachers: bool = False
-    domains: tuple[str, ...] = ()
-    force: bool = False
-
-
-def convert(options: ConvertOptions, say: Say = lambda text: None) -> None:
-    """Writes the student of a flax checkpoint, or the backbone of another file, for `model.backbone` of a run.
-
-    Args:
-        options: What to do.
         say: Called with lines for the user.
 
     Raises:
         ValueError: If the file is not what it should be, or something that is asked for does not go with the rest.
         ImportError: If msgpack is missing.
     """
-    _check_options(options)
-    out, file = Path(options.out), Path(options.file)
-    check_out(out, options.force)
-    arrays = read_arrays(file, options.format)
-    original = describe(arrays, options.format, options.head, options.keep_teachers)
+    _check_options(format, inputs, outputs, head, keep_teachers, domains)
+    check_out(out, force)
+    arrays = read_arrays(file, format)
+    original = describe(arrays, format, head or STUDENT_HEAD, keep_teachers)
     state = _our_state(arrays, original)
     values = dict(original.backbone)
-    if options.image_size is not None and options.image_size != values["image_size"]:
-        state[original.positions] = _resize(state[original.positions], values, options.image_size)
-        say(f"position embeddings interpolated from {values['image_size']} to {options.image_size} pixels")
-        values["image_size"] = options.image_size
+    if image_size is not None and image_size != values["image_size"]:
+        state[original.positions] = _resize(state[original.positions], values, image_size)
+        say(f"position embeddings interpolated from {values['image_size']} to {image_size} pixels")
+        values["image_size"] = image_size
     backbone = _build_backbone(values, state)
-    model = backbone if original.student is None else _build_student(backbone, original, options.domains, state)
+    model = backbone if original.student is None else _build_student(backbone, original, domains, state)
     model.eval()
     if original.left_out:
         say(f"left out: {_listed(original.left_out)}")
-    if options.inputs is not None and options.outputs is not None:
-        difference, num_images, what = _compare(model, options.inputs, options.outputs)
+    if inputs is not None and outputs is not None:
+        difference, num_images, what = _compare(model, inputs, outputs)
         say(f"largest difference of {what}: {difference:.1e} ({num_images} images)")
-    with replaced_folder(out) as draft:
-        _write(model, _card(out.name, file, options.format, original), draft)
+    _write(model, _card(out.name, file, format, original), out)
     width = original.backbone["hidden_size"] if original.student is None else original.student.dim
     say(f"wrote {out}: {type(model).__name__}, {values['image_size']} pixels, {width} dimensions")
 
 
-def _check_options(options: ConvertOptions) -> None:
-    if (options.inputs is None) != (options.outputs is None):
+def _check_options(
+    format: str,
+    inputs: str | None,
+    outputs: str | None,
+    head: str | None,
+    keep_teachers: bool,
+    domains: tuple[str, ...],
+) -> None:
+    if (inputs is None) != (outputs is None):
         raise ValueError("--inputs and --outputs must be given together: images and what the original made of them.")
-    if options.format != "flax":
-        for name, value in (("--keep-teachers", options.keep_teachers), ("--domains", options.domains)):
+    if format != "flax":
+        for name, value in (("--keep-teachers", keep_teachers), ("--domains", domains), ("--head", head)):
             if value:
-                raise ValueError(f"{name} must go with --format flax. Got {options.format}, which has no heads.")
-        if options.head != STUDENT_HEAD:
-            raise ValueError(f"--head must go with --format flax. Got {options.format}, which has no heads.")
-    if options.domains and not options.keep_teachers:
+                raise ValueError(f"{name} must go with --format flax. Got {format}, which has no heads.")
+    if domains and not keep_teachers:
         raise ValueError("--domains must go with --keep-teachers: it names what the teachers teach.")
 
 
@@ -181,13 +182,12 @@ def _write(model: PreTrainedModel, card: ModelCard, folder: Path) -> None:
     is_clip = config.model_type == "clip_vision_model"
     processor = image_processor(config.image_size, OPENAI_CLIP if is_clip else IMAGENET_STANDARD)
     if isinstance(model, UdonModel):
-        export_student(model, processor, card, folder, keep_teachers=True)
+        write_student(folder, model, processor, card, keep_teachers=True)
         return
-    model.save_pretrained(folder)
-    if is_clip:
-        name_tower(folder / WEIGHTS_FILE, "")
-    processor.save_pretrained(folder)
-    card.save(folder / "README.md")
+    with replaced_folder(folder) as draft:
+        save_model(model, draft)
+        processor.save_pretrained(draft)
+        card.save(draft / CARD_FILE)
 
 
 @torch.no_grad()
@@ -251,7 +251,7 @@ def _card(name: str, file: Path, file_format: str, original: Original) -> ModelC
     )
     return ModelCard(
         f"---\n{data.to_yaml()}\n---\n\n# {name}\n\n"
-        f"Weights of {_SOURCES[file_format]}, brought into the format of transformers by `udon convert` from "
+        f"Weights of {_SOURCES[file_format]}, converted to the format of transformers from "
         f"`{file.name}` (SHA-256 `{digest.hexdigest()}`). {use}\n\n"
         "Their licence is the one of that file, which does not name it.\n"
     )
@@ -259,3 +259,46 @@ def _card(name: str, file: Path, file_format: str, original: Original) -> ModelC
 
 def _listed(names: tuple[str, ...], most: int = 6) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Converts one file; returns the exit code: 2 for a wrong argument, 1 for what the system refused, 0 otherwise."""
+    arguments = vars(_make_parser().parse_args(argv))
+    arguments["domains"] = tuple(arguments["domains"])
+    try:
+        convert(**arguments, say=lambda text: print("\n".join(map(printable, text.split("\n")))))
+    except (ValueError, OSError, ImportError) as error:
+        print(f"convert_original: error: {printable(' '.join(str(error).split()))}", file=sys.stderr)
+        return 2 if isinstance(error, ValueError) else 1
+    return 0
+
+
+def _make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m scripts.convert_original",
+        description="Brings weights of the original's files into the format of transformers.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("file", type=Path, metavar="FILE", help="file of weights")
+    parser.add_argument(
+        "--format",
+        choices=FORMATS,
+        required=True,
+        help="augreg: a ViT, .npz; clip-npy: CLIP, .npy; flax: a trained UDON checkpoint, msgpack",
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="folder of the model")
+    parser.add_argument(
+        "--image-size", type=int, metavar="N", help="interpolate the position embeddings for images of N pixels"
+    )
+    parser.add_argument("--inputs", metavar="NPY", help="images that the original was given: (num, side, side, 3)")
+    parser.add_argument("--outputs", metavar="NPY", help="what it made of them; the largest difference is printed")
+    parser.add_argument("--force", action="store_true", help="replace the model in FOLDER")
+    flax = parser.add_argument_group("of --format flax")
+    flax.add_argument("--head", metavar="NAME", help="the student's head, if it has another name than UDON's")
+    flax.add_argument("--keep-teachers", action="store_true", help="keep the teachers' heads")
+    flax.add_argument("--domains", nargs="+", default=[], metavar="NAME", help="what they teach, in order")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -5,13 +5,22 @@ that every version of transformers reads.
 """
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-Layout = Callable[[np.ndarray], np.ndarray]
+from scripts.original_tensors import (
+    Tensor,
+    attention_input,
+    attention_output,
+    convolution,
+    dense,
+    norm,
+    same,
+    third,
+)
 
 STUDENT_HEAD = "universal_student_projection_domain_0"
 # OpenAI's CLIP towers have heads of this width, whatever their own (Radford et al. 2021).
@@ -30,19 +39,6 @@ _LEFT_OUT = {
     "flax": r"(.*/)?(text/.*|logit_scale|visual/proj/kernel)|(\w+_)?output_projection(_\w+)?/(kernel|bias)",
 }
 _TEACHERS = r"teacher_projection_domain_(\d+)/.*"
-
-
-@dataclass(frozen=True)
-class Tensor:
-    """One tensor of a file.
-
-    Attributes:
-        shape: The shape that it must have.
-        parts: What it becomes: our names, each with what makes our layout of it.
-    """
-
-    shape: tuple[int, ...]
-    parts: dict[str, Layout]
 
 
 @dataclass(frozen=True)
@@ -166,23 +162,23 @@ def _describe_vit(arrays: Mapping[str, np.ndarray]) -> Original:
     num_positions = _shape(arrays, f"{prefix}{_VIT_POSITIONS}", 3)[1]
     num_blocks = _num_blocks(arrays, re.escape(blocks) + r"(\d+)/")
     tensors = {
-        f"{prefix}cls": Tensor((1, 1, width), {"embeddings.cls_token": _same}),
-        f"{prefix}{_VIT_POSITIONS}": Tensor((1, num_positions, width), {"embeddings.position_embeddings": _same}),
-        **_convolution(f"{prefix}embedding", "embeddings.patch_embeddings.projection", (patch, channels, width)),
-        f"{prefix}embedding/bias": Tensor((width,), {"embeddings.patch_embeddings.projection.bias": _same}),
-        **_norm(f"{prefix}Transformer/encoder_norm", "layernorm", width),
+        f"{prefix}cls": Tensor((1, 1, width), {"embeddings.cls_token": same}),
+        f"{prefix}{_VIT_POSITIONS}": Tensor((1, num_positions, width), {"embeddings.position_embeddings": same}),
+        **convolution(f"{prefix}embedding", "embeddings.patch_embeddings.projection", (patch, channels, width)),
+        f"{prefix}embedding/bias": Tensor((width,), {"embeddings.patch_embeddings.projection.bias": same}),
+        **norm(f"{prefix}Transformer/encoder_norm", "layernorm", width),
     }
     for number in range(num_blocks):
         theirs, ours = f"{blocks}{number}", f"encoder.layer.{number}"
-        tensors |= _norm(f"{theirs}/{norm_1}", f"{ours}.layernorm_before", width)
-        tensors |= _norm(f"{theirs}/{norm_2}", f"{ours}.layernorm_after", width)
+        tensors |= norm(f"{theirs}/{norm_1}", f"{ours}.layernorm_before", width)
+        tensors |= norm(f"{theirs}/{norm_2}", f"{ours}.layernorm_after", width)
         for part in ("query", "key", "value"):
             names = f"{theirs}/{attention}/{part}", f"{ours}.attention.attention.{part}"
-            tensors |= _attention_input(*names, (width, heads, head_width))
+            tensors |= attention_input(*names, (width, heads, head_width))
         names = f"{theirs}/{attention}/out", f"{ours}.attention.output.dense"
-        tensors |= _attention_output(*names, (heads, head_width, width))
-        tensors |= _dense(f"{theirs}/{mlp}/Dense_0", f"{ours}.intermediate.dense", (width, inner))
-        tensors |= _dense(f"{theirs}/{mlp}/Dense_1", f"{ours}.output.dense", (inner, width))
+        tensors |= attention_output(*names, (heads, head_width, width))
+        tensors |= dense(f"{theirs}/{mlp}/Dense_0", f"{ours}.intermediate.dense", (width, inner))
+        tensors |= dense(f"{theirs}/{mlp}/Dense_1", f"{ours}.output.dense", (inner, width))
     config = {
         "model_type": "vit",
         "image_size": _image_size(f"{prefix}{_VIT_POSITIONS}", num_positions, patch),
@@ -210,24 +206,24 @@ def _describe_scenic_clip(arrays: Mapping[str, np.ndarray]) -> Original:
     num_blocks = _num_blocks(arrays, re.escape(blocks) + r"(\d+)/")
     tower = "vision_model"
     tensors = {
-        f"{prefix}class_embedding": Tensor((width,), {f"{tower}.embeddings.class_embedding": _same}),
+        f"{prefix}class_embedding": Tensor((width,), {f"{tower}.embeddings.class_embedding": same}),
         f"{prefix}{_CLIP_POSITIONS}": Tensor(
-            (num_positions, width), {f"{tower}.embeddings.position_embedding.weight": _same}
+            (num_positions, width), {f"{tower}.embeddings.position_embedding.weight": same}
         ),
-        **_convolution(f"{prefix}conv1", f"{tower}.embeddings.patch_embedding", (patch, channels, width)),
-        **_norm(f"{prefix}ln_pre", f"{tower}.pre_layrnorm", width),
-        **_norm(f"{prefix}ln_post", f"{tower}.post_layernorm", width),
+        **convolution(f"{prefix}conv1", f"{tower}.embeddings.patch_embedding", (patch, channels, width)),
+        **norm(f"{prefix}ln_pre", f"{tower}.pre_layrnorm", width),
+        **norm(f"{prefix}ln_post", f"{tower}.post_layernorm", width),
     }
     for number in range(num_blocks):
         theirs, ours = f"{blocks}{number}", f"{tower}.encoder.layers.{number}"
-        tensors |= _norm(f"{theirs}/ln_1", f"{ours}.layer_norm1", width)
-        tensors |= _norm(f"{theirs}/ln_2", f"{ours}.layer_norm2", width)
+        tensors |= norm(f"{theirs}/ln_1", f"{ours}.layer_norm1", width)
+        tensors |= norm(f"{theirs}/ln_2", f"{ours}.layer_norm2", width)
         for part in ("query", "key", "value"):
             names = f"{theirs}/attn/{part}", f"{ours}.self_attn.{part[0]}_proj"
-            tensors |= _attention_input(*names, (width, heads, head_width))
-        tensors |= _attention_output(f"{theirs}/attn/out", f"{ours}.self_attn.out_proj", (heads, head_width, width))
-        tensors |= _dense(f"{theirs}/mlp/c_fc", f"{ours}.mlp.fc1", (width, inner))
-        tensors |= _dense(f"{theirs}/mlp/c_proj", f"{ours}.mlp.fc2", (inner, width))
+            tensors |= attention_input(*names, (width, heads, head_width))
+        tensors |= attention_output(f"{theirs}/attn/out", f"{ours}.self_attn.out_proj", (heads, head_width, width))
+        tensors |= dense(f"{theirs}/mlp/c_fc", f"{ours}.mlp.fc1", (width, inner))
+        tensors |= dense(f"{theirs}/mlp/c_proj", f"{ours}.mlp.fc2", (inner, width))
     image_size = _image_size(f"{prefix}{_CLIP_POSITIONS}", num_positions, patch)
     config = _clip_config(image_size, patch, channels, width, num_blocks, heads, inner)
     return Original(config, f"{tower}.embeddings.position_embedding.weight", tensors)
@@ -260,13 +256,13 @@ def _describe_openai_clip(arrays: Mapping[str, np.ndarray]) -> Original:
         ):
             plain[f"{theirs}.{part}.weight"] = ((outputs, inputs), f"{ours}.{name}.weight")
             plain[f"{theirs}.{part}.bias"] = ((outputs,), f"{ours}.{name}.bias")
-        for norm in "12":
+        for number_of_norm in "12":
             for kind in ("weight", "bias"):
-                plain[f"{theirs}.ln_{norm}.{kind}"] = ((width,), f"{ours}.layer_norm{norm}.{kind}")
+                plain[f"{theirs}.ln_{number_of_norm}.{kind}"] = ((width,), f"{ours}.layer_norm{number_of_norm}.{kind}")
         for kind, shape in (("weight", (3 * width, width)), ("bias", (3 * width,))):
-            parts = {f"{tower}.{ours}.self_attn.{part}_proj.{kind}": _third(third) for third, part in enumerate("qkv")}
+            parts = {f"{tower}.{ours}.self_attn.{part}_proj.{kind}": third(place) for place, part in enumerate("qkv")}
             tensors[f"visual.{theirs}.attn.in_proj_{kind}"] = Tensor(shape, parts)
-    tensors |= {f"visual.{name}": Tensor(shape, {f"{tower}.{ours}": _same}) for name, (shape, ours) in plain.items()}
+    tensors |= {f"visual.{name}": Tensor(shape, {f"{tower}.{ours}": same}) for name, (shape, ours) in plain.items()}
     image_size = _image_size("visual.positional_embedding", num_positions, patch)
     heads = width // _CLIP_HEAD_WIDTH
     config = _clip_config(image_size, patch, channels, width, num_blocks, heads, inner)
@@ -327,62 +323,13 @@ def _describe_head(
     for layer in range(last):
         hidden = _shape(arrays, f"{theirs}/Dense_{layer}/kernel", 2)[1]
         # Linear, LayerNorm and GELU for each hidden layer.
-        tensors |= _dense(f"{theirs}/Dense_{layer}", f"{ours}.hidden.{3 * layer}", (width, hidden))
-        tensors |= _norm(f"{theirs}/LayerNorm_{layer}", f"{ours}.hidden.{3 * layer + 1}", hidden)
+        tensors |= dense(f"{theirs}/Dense_{layer}", f"{ours}.hidden.{3 * layer}", (width, hidden))
+        tensors |= norm(f"{theirs}/LayerNorm_{layer}", f"{ours}.hidden.{3 * layer + 1}", hidden)
         hidden_dims.append(hidden)
         width = hidden
     dim = _shape(arrays, f"{theirs}/Dense_{last}/kernel", 2)[1]
-    tensors |= _dense(f"{theirs}/Dense_{last}", f"{ours}.projection", (width, dim))
+    tensors |= dense(f"{theirs}/Dense_{last}", f"{ours}.projection", (width, dim))
     bias = f"{theirs}/Dense_{last}/bias" in arrays
     if not bias:
         del tensors[f"{theirs}/Dense_{last}/bias"]
     return Head(tuple(hidden_dims), dim, bias), tensors
-
-
-def _same(value: np.ndarray) -> np.ndarray:
-    return value
-
-
-def _flat(value: np.ndarray) -> np.ndarray:
-    return value.reshape(-1)
-
-
-def _third(number: int) -> Layout:
-    return lambda value: np.split(value, 3)[number]
-
-
-def _norm(theirs: str, ours: str, width: int) -> dict[str, Tensor]:
-    return {
-        f"{theirs}/scale": Tensor((width,), {f"{ours}.weight": _same}),
-        f"{theirs}/bias": Tensor((width,), {f"{ours}.bias": _same}),
-    }
-
-
-def _dense(theirs: str, ours: str, shape: tuple[int, int]) -> dict[str, Tensor]:
-    return {
-        f"{theirs}/kernel": Tensor(shape, {f"{ours}.weight": np.transpose}),
-        f"{theirs}/bias": Tensor(shape[1:], {f"{ours}.bias": _same}),
-    }
-
-
-def _attention_input(theirs: str, ours: str, shape: tuple[int, int, int]) -> dict[str, Tensor]:
-    return {
-        # (D, heads, head_width) -> (heads * head_width, D)
-        f"{theirs}/kernel": Tensor(shape, {f"{ours}.weight": lambda value: value.reshape(len(value), -1).T}),
-        f"{theirs}/bias": Tensor(shape[1:], {f"{ours}.bias": _flat}),
-    }
-
-
-def _attention_output(theirs: str, ours: str, shape: tuple[int, int, int]) -> dict[str, Tensor]:
-    return {
-        # (heads, head_width, D) -> (D, heads * head_width)
-        f"{theirs}/kernel": Tensor(shape, {f"{ours}.weight": lambda value: value.reshape(-1, value.shape[-1]).T}),
-        f"{theirs}/bias": Tensor(shape[2:], {f"{ours}.bias": _same}),
-    }
-
-
-def _convolution(theirs: str, ours: str, shape: tuple[int, int, int]) -> dict[str, Tensor]:
-    patch, channels, width = shape
-    # HWIO -> OIHW
-    parts = {f"{ours}.weight": lambda value: value.transpose(3, 2, 0, 1)}
-    return {f"{theirs}/kernel": Tensor((patch, patch, channels, width), parts)}

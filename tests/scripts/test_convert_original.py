@@ -1,4 +1,4 @@
-"""`udon convert` through its command: the original's tensors, written out in its formats, embed as they did there."""
+"""`scripts/convert_original.py`: the original's tensors, written out in its formats, embed as they did there."""
 
 import io
 import lzma
@@ -9,7 +9,7 @@ import sys
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -20,7 +20,8 @@ from torch.nn import functional as F
 from transformers import AutoImageProcessor, AutoModel
 
 from modeling_udon import UdonModel
-from modeling_udon.hub.checkpoints import read_arrays
+from scripts.convert_original import main
+from scripts.read_weights import read_arrays
 
 REDUCED = Path(__file__).parents[1] / "reference"
 DOMAINS = ("d0", "d1", "d2")
@@ -31,6 +32,29 @@ AUGREG_NAMES = {
     "MlpBlock_0": "MlpBlock_3",
 }
 STUDENT_HEAD = "universal_student_projection_domain_0"
+
+
+class Done(NamedTuple):
+    """What a command gave back."""
+
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def convert(capsys: pytest.CaptureFixture[str]) -> Callable[..., Done]:
+    """Runs the script's command in this process."""
+
+    def run(*words: object) -> Done:
+        capsys.readouterr()
+        try:
+            code = main(list(map(str, words)))
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        return Done(code, *capsys.readouterr())
+
+    return run
 
 
 @pytest.fixture(scope="module")
@@ -196,13 +220,13 @@ def printed_difference(text: str) -> float:
 
 
 def test_an_augreg_file_becomes_a_backbone_that_computes_as_the_original(
-    udon: Callable[..., Any], vectors: dict[str, np.ndarray], params: dict[str, np.ndarray], tmp_path: Path
+    convert: Callable[..., Any], vectors: dict[str, np.ndarray], params: dict[str, np.ndarray], tmp_path: Path
 ) -> None:
     file = write_augreg(tmp_path / "vit.npz", params)
     np.save(tmp_path / "in.npy", vectors["images"])
     np.save(tmp_path / "out.npy", vectors["d0/out/backbone_out"])
-    done = udon(
-        *("convert", file, "--format", "augreg", "--out", tmp_path / "vit"),
+    done = convert(
+        *(file, "--format", "augreg", "--out", tmp_path / "vit"),
         *("--inputs", tmp_path / "in.npy", "--outputs", tmp_path / "out.npy"),
     )
     assert done.code == 0, done.err
@@ -215,13 +239,13 @@ def test_an_augreg_file_becomes_a_backbone_that_computes_as_the_original(
 
 
 def test_a_flax_checkpoint_becomes_a_student_that_embeds_as_the_original(
-    udon: Callable[..., Any], vectors: dict[str, np.ndarray], params: dict[str, np.ndarray], tmp_path: Path
+    convert: Callable[..., Any], vectors: dict[str, np.ndarray], params: dict[str, np.ndarray], tmp_path: Path
 ) -> None:
     file, out = write_flax(tmp_path / "checkpoint_8", params), tmp_path / "student"
     np.save(tmp_path / "in.npy", vectors["images"])
     np.save(tmp_path / "out.npy", vectors["d0/out/universal_student_embedd"])
-    done = udon(
-        *("convert", file, "--format", "flax", "--out", out),
+    done = convert(
+        *(file, "--format", "flax", "--out", out),
         *("--inputs", tmp_path / "in.npy", "--outputs", tmp_path / "out.npy"),
     )
     assert done.code == 0, done.err
@@ -238,14 +262,14 @@ def test_a_flax_checkpoint_becomes_a_student_that_embeds_as_the_original(
 
 
 def test_the_teachers_of_a_checkpoint_come_along_under_their_domains_names(
-    udon: Callable[..., Any], vectors: dict[str, np.ndarray], params: dict[str, np.ndarray], tmp_path: Path
+    convert: Callable[..., Any], vectors: dict[str, np.ndarray], params: dict[str, np.ndarray], tmp_path: Path
 ) -> None:
     file, out = write_flax(tmp_path / "checkpoint", params, whole_state=False), tmp_path / "student"
-    words = ("convert", file, "--format", "flax", "--out", out, "--keep-teachers")
-    refused = udon(*words, "--domains", "d0", "d1")
+    words = (file, "--format", "flax", "--out", out, "--keep-teachers")
+    refused = convert(*words, "--domains", "d0", "d1")
     assert refused.code == 2
     assert "--domains must name the checkpoint's 3 domains. Got 2." in refused.err
-    assert udon(*words, "--domains", *DOMAINS).code == 0
+    assert convert(*words, "--domains", *DOMAINS).code == 0
     model = UdonModel.from_pretrained(out).eval()
     assert model.config.domains == {"d0": 7, "d1": 11, "d2": 5}
     for name in DOMAINS:
@@ -256,14 +280,14 @@ def test_the_teachers_of_a_checkpoint_come_along_under_their_domains_names(
 
 
 def test_a_checkpoint_without_teachers_gives_the_same_student(
-    udon: Callable[..., Any], vectors: dict[str, np.ndarray], params: dict[str, np.ndarray], tmp_path: Path
+    convert: Callable[..., Any], vectors: dict[str, np.ndarray], params: dict[str, np.ndarray], tmp_path: Path
 ) -> None:
     alone = {name: value for name, value in params.items() if not name.startswith("teacher")}
     file, out = write_flax(tmp_path / "checkpoint", alone), tmp_path / "student"
-    refused = udon("convert", file, "--format", "flax", "--out", out, "--keep-teachers")
+    refused = convert(file, "--format", "flax", "--out", out, "--keep-teachers")
     assert refused.code == 2
     assert "--keep-teachers must go with a checkpoint that has teachers" in refused.err
-    assert udon("convert", file, "--format", "flax", "--out", out).code == 0
+    assert convert(file, "--format", "flax", "--out", out).code == 0
     with torch.no_grad():
         embeds = UdonModel.from_pretrained(out).eval()(images_of(vectors)).image_embeds
     expected = torch.from_numpy(vectors["d1/out/universal_student_embedd"])
@@ -271,21 +295,21 @@ def test_a_checkpoint_without_teachers_gives_the_same_student(
 
 
 def test_a_head_of_another_name_is_taken_by_its_name(
-    udon: Callable[..., Any], params: dict[str, np.ndarray], tmp_path: Path
+    convert: Callable[..., Any], params: dict[str, np.ndarray], tmp_path: Path
 ) -> None:
     renamed = {name.replace(STUDENT_HEAD, "universal_projection"): value for name, value in params.items()}
     file, out = write_flax(tmp_path / "checkpoint", renamed), tmp_path / "student"
-    words = ("convert", file, "--format", "flax", "--out", out)
-    refused = udon(*words)
+    words = (file, "--format", "flax", "--out", out)
+    refused = convert(*words)
     assert refused.code == 2
     assert f"missing {STUDENT_HEAD}/Dense_0/kernel" in refused.err
-    assert udon(*words, "--head", "universal_projection").code == 0
+    assert convert(*words, "--head", "universal_projection").code == 0
     weight = UdonModel.from_pretrained(out).student_head.projection.weight.detach().numpy()
     assert np.array_equal(weight, params[f"{STUDENT_HEAD}/Dense_0/kernel"].T)
 
 
 def test_hidden_layers_of_a_head_and_a_missing_bias_are_converted(
-    udon: Callable[..., Any], vectors: dict[str, np.ndarray], params: dict[str, np.ndarray], tmp_path: Path
+    convert: Callable[..., Any], vectors: dict[str, np.ndarray], params: dict[str, np.ndarray], tmp_path: Path
 ) -> None:
     rng = np.random.default_rng(0)
 
@@ -296,7 +320,7 @@ def test_hidden_layers_of_a_head_and_a_missing_bias_are_converted(
     head |= {"LayerNorm_0/bias": draw(20), "Dense_1/kernel": draw(20, 8)}
     backbone = {name: value for name, value in params.items() if "projection" not in name}
     file = write_flax(tmp_path / "checkpoint", backbone | {f"{STUDENT_HEAD}/{name}": head[name] for name in head})
-    done = udon("convert", file, "--format", "flax", "--out", tmp_path / "student")
+    done = convert(file, "--format", "flax", "--out", tmp_path / "student")
     assert done.code == 0, done.err
     model = UdonModel.from_pretrained(tmp_path / "student").eval()
     assert model.config.head_hidden_dims == [20]
@@ -334,7 +358,7 @@ def test_arrays_in_pieces_and_in_bfloat16_are_read_as_flax_wrote_them(
 @pytest.mark.parametrize("protocol", [3, 4])
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])
 def test_a_clip_file_becomes_a_backbone_that_computes_as_the_authors_code(
-    udon: Callable[..., Any], tower: OpenAiTower, tmp_path: Path, protocol: int, dtype: type
+    convert: Callable[..., Any], tower: OpenAiTower, tmp_path: Path, protocol: int, dtype: type
 ) -> None:
     if dtype is np.float16:
         tower.half().float()
@@ -352,8 +376,8 @@ def test_a_clip_file_becomes_a_backbone_that_computes_as_the_authors_code(
         expected = F.normalize(tower(pixels), dim=-1)
     np.save(tmp_path / "in.npy", images)
     np.save(tmp_path / "out.npy", 3 * expected.numpy())
-    done = udon(
-        *("convert", tmp_path / "clip.npy", "--format", "clip-npy", "--out", tmp_path / "clip"),
+    done = convert(
+        *(tmp_path / "clip.npy", "--format", "clip-npy", "--out", tmp_path / "clip"),
         *("--inputs", tmp_path / "in.npy", "--outputs", tmp_path / "out.npy"),
     )
     assert done.code == 0, done.err
@@ -376,14 +400,14 @@ def test_a_file_that_numpy_saved_is_read(tower: OpenAiTower, tmp_path: Path) -> 
 
 
 def test_a_flax_checkpoint_of_clip_becomes_a_student(
-    udon: Callable[..., Any], tower: OpenAiTower, tmp_path: Path
+    convert: Callable[..., Any], tower: OpenAiTower, tmp_path: Path
 ) -> None:
     rng = np.random.default_rng(0)
     kernel, bias = rng.standard_normal((128, 8)).astype(np.float32), rng.standard_normal(8).astype(np.float32)
     head = {f"{STUDENT_HEAD}/Dense_0/kernel": kernel, f"{STUDENT_HEAD}/Dense_0/bias": bias}
     text = {"logit_scale": np.zeros((), np.float32), "text/positional_embedding": np.zeros((7, 8), np.float32)}
     file = write_flax(tmp_path / "checkpoint", scenic_weights(tower) | head | text)
-    done = udon("convert", file, "--format", "flax", "--out", tmp_path / "student")
+    done = convert(file, "--format", "flax", "--out", tmp_path / "student")
     assert done.code == 0, done.err
     model = UdonModel.from_pretrained(tmp_path / "student").eval()
     pixels = torch.from_numpy(rng.standard_normal((5, 3, 32, 32)).astype(np.float32))
@@ -396,15 +420,15 @@ def test_a_flax_checkpoint_of_clip_becomes_a_student(
 
 @pytest.mark.parametrize("side", [3, 6])
 def test_position_embeddings_of_another_resolution_are_interpolated_as_scipy_does_it(
-    udon: Callable[..., Any], params: dict[str, np.ndarray], tmp_path: Path, side: int
+    convert: Callable[..., Any], params: dict[str, np.ndarray], tmp_path: Path, side: int
 ) -> None:
     ndimage = pytest.importorskip("scipy.ndimage")
     file = write_augreg(tmp_path / "vit.npz", params)
-    words = ("convert", file, "--format", "augreg", "--out", tmp_path / "vit")
-    refused = udon(*words, "--image-size", 50)
+    words = (file, "--format", "augreg", "--out", tmp_path / "vit")
+    refused = convert(*words, "--image-size", 50)
     assert refused.code == 2
     assert "--image-size must be a multiple of the patch size, 8. Got 50." in refused.err
-    done = udon(*words, "--image-size", 8 * side)
+    done = convert(*words, "--image-size", 8 * side)
     assert done.code == 0, done.err
     model = AutoModel.from_pretrained(tmp_path / "vit", add_pooling_layer=False)
     positions = params["Transformer/posembed_input/pos_embedding"][0]
@@ -417,7 +441,7 @@ def test_position_embeddings_of_another_resolution_are_interpolated_as_scipy_doe
 
 @pytest.mark.parametrize("file_format", ["augreg", "flax", "clip-npy"])
 def test_missing_spare_and_misshapen_tensors_are_refused_by_name(
-    udon: Callable[..., Any],
+    convert: Callable[..., Any],
     params: dict[str, np.ndarray],
     tower: OpenAiTower,
     tmp_path: Path,
@@ -430,7 +454,7 @@ def test_missing_spare_and_misshapen_tensors_are_refused_by_name(
     }[file_format]
     file = tmp_path / "file.npz"
 
-    def convert(change: Callable[[dict[str, Any]], object]) -> Any:
+    def convert_changed(change: Callable[[dict[str, Any]], object]) -> Any:
         if file_format == "augreg":
             arrays = dict(np.load(write_augreg(file, params)))
         else:
@@ -443,7 +467,7 @@ def test_missing_spare_and_misshapen_tensors_are_refused_by_name(
         else:
             with file.open("wb") as target:
                 np.save(target, arrays, allow_pickle=True)
-        return udon("convert", file, "--format", file_format, "--out", tmp_path / "out")
+        return convert(file, "--format", file_format, "--out", tmp_path / "out")
 
     def add_spare(arrays: dict[str, Any]) -> None:
         arrays["adapter_7"] = np.zeros(3, np.float32)
@@ -453,12 +477,12 @@ def test_missing_spare_and_misshapen_tensors_are_refused_by_name(
         (add_spare, "spare adapter_7"),
         (lambda arrays: arrays.update({name: np.zeros(3, np.float32)}), f"must have {name} of shape"),
     ):
-        done = convert(change)
+        done = convert_changed(change)
         assert done.code == 2
         assert complaint in done.err
         assert len(done.err.splitlines()) == 1
         assert not (tmp_path / "out").exists()
-    assert convert(lambda arrays: None).code == 0
+    assert convert_changed(lambda arrays: None).code == 0
 
 
 class Attack:
@@ -481,7 +505,7 @@ def write_pickle(path: Path, content: Any) -> Path:
 @pytest.mark.parametrize("place", ["alone", "in a dict", "in an array", "as a key"])
 @pytest.mark.parametrize("function", [os.mkdir, eval, np.load, np.fromfile, getattr])
 def test_a_pickle_that_calls_anything_is_refused_unrun(
-    udon: Callable[..., Any], tower: OpenAiTower, tmp_path: Path, place: str, function: Callable[..., Any]
+    convert: Callable[..., Any], tower: OpenAiTower, tmp_path: Path, place: str, function: Callable[..., Any]
 ) -> None:
     ran = tmp_path / "ran"
     argument = f"__import__('os').mkdir({str(ran)!r})" if function is eval else str(ran)
@@ -493,7 +517,7 @@ def test_a_pickle_that_calls_anything_is_refused_unrun(
         "as a key": {attack: np.zeros(3)},
     }[place]
     file = write_pickle(tmp_path / "clip.npy", content)
-    done = udon("convert", file, "--format", "clip-npy", "--out", tmp_path / "out")
+    done = convert(file, "--format", "clip-npy", "--out", tmp_path / "out")
     assert done.code == 2
     assert "only numpy arrays in containers are read" in done.err
     assert not ran.exists()
@@ -518,17 +542,17 @@ def test_the_attack_works_where_pickles_are_trusted(tmp_path: Path) -> None:
     ],
 )
 def test_a_pickle_of_anything_else_than_arrays_of_numbers_is_refused(
-    udon: Callable[..., Any], tmp_path: Path, content: Any, reason: str
+    convert: Callable[..., Any], tmp_path: Path, content: Any, reason: str
 ) -> None:
     file = write_pickle(tmp_path / "clip.npy", content)
-    done = udon("convert", file, "--format", "clip-npy", "--out", tmp_path / "out")
+    done = convert(file, "--format", "clip-npy", "--out", tmp_path / "out")
     assert done.code == 2
     assert reason in done.err
 
 
 @pytest.mark.parametrize("file_format", ["augreg", "clip-npy", "flax"])
 def test_a_damaged_file_and_one_of_another_kind_are_refused_in_one_line(
-    udon: Callable[..., Any], params: dict[str, np.ndarray], tower: OpenAiTower, tmp_path: Path, file_format: str
+    convert: Callable[..., Any], params: dict[str, np.ndarray], tower: OpenAiTower, tmp_path: Path, file_format: str
 ) -> None:
     file = tmp_path / "weights.npz"
     if file_format == "augreg":
@@ -540,15 +564,15 @@ def test_a_damaged_file_and_one_of_another_kind_are_refused_in_one_line(
     content = file.read_bytes()
     for wrong in (content[: len(content) // 2], b"", b"hello " * 100, content[:60]):
         file.write_bytes(wrong)
-        done = udon("convert", file, "--format", file_format, "--out", tmp_path / "out")
+        done = convert(file, "--format", file_format, "--out", tmp_path / "out")
         assert done.code == 2
         assert f"FILE must be whole and of --format {file_format}" in done.err
         assert len(done.err.splitlines()) == 1
     (tmp_path / "folder").mkdir()
-    done = udon("convert", tmp_path / "folder", "--format", file_format, "--out", tmp_path / "out")
+    done = convert(tmp_path / "folder", "--format", file_format, "--out", tmp_path / "out")
     assert done.code == 2
     assert "a folder; of flax's checkpoints only msgpack is read" in done.err
-    assert udon("convert", tmp_path / "none", "--format", file_format, "--out", tmp_path / "out").code == 1
+    assert convert(tmp_path / "none", "--format", file_format, "--out", tmp_path / "out").code == 1
     assert not (tmp_path / "out").exists()
 
 
@@ -563,7 +587,7 @@ def test_a_damaged_file_and_one_of_another_kind_are_refused_in_one_line(
     ],
 )
 def test_inputs_and_outputs_that_do_not_fit_are_refused(
-    udon: Callable[..., Any],
+    convert: Callable[..., Any],
     params: dict[str, np.ndarray],
     tmp_path: Path,
     inputs: np.ndarray,
@@ -573,11 +597,11 @@ def test_inputs_and_outputs_that_do_not_fit_are_refused(
     file = write_augreg(tmp_path / "vit.npz", params)
     np.save(tmp_path / "in.npy", inputs)
     np.save(tmp_path / "out.npy", outputs)
-    words = ("convert", file, "--format", "augreg", "--out", tmp_path / "vit", "--inputs", tmp_path / "in.npy")
-    alone = udon(*words)
+    words = (file, "--format", "augreg", "--out", tmp_path / "vit", "--inputs", tmp_path / "in.npy")
+    alone = convert(*words)
     assert alone.code == 2
     assert "--inputs and --outputs must be given together" in alone.err
-    done = udon(*words, "--outputs", tmp_path / "out.npy")
+    done = convert(*words, "--outputs", tmp_path / "out.npy")
     assert done.code == 2
     assert reason in done.err
     assert not (tmp_path / "vit").exists()
@@ -592,40 +616,40 @@ def test_inputs_and_outputs_that_do_not_fit_are_refused(
     ],
 )
 def test_options_of_flax_alone_are_refused_elsewhere(
-    udon: Callable[..., Any], params: dict[str, np.ndarray], tmp_path: Path, words: list[str], reason: str
+    convert: Callable[..., Any], params: dict[str, np.ndarray], tmp_path: Path, words: list[str], reason: str
 ) -> None:
     file = write_augreg(tmp_path / "vit.npz", params)
-    done = udon("convert", file, "--format", "augreg", "--out", tmp_path / "vit", *words)
+    done = convert(file, "--format", "augreg", "--out", tmp_path / "vit", *words)
     assert done.code == 2
     assert reason in done.err
 
 
 def test_names_of_domains_without_teachers_are_refused(
-    udon: Callable[..., Any], params: dict[str, np.ndarray], tmp_path: Path
+    convert: Callable[..., Any], params: dict[str, np.ndarray], tmp_path: Path
 ) -> None:
     file = write_flax(tmp_path / "checkpoint", params)
-    done = udon("convert", file, "--format", "flax", "--out", tmp_path / "out", "--domains", *DOMAINS)
+    done = convert(file, "--format", "flax", "--out", tmp_path / "out", "--domains", *DOMAINS)
     assert done.code == 2
     assert "--domains must go with --keep-teachers" in done.err
 
 
 def test_a_model_is_replaced_only_with_force(
-    udon: Callable[..., Any], params: dict[str, np.ndarray], tmp_path: Path
+    convert: Callable[..., Any], params: dict[str, np.ndarray], tmp_path: Path
 ) -> None:
     file = write_augreg(tmp_path / "vit.npz", params)
-    words = ("convert", file, "--format", "augreg", "--out", tmp_path / "vit")
-    assert udon(*words).code == 0
-    refused = udon(*words)
+    words = (file, "--format", "augreg", "--out", tmp_path / "vit")
+    assert convert(*words).code == 0
+    refused = convert(*words)
     assert refused.code == 2
     assert "give --force to replace it" in refused.err
-    assert udon(*words, "--force").code == 0
+    assert convert(*words, "--force").code == 0
 
 
 def test_msgpack_is_named_where_it_is_missing(
-    udon: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    convert: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "checkpoint").write_bytes(b"\x80")
     monkeypatch.setitem(sys.modules, "msgpack", None)
-    done = udon("convert", tmp_path / "checkpoint", "--format", "flax", "--out", tmp_path / "out")
+    done = convert(tmp_path / "checkpoint", "--format", "flax", "--out", tmp_path / "out")
     assert done.code == 1
     assert 'pip install "modeling-udon[convert]"' in done.err
