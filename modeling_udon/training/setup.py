@@ -19,7 +19,7 @@ from modeling_udon.data.domains import Domain
 from modeling_udon.data.label_maps import label_maps
 from modeling_udon.data.sampling import DomainBatchSampler
 from modeling_udon.data.transforms import RandomTransform, TrainTransform
-from modeling_udon.training.backbone import build_udon, check_backbone
+from modeling_udon.training.backbone import build_udon, channel_statistics, check_backbone
 from modeling_udon.training.distillation import Peers, UdonForDistillation
 from modeling_udon.training.extension import load_start, old_student, open_start
 from modeling_udon.training.memory import describe_memory, estimate_prototypes, free_memory
@@ -155,7 +155,7 @@ def build_model(config: TrainConfig, domains: Mapping[str, Domain], accelerator:
         config.loss,
         udon,
         num_classes={name: len(domain.classes) for name, domain in domains.items()},
-        frozen_teachers=_frozen_teachers(config, domains, channel_statistics(config.data, udon.config.backbone_config)),
+        frozen_teachers=_frozen_teachers(config, domains, udon),
         old_student=old,
         takes_features=config.train.heads_only,
         distill_through_backbone=config.ablation.distill_through_backbone,
@@ -208,11 +208,10 @@ def make_sampler(config: TrainConfig, domains: Mapping[str, Domain], accelerator
         raise ConfigError(str(error)) from None
 
 
-def _frozen_teachers(
-    config: TrainConfig, domains: Mapping[str, Domain], statistics: ChannelStatistics
-) -> FrozenTeachers | None:
+def _frozen_teachers(config: TrainConfig, domains: Mapping[str, Domain], udon: UdonModel) -> FrozenTeachers | None:
     if not config.teacher_runs:
         return None
+    statistics = channel_statistics(config.data, config.model, udon.config.backbone_config)
     try:
         return load_frozen_teachers(config.teacher_runs, label_maps(domains), statistics)
     except (ValueError, KeyError, OSError) as error:

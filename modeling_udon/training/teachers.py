@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
+from modeling_udon.auto_classes import UdonModel
 from modeling_udon.data.preprocessing import ChannelStatistics
-from modeling_udon.modeling_udon import UdonModel
 from modeling_udon.run_models import open_teachers
 from modeling_udon.run_record import read_run
 
