@@ -188,7 +188,6 @@ KINDS: dict[str, tuple[Make, str]] = {
     "no column of images": (data(lambda table: table.drop_columns(["image"])), "must be a column of split 'train'"),
     "no validation split": (data(lambda table: None, "validation"), "`domains.blobs.validation_split` must be a split"),
     "a split without labels": (data(lambda table: table.drop_columns(["label"]), "test"), "must hold a label for"),
-    "a batch larger than a domain": (values(train__batch_size=32), "Got 32 with 30 images in 'blobs'"),
 }  # fmt: skip
 
 
