@@ -54,10 +54,8 @@ def read_labels(
     feature = rows.features[spec.label_column]
     if pa.types.is_list(column.type):
         feature = feature.feature
-    if (
-        isinstance(feature, ClassLabel)
-        and (named := _named_by_file(name, spec, column, files, feature.names)) is not None
-    ):
+    named = _named_by_file(name, spec, column, files, feature.names) if isinstance(feature, ClassLabel) else None
+    if named is not None:
         return Labels.from_arrow(named)
 
     def name_of(number: int) -> str:
@@ -97,7 +95,7 @@ def _rows_without(column: pa.ChunkedArray) -> np.ndarray:
 def _named_by_file(
     name: str, spec: DomainSpec, column: pa.ChunkedArray, files: Sequence[str], names_known: Sequence[str]
 ) -> pa.ChunkedArray | None:
-    """The class names of all rows where Parquet files number them differently; `None` where all agree with the names known.
+    """The class names of all rows where Parquet files number them differently; `None` where all agree.
 
     `datasets` takes the names of the first file, even of another split, for those of all.
     """
