@@ -54,7 +54,8 @@ def read_labels(
     feature = rows.features[spec.label_column]
     if pa.types.is_list(column.type):
         feature = feature.feature
-    if isinstance(feature, ClassLabel) and (named := _named_by_file(name, spec, column, files)) is not None:
+    named = _named_by_file(name, spec, column, files, feature.names) if isinstance(feature, ClassLabel) else None
+    if named is not None:
         return Labels.from_arrow(named)
 
     def name_of(number: int) -> str:
@@ -92,16 +93,16 @@ def _rows_without(column: pa.ChunkedArray) -> np.ndarray:
 
 
 def _named_by_file(
-    name: str, spec: DomainSpec, column: pa.ChunkedArray, files: Sequence[str]
+    name: str, spec: DomainSpec, column: pa.ChunkedArray, files: Sequence[str], names_known: Sequence[str]
 ) -> pa.ChunkedArray | None:
-    """The class names of all rows where Parquet files number them differently; `None` where they agree.
+    """The class names of all rows where Parquet files number them differently; `None` where all agree.
 
-    `datasets` takes the names of the first file for those of all.
+    `datasets` takes the names of the first file, even of another split, for those of all.
     """
     if not files or not all(file.endswith(".parquet") for file in files):
         return None
     found = of_all(lambda file: read_parquet(file, lambda parquet: _class_names(parquet, spec.label_column)), files)
-    if len({names for names, _ in found}) == 1:
+    if {names for names, _ in found} in ({None}, {tuple(names_known)}):
         return None
     parts, start = [], 0
     for file, (names, num_rows) in zip(files, found, strict=True):

@@ -88,7 +88,7 @@ def open_data(spec: DomainSpec, seed: int = 0) -> OpenedData:
         if isinstance(builder, FolderBasedBuilder):
             _check_all_pictures_are_used(spec, files)
         builder.download_and_prepare()
-        return OpenedData(builder.as_dataset(), _opened_from(spec, builder.dataset_name, files), files)
+        return OpenedData(builder.as_dataset(), _opened_from(spec, builder.name, files), files)
 
 
 def why_not_opened(error: Exception) -> str:

@@ -57,8 +57,8 @@ class DomainBatchSampler(Sampler[BatchDraw]):
         row_groups: Of the domains that are streamed, how their rows lie; the others are shuffled as a whole.
 
     Raises:
-        ValueError: If a domain has no images, the batch cannot be shared equally, or weights are missing, not
-            positive, or given for a strategy that has its own.
+        ValueError: If the batch cannot be shared equally, or weights are missing, not positive, or given for a strategy
+            that has its own.
     """
 
     def __init__(
@@ -79,13 +79,10 @@ class DomainBatchSampler(Sampler[BatchDraw]):
                 f"`train.batch_size` must be a multiple of the number of processes. Got {batch_size} with {world_size}."
             )
         self.names = tuple(sizes)
-        self.num_steps = num_steps
-        self.step = 0
+        self.num_steps, self.step = num_steps, 0
         self._sizes = np.asarray([sizes[name] for name in self.names], dtype=np.int64)
-        self._batch_size = batch_size
-        self._strategy = strategy
-        self._update_every = update_every
-        self._seed = seed
+        self._batch_size, self._seed = batch_size, seed
+        self._strategy, self._update_every = strategy, update_every
         self._slice = slice(rank * batch_size // world_size, (rank + 1) * batch_size // world_size)
         self._dynamic = DynamicWeights(len(self.names))
         self._dynamic.weights = start_weights(self.names, self._sizes, strategy, weights)

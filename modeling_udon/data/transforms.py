@@ -13,6 +13,9 @@ import numpy as np
 import torch
 from PIL import Image
 
+# What the transforms begin with, so that preprocessing has one address.
+from modeling_udon.data.images import decode_image as decode_image
+
 # A longer side of more than this many shorter sides loses its ends before the resize, not only after it.
 MAX_ASPECT_RATIO = 32
 

@@ -1,0 +1,111 @@
+"""What a domain is opened from: names and numbers of classes stay what the files say, and nothing is lost silently."""
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
+from PIL import Image as PILImage
+
+from modeling_udon.data.dataset import read_images
+from modeling_udon.data.domains import find_doubts, open_domain
+from modeling_udon.domain_spec import DomainSpec
+
+NAMES = ["ant", "bee", "cat", "dog"]
+
+
+def picture(seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 201, (6, 8, 3)).astype(np.uint8)
+
+
+def write_png(path: Path, seed: int) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    PILImage.fromarray(picture(seed)).save(path)
+
+
+def write_named(path: Path, names: list[str], classes: list[str]) -> None:
+    features = Features({"image": Image(), "label": ClassLabel(names=names)})
+    images = [PILImage.fromarray(picture(seed)) for seed in range(len(classes))]
+    rows = {"image": images, "label": [names.index(name) for name in classes]}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Dataset.from_dict(rows, features=features).to_parquet(path)
+
+
+def spec_of(path: Path | str, **values: object) -> DomainSpec:
+    return DomainSpec.model_validate({"path": str(path), "validation_split": None, "test_split": None, **values})
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_files_that_number_their_classes_differently_keep_their_own_names(tmp_path: Path, streaming: bool) -> None:
+    write_named(tmp_path / "train-0.parquet", NAMES, ["ant", "bee"])
+    write_named(tmp_path / "train-1.parquet", NAMES[::-1], ["cat", "dog", "ant"])
+    write_named(tmp_path / "test.parquet", ["dog", "bee"], ["bee", "dog"])
+    domain = open_domain("a", spec_of(tmp_path, test_split="test", streaming=streaming))
+    assert [domain.classes[label] for label in domain.labels] == ["ant", "bee", "cat", "dog", "ant"]
+    assert list(domain.evaluation["test"].query.labels) == ["bee", "dog"]
+
+
+def test_text_of_metadata_csv_is_not_taken_for_numbers(tmp_path: Path) -> None:
+    labels = {"train": ["007", "7", "07", "8"], "test": ["1", "2", "1", "2"]}
+    for split, of_split in labels.items():
+        lines = [f"{row}.png,{label}" for row, label in enumerate(of_split)]
+        for row in range(4):
+            write_png(tmp_path / split / f"{row}.png", row)
+        (tmp_path / split / "metadata.csv").write_text("\n".join(["file_name,label", *lines, ""]))
+    domain = open_domain("a", spec_of(tmp_path, test_split="test"))
+    assert domain.classes == ("007", "07", "7", "8")
+    assert list(domain.evaluation["test"].query.labels) == labels["test"]
+
+
+def test_a_class_named_like_a_split_does_not_lose_the_others(tmp_path: Path) -> None:
+    for seed, name in enumerate(["train", "bus", "car"]):
+        write_png(tmp_path / name / "1.png", seed)
+    with pytest.raises(ValueError, match="only 1 of its 3 pictures lie in what `datasets` takes for splits"):
+        open_domain("a", spec_of(tmp_path))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("kind", ["grey", "fractions", "colours first"])
+def test_arrays_are_images_of_the_same_levels(tmp_path: Path, streaming: bool, kind: str) -> None:
+    pictures = [picture(seed) for seed in range(4)]
+    stored = {
+        "grey": [one[:, :, 0].tolist() for one in pictures],
+        "fractions": [(one / 255).tolist() for one in pictures],
+        "colours first": [one.transpose(2, 0, 1).tolist() for one in pictures],
+    }[kind]
+    pq.write_table(pa.table({"image": stored, "label": [0, 0, 1, 1]}), tmp_path / "train.parquet")
+    domain = open_domain("a", spec_of(tmp_path, streaming=streaming))
+    for found, expected in zip(read_images(domain.images, np.arange(4), "a"), pictures, strict=True):
+        np.testing.assert_array_equal(found, expected[:, :, :1].repeat(3, 2) if kind == "grey" else expected)
+    assert find_doubts(domain) == []
+
+
+def test_images_of_nearly_one_value_are_told(tmp_path: Path) -> None:
+    flat = [np.full((6, 8), 40 + row, np.uint8).tolist() for row in range(4)]
+    pq.write_table(pa.table({"image": flat, "label": [0, 0, 1, 1]}), tmp_path / "train.parquet")
+    (line,) = find_doubts(open_domain("a", spec_of(tmp_path)))
+    assert line.startswith("`domains.a`: 4 of 4 images that were looked at are of nearly one value")
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_what_save_to_disk_wrote_opens_with_or_without_splits(tmp_path: Path, whole: bool) -> None:
+    rows = {"image": [PILImage.fromarray(picture(seed)) for seed in range(2)], "label": ["a", "b"]}
+    data = Dataset.from_dict(rows, features=Features({"image": Image(), "label": Value("string")}))
+    (DatasetDict({"train": data}) if whole else data).save_to_disk(str(tmp_path / "d"))
+    domain = open_domain("a", spec_of(tmp_path / "d"))
+    assert domain.classes == ("a", "b") and domain.opened_from is not None
+    assert (domain.opened_from.builder, domain.opened_from.path) == ("save_to_disk", str(tmp_path / "d"))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_relative_path_that_looks_like_a_hub_id_is_recorded_as_local(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, streaming: bool
+) -> None:
+    write_named(tmp_path / "data" / "client" / "train.parquet", NAMES, NAMES)
+    monkeypatch.chdir(tmp_path)
+    for spec in (spec_of("data/client"), spec_of("parquet", data_files="data/client/train.parquet")):
+        opened = open_domain("a", spec.model_copy(update={"streaming": streaming})).opened_from
+        assert opened is not None and opened.hub_id is None
+        assert opened.builder == "parquet" and str(opened.path).startswith(str(tmp_path / "data" / "client"))
