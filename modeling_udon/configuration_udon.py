@@ -34,7 +34,7 @@ class BackboneFacts(NamedTuple):
 _NAFLEX = "it takes patches, masks and shapes in place of images (NaFlex); take a SigLIP2 checkpoint of fixed size"
 _MASKED = "it hides random patches of each image, so that its features are not deterministic; take its ViT weights"
 
-# One line for each model type that was tried; tests train and publish each of them.
+# By model type. `tests/test_backbones.py` saves and loads a tiny student of each, but for those it lists as absent.
 BACKBONES = {
     "vit": BackboneFacts(1, "cls", None, "request", "standard"),
     "deit": BackboneFacts(2, "cls", None, "request", "imagenet"),

@@ -60,7 +60,8 @@ TINY = {
         "num_attention_heads": [1, 2, 2, 2],
     },
 }
-# What this environment cannot build: timm is not installed, and AutoModel does not know the others' towers.
+# Not tried: timm is not installed here, AutoModel does not know MetaCLIP2's tower, Hiera takes its sizes in lists, and
+# `mlcd` is another name of `mlcd_vision_model`.
 ABSENT = {"timm_wrapper", "metaclip_2_vision_model", "mlcd", "hiera"}
 REFUSED = {name for name, facts in BACKBONES.items() if facts.refusal}
 
