@@ -55,7 +55,6 @@ def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
         ({"domains__blobs__label_column": "image"}, ["`domains.blobs.label_column` must hold integers, ClassLabel or"]),
         ({"domains__blobs__test_split": "tset"}, ["`domains.blobs.test_split`", "train, validation, test", "'tset'"]),
         ({"train__accumulation_steps": 3}, ["`train.batch_size` must be a multiple of", "Got 16 with 1 x 3"]),
-        ({"data__image_size": 24}, ["`data.image_size` must be the backbone's, 16. Got 24."]),
         ({"sampling__weights": {"blobs": 1}}, ["`sampling.weights` must be given for strategy 'fixed' and for no"]),
         ({"sampling__strategy": "fixed"}, ["`sampling.weights` must be given for strategy 'fixed'"]),
         ({"model__backbone_config__hiden_size": 16}, ["`model.backbone_config`", "the unknown key `hiden_size`"]),
