@@ -294,11 +294,11 @@ class Served(NamedTuple):
 def serve_page(searchable: Searchable) -> Callable[..., AbstractContextManager[Served]]:
     """Runs `udon app` on the searchable pictures, in a process of its own since Gradio leaves sockets open.
 
-    Takes further arguments.
+    Takes further arguments, and a program to run before the command.
     """
 
     @contextmanager
-    def serving(*arguments: object) -> Iterator[Served]:
+    def serving(*arguments: object, before: str = "") -> Iterator[Served]:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
@@ -306,7 +306,7 @@ def serve_page(searchable: Searchable) -> Callable[..., AbstractContextManager[S
         # A shell's background job ignores Ctrl+C, and so would its children.
         listen = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
         with subprocess.Popen(
-            [sys.executable, "-m", "modeling_udon.cli", *map(str, command)],
+            [sys.executable, "-c", f"{before}\nfrom modeling_udon.cli import main\nmain()", *map(str, command)],
             env=os.environ | {"PYTHONPATH": str(ROOT)},
             stdout=subprocess.PIPE,
             text=True,

@@ -16,7 +16,7 @@ from modeling_udon.data.folders import walk_images
 from modeling_udon.data.images import decode_image
 from modeling_udon.encoder import Encoder
 from modeling_udon.search.index import ImageIndex
-from modeling_udon.search.limits import Middleware, RateLimit
+from modeling_udon.search.limits import Middleware, NoAddresses, RateLimit
 from modeling_udon.search.query import QueryResult, check_model, search_decoded
 from modeling_udon.search.results_page import html_text, neighbour_list
 from modeling_udon.text import printable
@@ -242,6 +242,9 @@ def start(
     )
     page.queue(max_size=_MOST_WAITING)
     limits = [Middleware(RateLimit, (), {"per_minute": requests_per_minute})] if requests_per_minute else []
+    limits.append(Middleware(NoAddresses, (), {}))
+    # The server would believe what any program on this machine, a tunnel among them, says of its client's address.
+    os.environ.setdefault("FORWARDED_ALLOW_IPS", "")
     try:
         _, local, public = page.launch(
             server_name=host,

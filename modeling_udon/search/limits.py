@@ -1,11 +1,15 @@
-"""What one address may ask of the page: a number of requests a minute."""
+"""What the page lets in: a number of requests per minute and address, and no request that names an address to fetch."""
 
+import json
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any, NamedTuple
 
 SECONDS = 60
+# A search is a few hundred bytes.
+MAX_REQUEST_BYTES = 2**20
+_ADDRESSES = ("http:", "https:")
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -45,6 +49,69 @@ class RateLimit:
             self._minute, self._sent = minute, Counter()
         self._sent[address] += 1
         return self._sent[address] <= self._per_minute
+
+
+class NoAddresses:
+    """Answers 400 to a request that names another server's file as a picture, before Gradio would fetch it.
+
+    Gradio downloads whatever address a client puts into `path`, of any size. Uploads bring bytes and are let through.
+
+    Args:
+        app: The page's server, in the form of ASGI.
+    """
+
+    def __init__(self, app: App) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+        """Serves one request."""
+        is_upload = scope["type"] == "http" and scope["path"].rstrip("/").endswith("/upload")
+        if scope["type"] != "http" or scope["method"] in ("GET", "HEAD", "OPTIONS") or is_upload:
+            await self._app(scope, receive, send)
+            return
+        body, more = b"", True
+        while more and len(body) <= MAX_REQUEST_BYTES:
+            message = await receive()
+            body += message.get("body", b"")
+            more = message.get("more_body", False)
+        if len(body) > MAX_REQUEST_BYTES:
+            await _refuse(send, 413, b"A search is smaller than this request.")
+        elif names_address(body):
+            await _refuse(send, 400, b"A picture must be uploaded; addresses are not fetched.")
+        else:
+            await self._app(scope, _replay(body, receive), send)
+
+
+def names_address(body: bytes) -> bool:
+    """Whether JSON holds, at any depth, a `path` that is an address on the web."""
+    try:
+        waiting = [json.loads(body)]
+    except (ValueError, RecursionError):
+        return False  # The server cannot read it either.
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, dict):
+            path = value.get("path")
+            if isinstance(path, str) and path.strip().lower().startswith(_ADDRESSES):
+                return True
+            waiting += value.values()
+        elif isinstance(value, list):
+            waiting += value
+    return False
+
+
+def _replay(body: bytes, receive: Receive) -> Receive:
+    parts = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def replayed() -> Message:
+        return parts.pop() if parts else await receive()
+
+    return replayed
+
+
+async def _refuse(send: Send, status: int, text: bytes) -> None:
+    await send({"type": "http.response.start", "status": status, "headers": [(b"content-type", b"text/plain")]})
+    await send({"type": "http.response.body", "body": text})
 
 
 class Middleware(NamedTuple):

@@ -119,6 +119,49 @@ def test_a_request_reads_no_file_that_was_not_uploaded(visitor, uploaded, search
         assert visitor.client.get(f"{visitor.address}gradio_api/file={path}").status_code == 403
 
 
+# A name that leads to this machine and counts as an address anywhere on the web.
+PUBLIC = """
+import ipaddress, socket, safehttpx
+lookup = socket.getaddrinfo
+def found(host, *more, **named):
+    return lookup("127.0.0.1" if host == "pictures.example" else host, *more, **named)
+socket.getaddrinfo = found
+safehttpx.is_public_ip = lambda ip: True
+"""
+
+
+def test_no_address_that_a_client_names_is_fetched_though_it_be_public(serve_page, searchable, elsewhere) -> None:
+    address, asked = elsewhere
+    public = address.replace("127.0.0.1", "pictures.example")
+    with serve_page("--requests-per-minute", 0, before=PUBLIC) as page, visiting(page.address) as one:
+        # Not the picture of the other page: what a page was sent it deletes at its end, and names are by content.
+        picture = one.upload((searchable.pictures / "tools" / "2.png").read_bytes()).json()[0]
+        for path in (f"{public}/a.png", f"{public}/b.png".replace("http", "HTTP"), f" {public}/c.png"):
+            for values in (
+                (file_data(path), "", 3),
+                ({"path": path}, "", 3),
+                (file_data(picture), file_data(path), 3),
+                (file_data(picture), "", [{"x": file_data(path)}]),
+            ):
+                assert one.search(*values).startswith("400 A picture must be uploaded")
+            data = {"data": [file_data(path), "", 3], "fn_index": 0, "session_hash": "x"}
+            for call in ("gradio_api/queue/join", "gradio_api/run/search", "gradio_api/api/search"):
+                assert one.client.post(page.address + call, json=data).status_code == 400
+            encoded = json.dumps(data).encode("utf-16")
+            assert one.client.post(page.address + "gradio_api/queue/join", content=encoded).status_code == 400
+        assert asked == [] and "tools/2.png" in one.search(file_data(picture), "", 3)
+        assert one.client.post(page.address + "gradio_api/queue/join", content=bytes(2**21)).status_code == 413
+
+
+def test_a_header_does_not_make_another_address_of_a_client(serve_page) -> None:
+    with serve_page("--requests-per-minute", 2) as page, visiting(page.address) as one:
+        while time.monotonic() % 60 > 50:  # the minute must not end in between
+            time.sleep(0.5)
+        call, files = f"{page.address}gradio_api/upload", {"files": b"x"}
+        told = [one.client.post(call, files=files, headers={"X-Forwarded-For": f"10.0.0.{n}"}) for n in range(4)]
+        assert [answer.status_code for answer in told] == [200, 200, 429, 429]
+
+
 @pytest.mark.parametrize(
     ("domain", "k"),
     [("", "many"), ("", None), ("", [1]), ("", {}), (3, 3), (["plants"], 3), ({"a": 1}, 3), ("", "1e999"), ("", True)],
