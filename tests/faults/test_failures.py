@@ -44,7 +44,7 @@ FAILURES: dict[str, tuple[Patch, str]] = {
     "no memory in a step": (at(Trainer, "train_step", 5, allocate), "out of memory ("),
     "a worker is killed": (at(Trainer, "train_step", 2, kill_a_worker), "a process that decodes images (pid "),
     "no memory in a validation": (
-        at(assessment, "evaluate_model", 2, raising(MemoryError())),
+        at(assessment.Assessment, "validate", 2, raising(MemoryError())),
         "out of memory (Mem",
     ),
     "full disk in a manifest": (at(checkpoint, "_write_json", 2, raising(FULL)), "the disk is full at /somewhere"),
@@ -74,7 +74,7 @@ def test_a_process_whose_partner_dies_ends_within_a_minute_and_the_pair_goes_on(
     whole_pair: Any, make_values: Values, write: Any, start: Any, tmp_path: Path, tell: Any
 ) -> None:
     config = write(make_values(tmp_path, **whole_pair.changes))
-    moments = [("in a step", Trainer, "train_step", 5), ("in a validation", assessment, "evaluate_model", 1)]
+    moments = [("in a step", Trainer, "train_step", 5), ("in a validation", assessment.Assessment, "validate", 1)]
     for (moment, owner, name, call), rank in zip(moments, (1, 0), strict=True):
         pair = start(config, "--resume", num_processes=2, before=at(owner, name, call, die, ranks=(rank,)))
         pair.processes[rank].join()

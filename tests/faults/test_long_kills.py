@@ -51,7 +51,7 @@ class Clock:
 
     def start(self) -> None:
         self._enter(Trainer, "catch_up", "start", then="step")
-        self._enter(assessment, "evaluate_model", "validation")
+        self._enter(assessment.Assessment, "validate", "validation")
         self._enter(Assessment, "keep_best", "best")
         self._enter(trainer, "save_checkpoint", "checkpoint")
         self._enter(Trainer, "finish", "end", then="end")

@@ -44,11 +44,11 @@ def test_a_stopped_run_saves_its_step_and_goes_on_as_if_nothing_had_been(
     whole: Any, make_values: Values, write: Any, start: Any, tmp_path: Path, tell: Any
 ) -> None:
     stops = [
-        (TERM, at(assessment, "evaluate_model", 1, signalling(TERM)), ""),
+        (TERM, at(assessment, "search_model", 1, signalling(TERM)), ""),
         (INT, at(Trainer, "train_step", 2, signalling(INT)), "step-00000002"),
-        (TERM, at(assessment, "evaluate_model", 1, signalling(TERM)), "step-00000005"),
+        (TERM, at(assessment, "search_model", 1, signalling(TERM)), "step-00000005"),
         (INT, at(Trainer, "train_step", 6, signalling(INT)), "step-00000011"),
-        (TERM, at(assessment, "search_model", 1, signalling(TERM)), "step-00000011"),
+        (TERM, at(assessment, "search_model", 2, signalling(TERM)), "step-00000011"),
     ]
     stop_and_go_on(start, write(make_values(tmp_path, **whole.changes)), stops, 1, tmp_path / "run")
     whole.compare(tmp_path / "run")
@@ -61,7 +61,7 @@ def test_two_processes_stop_after_the_same_step_when_one_of_them_is_asked(
     stops = [
         # The others learn of it with the next step.
         (TERM, at(Trainer, "train_step", 1, signalling(TERM), ranks=(1,)), "step-00000002"),
-        (INT, at(assessment, "evaluate_model", 1, signalling(INT)), "step-00000005"),
+        (INT, at(assessment, "search_model", 1, signalling(INT)), "step-00000005"),
         (TERM, at(Trainer, "train_step", 3, signalling(TERM), ranks=(0,)), "step-00000009"),
     ]
     stop_and_go_on(start, write(make_values(tmp_path, **whole_pair.changes)), stops, 2, tmp_path / "run")
