@@ -1,6 +1,9 @@
 """The documentation site: `make docs`."""
 
+from sphinx.application import Sphinx
+
 from modeling_udon import __version__
+from modeling_udon.config_reference import describe_configuration
 
 project = "UDON for Hugging Face"
 version = release = __version__
@@ -23,3 +26,14 @@ copybutton_prompt_text = "$ "
 exclude_patterns = ["_build"]
 # Blocks of terminal output have no language.
 suppress_warnings = ["misc.highlighting_failure"]
+
+
+def add_configuration(app: Sphinx, page: str, source: list[str]) -> None:
+    """Puts the tables of all keys, made from the code, on the page of the configuration."""
+    if page == "reference/configuration":
+        source[0] += "\n" + describe_configuration()
+
+
+def setup(app: Sphinx) -> None:
+    """Called by Sphinx."""
+    app.connect("source-read", add_configuration)

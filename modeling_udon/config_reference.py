@@ -1,8 +1,12 @@
-"""Reference of the configuration: a Markdown table for each section, made from the descriptions of its keys."""
+"""Reference of the configuration: a Markdown table for each section, made from the descriptions of its keys.
+
+`make docs` puts it on the page `docs/reference/configuration.md`; `python -m modeling_udon.config_reference` prints it.
+"""
 
 import json
+import sys
 import types
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
@@ -10,18 +14,16 @@ from pydantic.fields import FieldInfo
 from modeling_udon.config import TrainConfig
 from modeling_udon.domain_spec import DomainSpec
 
-_INTRODUCTION = """# Configuration
-
-Every key of a run's YAML file, made from the code. On the command line, `--section.key value` overrides a key.
-"""
+# Bounds as pydantic keeps them, and how a table says them.
+_BOUNDS = {"gt": "above {}", "ge": "at least {}", "lt": "below {}", "le": "at most {}"}
 
 
 def describe_configuration() -> str:
-    """Returns the page `docs/reference/configuration.md`."""
+    """Returns a table of keys for the run, for each section and for a domain, as Markdown."""
     fields = TrainConfig.model_fields
     sections = {name: model for name, field in fields.items() if (model := _section_of(field)) is not None}
     run = {name: field for name, field in fields.items() if name not in sections}
-    parts = [_INTRODUCTION, _table("The run", TrainConfig.__doc__, run, "")]
+    parts = [_table("The run", "Keys at the top of the file.", run, "")]
     parts += [_table(f"`{name}`", model.__doc__, model.model_fields, f"{name}.") for name, model in sections.items()]
     parts.append(_table("A domain", DomainSpec.__doc__, DomainSpec.model_fields, "domains.NAME."))
     return "\n".join(parts)
@@ -37,11 +39,25 @@ def _section_of(field: FieldInfo) -> type[BaseModel] | None:
 def _table(title: str, summary: str | None, fields: dict[str, FieldInfo], prefix: str) -> str:
     lines = [f"## {title}", "", summary or "", "", "| key | default | values | meaning |", "|---|---|---|---|"]
     for name, field in fields.items():
-        default = "required" if field.is_required() else f"`{json.dumps(field.get_default(), default=str)}`"
+        default = "required" if field.is_required() else f"`{json.dumps(_plain(field.get_default()), default=str)}`"
         meaning = " ".join((field.description or "").split())
-        cells = (f"`{prefix}{name}`", default, _kind(field.annotation), meaning)
+        cells = (f"`{prefix}{name}`", default, _values(field), meaning)
         lines.append(f"| {' | '.join(cell.replace('|', '&#124;') for cell in cells)} |")
     return "\n".join([*lines, ""])
+
+
+def _plain(default: Any) -> Any:
+    return list(default) if isinstance(default, tuple) else default
+
+
+def _values(field: FieldInfo) -> str:
+    bounds = [
+        words.format(f"{getattr(bound, name):,}")
+        for bound in field.metadata
+        for name, words in _BOUNDS.items()
+        if hasattr(bound, name)
+    ]
+    return ", ".join([_kind(field.annotation), *bounds])
 
 
 def _kind(annotation: Any) -> str:
@@ -51,12 +67,18 @@ def _kind(annotation: Any) -> str:
         return "`null`"
     if origin is Literal:
         return ", ".join(f"`{value}`" for value in inner)
-    if origin in (dict, tuple, list):
+    if origin is dict:
+        return f"mapping of {_kind(inner[0])} to {_kind(inner[1])}"
+    if origin in (tuple, list):
         values = dict.fromkeys(_kind(kind) for kind in inner if kind is not Ellipsis)
-        return f"{'mapping' if origin is dict else 'list'} of {', '.join(values)}"
-    if origin is types.UnionType:
+        return f"list of {', '.join(values)}"
+    if origin in (types.UnionType, Union):
         return " or ".join(map(_kind, inner))
     if origin is not None:
         return _kind(inner[0])
     names = {bool: "true or false", int: "integer", float: "number", str: "text", Any: "any"}
-    return "domain, see below" if annotation is DomainSpec else names.get(annotation, "path")
+    return "domain (last table)" if annotation is DomainSpec else names.get(annotation, "path")
+
+
+if __name__ == "__main__":
+    sys.stdout.write(describe_configuration())

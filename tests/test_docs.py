@@ -1,5 +1,6 @@
-"""The documentation: links lead somewhere, the site builds, Python snippets run."""
+"""The documentation: links lead somewhere, the site builds, public names and keys of the config are explained."""
 
+import inspect
 import os
 import re
 import subprocess
@@ -8,8 +9,14 @@ from pathlib import Path
 
 import pytest
 
+import modeling_udon
+from modeling_udon.config_reference import describe_configuration
+from modeling_udon.search.query import search_images
+
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "metrics").rglob("*.md")])
+TABLES = describe_configuration()
+KEYS = re.findall(r"^\| `([^`]+)`", TABLES, flags=re.MULTILINE)
 LINK = re.compile(r"\]\(([^)\s{}]+)\)")
 
 
@@ -64,3 +71,35 @@ def test_the_site_builds_without_a_warning(tmp_path):
     )
     assert built.returncode == 0, built.stderr
     assert (tmp_path / "site" / "index.html").is_file()
+    reference = (tmp_path / "site" / "reference" / "configuration.html").read_text(encoding="utf-8")
+    assert [key for key in KEYS if f">{key}<" not in reference] == []
+
+
+def test_every_public_name_is_on_the_page_of_the_api() -> None:
+    page = (ROOT / "docs" / "reference" / "api.md").read_text(encoding="utf-8")
+    documented = set(re.findall(r"auto(?:class|function):: ([\w.]+)", page))
+    for public in set(modeling_udon.__all__) - {"__version__", "search"}:
+        found = getattr(modeling_udon, public)
+        assert {f"{found.__module__}.{found.__qualname__}", f"modeling_udon.{public}"} & documented, public
+    assert "modeling_udon.search.query.search_images" in documented
+
+
+@pytest.mark.parametrize("function", ["build_index", "embed", "evaluate", "load_config", "push", "search", "train"])
+def test_a_public_function_says_of_each_argument_what_it_is_and_what_is_raised(function: str) -> None:
+    called = getattr(modeling_udon, function)
+    called = called if inspect.isfunction(called) else search_images
+    described = inspect.getdoc(called) or ""
+    signature = inspect.signature(called)
+    assert signature.return_annotation is not inspect.Signature.empty
+    assert "\nRaises:\n" in described
+    for name, parameter in signature.parameters.items():
+        assert parameter.annotation is not inspect.Parameter.empty, name
+        assert re.search(rf"^    {name}: .", described, flags=re.MULTILINE), name
+
+
+def test_every_key_of_the_config_has_a_sentence_of_its_own() -> None:
+    for key in KEYS:
+        (meaning,) = re.findall(rf"^\| `{re.escape(key)}` \|.*\| ([^|]+) \|$", TABLES, flags=re.MULTILINE)
+        words = set(re.findall(r"[a-z]+", meaning.lower()))
+        assert re.match(r"[`A-Z].*\.$", meaning), (key, meaning)
+        assert len(words - set(re.findall(r"[a-z]+", key))) >= 2, (key, meaning)

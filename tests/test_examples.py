@@ -23,6 +23,15 @@ def test_own_domains_are_trained_and_scored(monkeypatch, capsys, tiny_config, ti
     assert "dots: R@1 " in said and f"the student is in {tmp_path / 'runs' / 'mine' / 'best'}" in said
 
 
+def test_a_model_is_scored_on_domains_by_name(monkeypatch, capsys, searchable, tiny_domains) -> None:
+    run(monkeypatch, "evaluate_model.py", searchable.model, f"dots={tiny_domains / 'blobs'}")
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert [line[:3] for line in lines] == [
+        [index, domain, "R@1"] for index in ("merged", "separate") for domain in ("dots", "mean")
+    ]
+    assert all(0 < float(line[3].rstrip("%")) <= 100 for line in lines)
+
+
 def test_the_nearest_photo_is_the_query_itself(monkeypatch, capsys, searchable) -> None:
     query = sorted(searchable.pictures.rglob("*.png"))[0]
     run(monkeypatch, "search_photos.py", query, searchable.pictures, "--model", searchable.model, "-k", 2)
