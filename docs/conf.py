@@ -15,6 +15,8 @@ extensions = [
 ]
 html_theme = "furo"
 html_title = project
+html_use_index = False
+html_show_sourcelink = False
 myst_heading_anchors = 3
 myst_enable_extensions = ["colon_fence"]
 autodoc_typehints = "description"

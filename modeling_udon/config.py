@@ -31,7 +31,7 @@ class TrainSection(Section):
     """Length and shape of the run."""
 
     num_steps: int | None = Field(None, gt=0, le=10**12)
-    """Optimiser steps of the whole run."""
+    """Optimiser steps."""
     num_epochs: float | None = Field(None, gt=0, le=10**6)
     """Passes over as many images as all domains have together, instead of `num_steps`."""
     batch_size: int = Field(128, gt=1)
