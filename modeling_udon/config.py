@@ -1,5 +1,6 @@
 """Training configuration: typed, frozen, checked sections, which `config_file.py` reads."""
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -89,6 +90,22 @@ class EvalConfig(Section):
     """Steps between two validations; the start and the end are always measured."""
     batch_size: int = Field(128, gt=0)
     """Images of one forward pass on each process."""
+    metric: str = "R@1"
+    """What the best student is chosen by, its mean over the domains on the merged index: `R@k`, `mMP@k` or `mAP@R`."""
+    max_images: int | None = Field(None, gt=1)
+    """About so many queries of each domain at a validation: whole classes, drawn by the seed; the test is always whole.
+    `null` takes all."""
+    patience: int | None = Field(None, gt=0)
+    """Validations in a row without a better student that end the run early; `null` never does."""
+    baselines: bool = True
+    """Whether the untrained backbone and raw pixels are scored on the test split as well, before the first step."""
+
+    @field_validator("metric")
+    @classmethod
+    def _known(cls, metric: str) -> str:
+        if not re.fullmatch(r"(R|mMP)@[1-9]\d*|mAP@R", metric):
+            raise ValueError("must be `R@k` or `mMP@k` with k from 1, or `mAP@R`")
+        return metric
 
 
 class LogConfig(Section):

@@ -7,7 +7,7 @@ overrides both. Unknown keys, wrong types and values out of range are refused by
 import difflib
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from modeling_udon.config import ConfigError, TrainConfig
+from modeling_udon.config_sections import Section
 from modeling_udon.domain_spec import DomainSpec
 from modeling_udon.run_record import MOVED, REMOVED, OldRunError, RunRecord, read_run
 from modeling_udon.strict_yaml import load_strict
@@ -76,6 +77,23 @@ def load_config(
 def dump_config(config: TrainConfig) -> dict[str, Any]:
     """Returns the resolved config as YAML and JSON take it."""
     return config.model_dump(mode="json")
+
+
+def with_defaults(saved: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the saved config of a run with keys that came to be after it, whose defaults are what it did.
+
+    Args:
+        saved: What `dump_config` gave, and other keys, which stay.
+    """
+    filled = {key: dict(value) if isinstance(value, dict) else value for key, value in saved.items()}
+    for name, field in TrainConfig.model_fields.items():
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, Section):
+            filled[name] = kind.model_construct().model_dump(mode="json") | filled.get(name, {})
+    filled["domains"] = {
+        name: DomainSpec.model_validate(spec).model_dump(mode="json") for name, spec in filled["domains"].items()
+    }
+    return filled
 
 
 def read_initial_run(folder: Path) -> RunRecord:

@@ -78,6 +78,18 @@ class Labels:
             return self
         return replace(self, starts=None)
 
+    def first_of_each(self) -> np.ndarray:
+        """Positions in `names` of each image's label, the first where it has several, of shape `(num_images,)`."""
+        return self.codes if self.starts is None else self.codes[self.starts[:-1]]
+
+    def select(self, rows: np.ndarray) -> "Labels":
+        """Takes the labels of some images."""
+        if self.starts is None:
+            return replace(self, codes=self.codes[rows])
+        parts = [self.codes[self.starts[row] : self.starts[row + 1]] for row in rows]
+        starts = np.concatenate([[0], np.cumsum([len(part) for part in parts], dtype=np.int64)])
+        return replace(self, codes=np.concatenate([self.codes[:0], *parts]), starts=starts)
+
     def positions_in_sorted(self) -> tuple[tuple[Label, ...], np.ndarray]:
         """The distinct labels, sorted, and the position of each image's label among them, int64."""
         order = sorted(range(len(self.names)), key=self.names.__getitem__)

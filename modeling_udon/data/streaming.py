@@ -12,6 +12,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -96,14 +97,21 @@ class ParquetImages:
         self._num_kept = 2 + int(np.ceil(2 * window / split.group_sizes.mean()))
         self._folder = Path(datasets_config.HF_DATASETS_CACHE) / _STORE / self.digest(with_times=True)
         self._open: OrderedDict[int, pa.ChunkedArray] = OrderedDict()
+        self._rows: np.ndarray | None = None
+
+    def select(self, rows: np.ndarray) -> "ParquetImages":
+        """Takes some images, as `Dataset.select` does."""
+        chosen = copy(self)
+        chosen._rows = np.arange(len(self))[rows] if self._rows is None else self._rows[rows]
+        return chosen
 
     def __len__(self) -> int:
-        return int(self._ends[-1])
+        return int(self._ends[-1]) if self._rows is None else len(self._rows)
 
     def __getitem__(self, key: int | slice | Sequence[int]) -> dict[str, Any]:
         if isinstance(key, int):
             return {"image": self[[key]]["image"][0]}
-        rows = np.arange(len(self))[key]
+        rows = np.arange(len(self))[key] if self._rows is None else self._rows[key]
         groups = np.searchsorted(self._ends, rows, side="right")
         places = rows - (self._ends - self.group_sizes)[groups]
         images: list[Any] = [None] * len(rows)

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from torch import distributed
 from torch.utils.data import SequentialSampler
 from torch.utils.data import Subset as TorchSubset
 
@@ -23,8 +24,8 @@ class EmbeddedImages:
     """Embeddings of the images of one set.
 
     Attributes:
-        embeddings: For each kind, shape `(num_images, dim)`, float32, in the order of the images, the same on every
-            process. The rows of `broken` mean nothing.
+        embeddings: For each kind, shape `(num_images, dim)`, float32, in the order of the images; on the main process,
+            and nothing on the others. The rows of `broken` mean nothing.
         broken: Images that could not be read, the same on every process.
     """
 
@@ -40,7 +41,8 @@ class ImageEmbedder:
         batch_size: Images of one forward pass on each process.
         num_workers: Processes that decode images, for each process.
         accelerator: Knows the device, and which share of the images is this process's.
-        progress: Called after each batch with the domain and the number of images that this process has embedded.
+        progress: Called after each batch, on all processes equally often, with the domain and the number of images that
+            this process has embedded.
         exact: Whether to embed in float32, whatever the processes' precision is.
     """
 
@@ -81,15 +83,20 @@ class ImageEmbedder:
             for kind, values in embeds.items():
                 parts.setdefault(kind, []).append(values.float())
             self.progress(name, len(pixels))
+        gathered = {kind: self._gather(torch.cat(values), len(dataset)) for kind, values in parts.items()}
         return EmbeddedImages(
-            {kind: self._gather(torch.cat(values), len(dataset)) for kind, values in parts.items()},
+            {kind: values for kind, values in gathered.items() if values is not None},
             # An image that was taken twice is broken twice.
             tuple(sorted(set(gather_object(broken)), key=lambda one: one.row)),
         )
 
-    def _gather(self, local: torch.Tensor, num_images: int) -> np.ndarray:
+    def _gather(self, local: torch.Tensor, num_images: int) -> np.ndarray | None:
+        """Brings the rows of all processes, of shape `(n, dim)` each, to the main one in the images' order."""
         world = self.accelerator.num_processes
         if world > 1:
-            everything = self.accelerator.gather(local)
-            local = everything.reshape(world, -1, everything.shape[-1]).transpose(0, 1).flatten(0, 1)  # (W, n, D)
+            shares = [torch.empty_like(local) for _ in range(world)] if self.accelerator.is_main_process else None
+            distributed.gather(local.contiguous(), shares)
+            if shares is None:
+                return None
+            local = torch.stack(shares, dim=1).flatten(0, 1)  # (n, W, D): image i lies on process i modulo W
         return local[:num_images].cpu().numpy()

@@ -57,25 +57,29 @@ class SplitNeighbours:
         )
 
 
-def evaluate_model(encoder: Encoder, domains: Mapping[str, Domain], split: str, embedder: ImageEmbedder) -> SplitScores:
-    """Scores student and teachers on every domain that has the split; see `search_model`."""
-    return search_model(encoder, domains, split, embedder).scores()
-
-
 def search_model(
-    encoder: Encoder, domains: Mapping[str, Domain], split: str, embedder: ImageEmbedder
+    encoder: Encoder,
+    domains: Mapping[str, Domain],
+    split: str,
+    embedder: ImageEmbedder,
+    metrics: Sequence[str] = METRICS,
 ) -> SplitNeighbours:
     """Finds the neighbours of student and teachers on every domain that has the split.
+
+    All processes embed, and the main one searches: the others get nothing but the images that could not be read.
 
     Args:
         encoder: A student; its network is put into evaluation mode meanwhile.
         domains: The opened domains.
         split: `"validation"` or `"test"`.
         embedder: Runs the images through the encoder.
+        metrics: As many neighbours are found as they need.
     """
     with _evaluation_mode(encoder.network):
         embedded, broken = embed_split(domains, split, embedder, encoder)
-    return replace(search_split(embedded, encoder.kind, **search_options(embedder)), broken=broken)
+    if not embedded:
+        return SplitNeighbours({}, {}, {}, broken)
+    return replace(search_split(embedded, encoder.kind, metrics, **search_options(embedder)), broken=broken)
 
 
 def evaluate_baselines(
@@ -90,15 +94,16 @@ def evaluate_baselines(
         embedder: Runs the images through the encoder.
 
     Returns:
-        Scores of `"untrained"`, the backbone's own features at their full width, and `"raw_pixels"`; and the images
-        that could not be read.
+        Scores of `"untrained"`, the backbone's own features at their full width, and `"raw_pixels"`, on the main
+        process; and the images that could not be read.
     """
     scores, search = {}, search_options(embedder)
     broken: tuple[BrokenImage, ...] = ()
     for name, baseline in (("untrained", encoder.backbone()), ("raw_pixels", Encoder.open(RAW_PIXELS))):
         with _evaluation_mode(baseline.network):
             embedded, broken = embed_split(domains, split, embedder, baseline)
-        scores[name] = score_merged(choose_kind(embedded, baseline.kind), **search)
+        if embedded:
+            scores[name] = score_merged(choose_kind(embedded, baseline.kind), **search)
     return scores, broken
 
 
@@ -129,16 +134,18 @@ def embed_split(
         encoder: The encoder, in evaluation mode.
 
     Returns:
-        The embeddings, and the images that could not be read.
+        The embeddings, on the main process, and the images that could not be read.
     """
     embedded: EmbeddedSplit = {}
     broken: list[BrokenImage] = []
     for name, domain in domains_with(domains, split).items():
         images = domain.evaluation[split]
-        query_labels, index_labels = integer_labels(images)
         query = embedder(images.query.images, encoder, name, f"{split} query")
         index = None if images.index is None else embedder(images.index.images, encoder, name, f"{split} index")
         broken += [*query.broken, *(() if index is None else index.broken)]
+        if not query.embeddings:  # another process has them
+            continue
+        query_labels, index_labels = integer_labels(images)
         query_rows = _readable_rows(query)
         index_rows = None if index is None else _readable_rows(index)
         for kind in query.embeddings:

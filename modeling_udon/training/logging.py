@@ -132,12 +132,13 @@ _SHORT = {
 }
 
 
-def format_validation(step: int, scores: SplitScores, best: bool) -> str:
-    """One line on a validation: mean and each domain's R@1 on the merged index, in percent."""
-    by_domain = " ".join(f"{name} {100 * values['R@1']:.1f}" for name, values in scores.merged["domains"].items())
+def format_validation(step: int, scores: SplitScores, metric: str, best: bool) -> str:
+    """One line on a validation: mean and each domain's score on the merged index, in percent."""
+    by_domain = " ".join(f"{name} {100 * values[metric]:.1f}" for name, values in scores.merged["domains"].items())
     mark = " (best)" if best else ""
     left_out = f" | {format_left_out(scores.left_out)}" if scores.left_out else ""
-    return f"validation at step {step}: mean R@1 {100 * scores.merged['mean']['R@1']:.1f}{mark} | {by_domain}{left_out}"
+    mean = 100 * scores.merged["mean"][metric]
+    return f"validation at step {step}: mean {metric} {mean:.1f}{mark} | {by_domain}{left_out}"
 
 
 def format_changes(before: Scores, after: Scores) -> str:

@@ -8,9 +8,10 @@ from modeling_udon.config import ConfigError, PushConfig
 
 # What may differ when a run goes on: where it is told of, and how fast data comes.
 FREE = {"output_dir", "train.shard_backbone", "data.num_workers", "data.max_broken_share", "eval.batch_size"}
+FREE |= {"eval.patience"}
 FREE |= {"log.every", "log.trackers", "log.project"} | {f"push.{name}" for name in PushConfig.model_fields}
-# The sampler stands in the middle of a plan that it made of these.
-_FIXED = ("sampling.", "ablation.signal")
+# The sampler stands in the middle of a plan that it made of these, and the best so far was chosen by the metric.
+_FIXED = ("sampling.", "ablation.signal", "eval.metric")
 # Names that are no key of the config.
 ALLOWANCES = ("processes", "versions", "data")
 
@@ -63,7 +64,8 @@ def check_changes(changes: Changes, allow: Collection[str]) -> None:
     fixed = [key for key in refused if key.startswith(_FIXED)]
     if fixed:
         raise ConfigError(
-            f"`--resume` must go on with the run's own sampling. Got {_told(changes, fixed)}; start a new run for it."
+            f"`--resume` must go on with the run's own sampling and metric. Got {_told(changes, fixed)}; start a new "
+            "run for it."
         )
     refused = {key: values for key, values in refused.items() if allow_name(key) not in allow and key not in allow}
     refused = {key: values for key, values in refused.items() if _short(key) not in allow}

@@ -3,12 +3,10 @@
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
-from accelerate.utils import broadcast_object_list
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -25,11 +23,13 @@ from modeling_udon.training.distillation import UdonForDistillation
 from modeling_udon.training.extension import trained_domains
 from modeling_udon.training.features import FeatureDataset, make_feature_cache
 from modeling_udon.training.optimization import IdleHeads, frozen_steps, learning_rates, make_optimizer
+from modeling_udon.training.processes import Agreement, on_main
 from modeling_udon.training.resuming import leaves
 from modeling_udon.training.run_folder import RunFolder
 from modeling_udon.training.run_lock import FolderInUseError
 from modeling_udon.training.sampled_classes import SampledClasses
 from modeling_udon.training.setup import (
+    SILENCE,
     build_model,
     describe_prototypes,
     make_accelerator,
@@ -40,7 +40,8 @@ from modeling_udon.training.sharding import shard_backbone
 from modeling_udon.training.signals import StopSignals
 from modeling_udon.training.skipped import StepGuard
 
-Answer = TypeVar("Answer")
+# What of the work on the folder every process has to know.
+_FOLDER_ERRORS = (ConfigError, CheckpointError, FolderInUseError, OSError)
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,7 @@ class Run:
         config: The run's configuration.
         folder: Its folder, locked.
         signals: The signals that end it.
+        agreement: Ends all processes at the same place.
         accelerator: Its processes.
         domains: All opened domains by name, those that are only measured among them.
         sampler: Draws the batches and counts the steps.
@@ -70,6 +72,7 @@ class Run:
     config: TrainConfig
     folder: RunFolder
     signals: StopSignals
+    agreement: Agreement
     accelerator: Accelerator
     domains: dict[str, Domain]
     sampler: DomainBatchSampler
@@ -125,7 +128,7 @@ def build_run(
         FolderInUseError: If another run is using the folder.
     """
     accelerator = make_accelerator(config)
-    checkpoint, faults = _on_main(accelerator, lambda: folder.find_checkpoint(resume, overwrite))
+    checkpoint, faults = on_main(accelerator, lambda: folder.find_checkpoint(resume, overwrite), *_FOLDER_ERRORS)
     for fault in faults:
         accelerator.print(f"WARNING: {fault}; going on from {checkpoint.name if checkpoint else 'nothing'}")
     domains = _open_domains(config)
@@ -145,18 +148,23 @@ def build_run(
     guard = StepGuard(config.optim, optimizer, domains, accelerator.scaler is not None)
     state = TrainState()
     if checkpoint:
-        _on_main(accelerator, lambda: folder.check_unchanged(domains, checkpoint, accelerator.num_processes, allow))
+        on_main(
+            accelerator,
+            lambda: folder.check_unchanged(domains, checkpoint, accelerator.num_processes, allow),
+            *_FOLDER_ERRORS,
+        )
         check_weights(checkpoint, model)
         state = load_checkpoint(checkpoint, model, optimizer)
         _restore(state, sampler, guard, accelerator)
     hold = config.ablation.idle_heads == "hold"
     idle_heads = IdleHeads(model, optimizer, config.optim, sampler.num_steps, state.heads, hold)
     sampled = SampledClasses(model, optimizer, idle_heads, config.loss.sampled_classes, config.seed)
-    _on_main(accelerator, lambda: folder.prepare(domains, overwrite, sampler.step))
+    on_main(accelerator, lambda: folder.prepare(domains, overwrite, sampler.step), *_FOLDER_ERRORS)
     return Run(
         config=config,
         folder=folder,
         signals=signals,
+        agreement=Agreement(signals, accelerator.num_processes, SILENCE),
         accelerator=accelerator,
         domains=domains,
         sampler=sampler,
@@ -293,17 +301,3 @@ def _restore(state: TrainState, sampler: DomainBatchSampler, guard: StepGuard, a
     guard.load_state_dict(state.gradient_norms)
     if accelerator.scaler is not None and state.scaler is not None:
         accelerator.scaler.load_state_dict(state.scaler)
-
-
-def _on_main(accelerator: Accelerator, work: Callable[[], Answer]) -> Answer:
-    """Has the main process work on the run's folder, and all of them know how it went."""
-    answer: list[Any] = [None, None]
-    if accelerator.is_main_process:
-        try:
-            answer[0] = work()
-        except (ConfigError, CheckpointError, FolderInUseError, OSError) as error:
-            answer[1] = error
-    found, fault = broadcast_object_list(answer)
-    if fault is not None:
-        raise fault
-    return found

@@ -10,7 +10,7 @@ from typing import Any, Self
 import yaml
 
 from modeling_udon.config import ConfigError, TrainConfig
-from modeling_udon.config_file import dump_config
+from modeling_udon.config_file import dump_config, with_defaults
 from modeling_udon.data.domains import Domain
 from modeling_udon.data.label_maps import check_label_maps, label_maps
 from modeling_udon.evaluation.results import versions
@@ -124,7 +124,7 @@ class RunFolder:
         maps, path = self._read("domains.json", json.loads), self.path / "domains.json"
         before = self._read("config.yaml", yaml.safe_load)
         try:
-            before = migrate(before, self.path / "config.yaml")
+            before = with_defaults(migrate(before, self.path / "config.yaml"))
             check_label_maps(domains, path, ("num_classes", "classes"))
             if "data" not in allow:
                 check_label_maps(domains, path, _IMAGES, "allow it with --resume-allow data")

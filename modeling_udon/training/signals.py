@@ -8,18 +8,16 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import timedelta
 from pathlib import Path
 from types import FrameType
-from typing import Self
-
-import torch
-from torch import distributed
+from typing import Any, Self
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 # Signals within so many seconds of each other are impatience, later ones a reminder by the system.
 _QUICKLY = 5.0
+# Seconds until `Stopped` is raised again where Python has dropped it.
+_SOON = 0.01
 # `torchrun` and `accelerate launch` pass on what the terminal has sent to their processes already.
 _LAUNCHERS = ("launch", "torch.distributed.run", "torchrun")
 
@@ -37,20 +35,28 @@ class StopSignals:
 
     A first one is remembered, and the loop asks for it; within `interruptible` it raises `Stopped` at once. A second
     one within seconds ends the process on the spot, a third one where a launcher repeats the first.
+
+    Python drops what is raised in a finaliser or in a hook of a fork. `Stopped` is raised again then.
     """
 
     def __init__(self) -> None:
         self._received: list[tuple[float, int]] = []
         self._may_raise = False
+        self._inside = False
         self._process = os.getpid()
         self._enough = 3 if "TORCHELASTIC_RUN_ID" in os.environ else 2
 
     def __enter__(self) -> Self:
         in_main_thread = threading.current_thread() is threading.main_thread()
         self._before = {number: signal.signal(number, self._receive) for number in SIGNALS if in_main_thread}
+        if in_main_thread:
+            self._before[signal.SIGALRM] = signal.signal(signal.SIGALRM, self._raise_again)
+        self._unraisable, sys.unraisablehook = sys.unraisablehook, self._look_at_dropped
         return self
 
     def __exit__(self, *error: object) -> None:
+        sys.unraisablehook = self._unraisable
+        signal.setitimer(signal.ITIMER_REAL, 0)
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
@@ -66,13 +72,13 @@ class StopSignals:
     @contextmanager
     def interruptible(self) -> Iterator[None]:
         """Lets a signal break off what can be done again; one that came before breaks it off here."""
-        self._may_raise = True
+        self._may_raise = self._inside = True
         try:
             if self.requested:
                 self.raise_now()
             yield
         finally:
-            self._may_raise = False
+            self._may_raise = self._inside = False
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self._process:
@@ -87,44 +93,15 @@ class StopSignals:
             self._may_raise = False
             self.raise_now()
 
+    def _look_at_dropped(self, dropped: Any) -> None:
+        if not isinstance(dropped.exc_value, Stopped):
+            self._unraisable(dropped)
+        elif self._inside:
+            signal.setitimer(signal.ITIMER_REAL, _SOON)
 
-class Agreement:
-    """Lets all processes of a run end after the same step.
-
-    Each step starts a message of one number and reads the answer to the step before, so that nobody waits. It goes
-    over TCP whatever the gradients take: a GPU is not held up for it, and a process that has died is noticed here.
-
-    Args:
-        num_processes: Number of processes.
-        timeout: How long a process may be silent.
-    """
-
-    def __init__(self, num_processes: int, timeout: timedelta) -> None:
-        self._group = distributed.new_group(backend="gloo", timeout=timeout) if num_processes > 1 else None
-        self._under_way: tuple[torch.Tensor, distributed.Work] | None = None
-
-    def reached(self, wish: bool, last: bool) -> bool:
-        """Says at the end of a step whether to stop after it.
-
-        Args:
-            wish: Whether this process has been asked to end.
-            last: Whether no step follows.
-        """
-        if self._group is None:
-            return wish
-        answer = False
-        if self._under_way is not None:
-            number, work = self._under_way
-            work.wait()
-            answer = bool(number.item())
-        number = torch.tensor(int(wish))
-        work = distributed.all_reduce(number, distributed.ReduceOp.MAX, group=self._group, async_op=True)
-        assert work is not None, "an asynchronous message can be waited for"
-        self._under_way = number, work
-        if answer or last:
-            # A message that nobody waits for would hold up the end of the process for seconds.
-            work.wait()
-        return answer or (last and bool(number.item()))
+    def _raise_again(self, number: int, frame: FrameType | None) -> None:
+        if self._inside:
+            self.raise_now()
 
 
 def resume_command() -> str:

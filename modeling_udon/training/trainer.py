@@ -17,8 +17,7 @@ from modeling_udon.training.optimization import learning_rates
 from modeling_udon.training.resuming import check_allowances
 from modeling_udon.training.run import Run, as_it_is, build_run, describe_run, start_trackers, training_data
 from modeling_udon.training.run_folder import RunFolder
-from modeling_udon.training.setup import SILENCE
-from modeling_udon.training.signals import Agreement, Stopped, StopSignals
+from modeling_udon.training.signals import Stopped, StopSignals
 from modeling_udon.training.skipped import Incidents, Verdict
 from modeling_udon.training.step import StepLosses, StepResult, fetch_losses, take_step
 from modeling_udon.training.validation import Assessment, TrainingResults
@@ -64,11 +63,13 @@ def train(
                 trainer.count_step(batch, result)
                 if trainer.is_due(config.log.every):
                     trainer.log()
-                trainer.stop_if_asked()
+                trainer.run.agreement.stop_after_step(last=trainer.step == trainer.run.num_steps)
                 if trainer.is_due(config.eval.every):
                     trainer.validate()
-                if trainer.is_due(config.train.checkpoint_every):
+                if trainer.is_due(config.train.checkpoint_every) or trainer.out_of_patience:
                     trainer.save()
+                if trainer.out_of_patience:
+                    break
             return trainer.finish(report)
         except Stopped:
             trainer.stop()
@@ -86,7 +87,6 @@ class Trainer:
         self._validated = state.validated
         self._window = state.window
         self._pending: list[StepResult] = []
-        self._agreement = Agreement(run.accelerator.num_processes, SILENCE)
         self._data_wait = DataWait(run.accelerator.device)
         self._incidents = Incidents(run.folder.incidents, run.domains, run.is_main)
         self.reporter = Reporter(config.run_dir, run.accelerator, run.num_steps, run.step, self._owes_validation)
@@ -108,6 +108,14 @@ class Trainer:
         """Whether something that happens every so many steps happens now; at the end everything does."""
         return self.step % every == 0 or self.step == self.run.num_steps
 
+    @property
+    def out_of_patience(self) -> bool:
+        """Whether `eval.patience` validations in a row have found no better student."""
+        options, best = self.run.config.eval, self.best
+        if options.patience is None or best is None or self._validated is None:
+            return False
+        return self._validated >= best["step"] + options.patience * options.every
+
     def describe(self) -> None:
         """Prints domains and parameter groups."""
         for line in describe_run(self.run):
@@ -122,11 +130,6 @@ class Trainer:
             self.validate()
             if self.is_due(self.run.config.train.checkpoint_every):
                 self.save()
-
-    def stop_if_asked(self) -> None:
-        """Raises `Stopped` if any process was asked to end, in all of them after the same step."""
-        if self._agreement.reached(self.run.signals.requested, last=self.step == self.run.num_steps):
-            self.run.signals.raise_now()
 
     def stop(self) -> None:
         """Saves what the run goes on from; what can be done again was broken off and will be."""
@@ -150,7 +153,7 @@ class Trainer:
         )
         self._clock = time.perf_counter()
         # One pass over the loader is one interval of the sampler: the weights change between two passes.
-        while self.step < self.run.num_steps:
+        while self.step < self.run.num_steps and not self.out_of_patience:
             yield from self._data_wait.over(loader)
 
     def train_step(self, batch: DomainBatch) -> StepResult:
@@ -190,23 +193,23 @@ class Trainer:
 
     def validate(self) -> None:
         """Scores the validation split and keeps the student if it is the best so far."""
-        # If the validation is broken off, no other process may be needed for what is saved then.
         self._flush_losses()
         if self._incidents.in_a_row and self.step < self.run.num_steps:
             return
         started = time.perf_counter()
         with self.run.idle_heads.caught_up_for_reading(self.step):
             scores = self.assessment.validate(self.step)
+            metric = self.run.config.eval.metric
             if scores is not None:
-                recall = self.assessment.quality(scores)
+                quality = self.assessment.quality(scores)
                 # The start is measured, and never chosen: a run gives out what it has trained.
-                better = self.step > 0 and (self.best is None or recall > self.best["R@1"])
-                self.reporter.say(format_validation(self.step, scores, better))
+                better = self.step > 0 and (self.best is None or quality > self.best[metric])
+                self.reporter.say(format_validation(self.step, scores, metric, better))
                 self.reporter.record(self.step, validation=scores.as_dict())
             else:
-                recall, better = math.nan, self.step == self.run.num_steps
+                quality, better = math.nan, self.step == self.run.num_steps
             if better:
-                self.best = {"step": self.step, "R@1": recall}
+                self.best = {"step": self.step, metric: quality}
                 self.assessment.keep_best()
         self._validated = self.step
         self._clock += time.perf_counter() - started
@@ -235,6 +238,9 @@ class Trainer:
         tested = self.assessment.test(self.step)
         if tested is not None:
             self.assessment.write(tested, report)
+        if self.out_of_patience:
+            patience = self.run.config.eval.patience
+            self.reporter.say(f"\nstopped at step {self.step}: no better student in {patience} validations")
         assert self.best is not None, "the last step is always validated"
         self.reporter.say(f"\nbest student, of step {self.best['step']}: {self.run.folder.best}")
         self.run.accelerator.wait_for_everyone()

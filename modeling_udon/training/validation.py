@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from modeling_udon.config_file import dump_config
 from modeling_udon.data.domains import Domain
+from modeling_udon.data.limits import with_fewer_images
 from modeling_udon.data.preprocessing import image_processor
 from modeling_udon.data.transforms import EvalTransform
 from modeling_udon.encoder import Encoder
@@ -19,10 +20,9 @@ from modeling_udon.evaluation.neighbours import (
     SplitNeighbours,
     domains_with,
     evaluate_baselines,
-    evaluate_model,
     search_model,
 )
-from modeling_udon.evaluation.protocol import SplitScores
+from modeling_udon.evaluation.protocol import METRICS, Scores, SplitScores
 from modeling_udon.evaluation.results import build_results, write_results
 from modeling_udon.evaluation.tables import format_table
 from modeling_udon.hub.card import render_card
@@ -33,6 +33,7 @@ from modeling_udon.training.broken import BrokenImages
 from modeling_udon.training.checkpoint import BEST_FILE
 from modeling_udon.training.extension import compare_with_old, format_extension, keep_old_scores, write_extension
 from modeling_udon.training.logging import Reporter, format_changes, format_weights
+from modeling_udon.training.processes import on_main
 from modeling_udon.training.run import Run
 from modeling_udon.training.sharding import gather_shards, load_weights, unsharded
 
@@ -43,7 +44,7 @@ class TrainingResults:
 
     Attributes:
         results: What `results.json` holds.
-        neighbours: Neighbours of all queries of the test split, for galleries.
+        neighbours: Neighbours of all queries of the test split, for galleries; on the main process, none on the others.
         domains: The domains that were tested.
         folder: The run's folder.
     """
@@ -74,7 +75,11 @@ class Assessment:
         self._broken = broken
         transform = EvalTransform(config.data.image_size)
         self._encoder = Encoder.of_student(run.model.udon, run.statistics, transform, config.name)
-        self._embedder = ImageEmbedder(config.eval.batch_size, config.data.num_workers, run.accelerator)
+        self._metrics = tuple(dict.fromkeys((*METRICS, config.eval.metric)))
+        check = run.agreement.check
+        self._embedder = ImageEmbedder(
+            config.eval.batch_size, config.data.num_workers, run.accelerator, progress=lambda *_: check()
+        )
         # The test is that of the published student, which others run in float32.
         self._exact = replace(self._embedder, exact=True)
 
@@ -84,31 +89,38 @@ class Assessment:
         if not tested:
             return
         measured = (self._encoder, tested, "test", self._exact)
-        with self._run.signals.interruptible():
-            scores, broken = evaluate_baselines(*measured)
-            old = evaluate_model(*measured) if self._config.init is not None else None
-        self._broken.leave_out(broken, step=0)
+        scores: dict[str, Scores] = {}
+        old = None
+        with self._run.agreement.interruptible():
+            if self._config.eval.baselines:
+                scores, broken = evaluate_baselines(*measured)
+                self._broken.leave_out(broken, step=0)
+            if self._config.init is not None:
+                old = search_model(*measured)
         if self._run.is_main:
             write_text(self._folder.baseline, json.dumps(scores, indent=1))
             if old is not None:
-                keep_old_scores(self._folder.path, old)
+                keep_old_scores(self._folder.path, old.scores())
 
     def validate(self, step: int) -> SplitScores | None:
         """Scores the validation split after a step; `None` if no domain has one."""
         validated = domains_with(self._domains, "validation")
         if not validated:
             return None
-        with self._run.signals.interruptible():
-            found = search_model(self._encoder, validated, "validation", self._embedder)
+        if self._config.eval.max_images is not None:
+            validated = with_fewer_images(validated, "validation", self._config.eval.max_images, self._config.seed)
+        with self._run.agreement.interruptible():
+            found = search_model(self._encoder, validated, "validation", self._embedder, self._metrics)
         self._broken.leave_out(found.broken, step)
-        return found.scores()
+        return on_main(self._run.accelerator, lambda: found.scores(self._metrics))
 
     def quality(self, scores: SplitScores) -> float:
-        """What the best is chosen by: the student's mean R@1, or the teachers' where the student learns nothing."""
+        """What the best is chosen by: the student's mean `eval.metric`, or the teachers' where it learns nothing."""
         learned = {term for term, weight in self._config.loss.weights().items() if weight}
+        metric = self._config.eval.metric
         if learned == {"teacher_classification"} and scores.teachers is not None:
-            return scores.teachers["mean"]["R@1"]
-        return scores.merged["mean"]["R@1"]
+            return scores.teachers["mean"][metric]
+        return scores.merged["mean"][metric]
 
     def keep_best(self) -> None:
         """Writes the best weights with the teachers, for the test, and the student, for the Hub."""
@@ -139,15 +151,10 @@ class Assessment:
         tested = domains_with(self._domains, "test")
         if not tested:
             return None
-        with self._run.signals.interruptible():
-            found = search_model(self._encoder, tested, "test", self._exact)
+        with self._run.agreement.interruptible():
+            found = search_model(self._encoder, tested, "test", self._exact, self._metrics)
         self._broken.leave_out(found.broken, step)
-        scores = found.scores()
-        baseline = json.loads(self._folder.baseline.read_text(encoding="utf-8"))
-        results = build_results({"test": scores}, baseline=baseline, config=dump_config(self._config))
-        results["analysis"] = {"test": analyse(found)}
-        if self._config.init is not None:
-            results["extension"] = compare_with_old(self._config, scores)
+        results = on_main(self._run.accelerator, lambda: self._results(found))
         return TrainingResults(results, found, tested, self._folder.path)
 
     def write(self, tested: TrainingResults, report: Callable[[TrainingResults], object] | None) -> None:
@@ -169,10 +176,20 @@ class Assessment:
             write_results(self._folder.results, results)
         self._tell(results)
 
+    def _results(self, found: SplitNeighbours) -> dict[str, Any]:
+        scores = found.scores(self._metrics)
+        baseline = json.loads(self._folder.baseline.read_text(encoding="utf-8"))
+        results = build_results({"test": scores}, baseline=baseline, config=dump_config(self._config))
+        results["analysis"] = {"test": analyse(found, self._metrics)}
+        if self._config.init is not None:
+            results["extension"] = compare_with_old(self._config, scores)
+        return results
+
     def _tell(self, results: dict[str, Any]) -> None:
         say = self._reporter.say
         say("\n" + format_table(results))
-        say("\n" + format_changes(results["baseline"]["untrained"], results["splits"]["test"]["merged"]))
+        if results["baseline"]:
+            say("\n" + format_changes(results["baseline"]["untrained"], results["splits"]["test"]["merged"]))
         if "extension" in results:
             say("\n" + format_extension(results["extension"]))
         if self._run.is_main and (weights := format_weights(self._folder.metrics)):

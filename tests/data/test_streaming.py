@@ -256,3 +256,11 @@ def test_what_cannot_be_streamed_is_refused(folder: Path, tmp_path: Path, monkey
     message = refuse(folder)
     assert "`domains.cars.streaming` must have row groups of at most 0 MiB of images. Got 0 MiB in " in message
     assert "train-2.parquet; write the files anew with row groups of about 100 images" in message
+
+
+def test_streamed_images_are_selected_as_those_of_a_data_set(folder: Path) -> None:
+    images = open_domain("cars", spec(folder)).images
+    chosen = images.select(np.array([50, 2, 149])).select(np.array([2, 0]))
+    assert len(chosen) == 2 and len(images) == 150
+    assert [row["bytes"] for row in chosen[[0, 1]]["image"]] == [b"image 149", b"image 50"]
+    assert chosen[1]["image"]["bytes"] == b"image 50"

@@ -20,7 +20,7 @@ from modeling_udon.data.transforms import EvalTransform, normalize
 from modeling_udon.domain_spec import DomainSpec
 from modeling_udon.encoder import Encoder
 from modeling_udon.evaluation.embedder import ImageEmbedder
-from modeling_udon.evaluation.neighbours import domains_with, evaluate_baselines, evaluate_model
+from modeling_udon.evaluation.neighbours import domains_with, evaluate_baselines, search_model
 
 HALF = (0.5, 0.5, 0.5)
 
@@ -100,7 +100,7 @@ def test_scores_are_those_of_a_plain_loop_and_the_model_stays_in_its_mode(
 ) -> None:
     model.train()
     torch.manual_seed(5)
-    scores = evaluate_model(encode(model), domains, "validation", make_embedder())
+    scores = search_model(encode(model), domains, "validation", make_embedder()).scores()
     drawn = torch.rand(2)
     torch.manual_seed(5)
     assert torch.equal(drawn, torch.rand(2)), "evaluation must leave the global generator alone"
@@ -151,7 +151,7 @@ def test_queries_with_several_labels_are_searched_in_a_separate_index(
     DatasetDict(splits).save_to_disk(str(tmp_path / "data"))
     spec = DomainSpec(path=str(tmp_path / "data"), validation_split=None, test_split="ask", test_index_split="look")
     domain = open_domain("marks", spec)
-    scores = evaluate_model(encode(model), {"marks": domain}, "test", make_embedder())
+    scores = search_model(encode(model), {"marks": domain}, "test", make_embedder()).scores()
     images = domain.evaluation["test"]
     assert images.index is not None
     queries = list(zip(map(set, query_labels), embed_plainly(model, images.query.images), strict=True))
@@ -195,5 +195,5 @@ def test_only_domains_that_have_the_split_are_scored(model: UdonModel, tiny_doma
         "blobs": open_domain("blobs", DomainSpec(path=str(tiny_domains / "blobs"))),
     }
     assert set(domains_with(domains, "validation")) == {"blobs"}
-    scores = evaluate_model(encode(model), domains, "validation", make_embedder())
+    scores = search_model(encode(model), domains, "validation", make_embedder()).scores()
     assert set(scores.merged["domains"]) == {"blobs"}

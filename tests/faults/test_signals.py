@@ -62,6 +62,8 @@ def test_two_processes_stop_after_the_same_step_when_one_of_them_is_asked(
         # The others learn of it with the next step.
         (TERM, at(Trainer, "train_step", 1, signalling(TERM), ranks=(1,)), "step-00000002"),
         (INT, at(assessment, "search_model", 1, signalling(INT)), "step-00000005"),
+        # The other would wait for it in the next exchange of embeddings, where no signal reaches it.
+        (TERM, at(assessment, "search_model", 1, signalling(TERM), ranks=(1,)), "step-00000005"),
         (TERM, at(Trainer, "train_step", 3, signalling(TERM), ranks=(0,)), "step-00000009"),
     ]
     stop_and_go_on(start, write(make_values(tmp_path, **whole_pair.changes)), stops, 2, tmp_path / "run")
@@ -109,6 +111,27 @@ def test_a_signal_breaks_off_only_what_can_be_done_again() -> None:
         time.sleep(10)
     assert caught.value.code == 130
     assert signal.getsignal(INT) is not None and signal.getsignal(TERM) == signal.SIG_DFL
+
+
+def test_a_signal_that_comes_in_a_finaliser_or_while_a_worker_is_forked_is_not_lost() -> None:
+    class Finalised:
+        def __del__(self) -> None:
+            os.kill(os.getpid(), TERM)
+
+    with StopSignals() as signals, pytest.raises(Stopped) as caught, signals.interruptible():
+        Finalised()
+        time.sleep(10)
+    assert caught.value.code == 143
+    # One that is no signal is told of as ever.
+    heard: list[Any] = []
+    before, sys.unraisablehook = sys.unraisablehook, heard.append
+    try:
+        with StopSignals():
+            type("Broken", (), {"__del__": lambda self: 1 / 0})()
+        assert [type(dropped.exc_value) for dropped in heard] == [ZeroDivisionError]
+        assert sys.unraisablehook == heard.append
+    finally:
+        sys.unraisablehook = before
 
 
 @pytest.mark.parametrize(

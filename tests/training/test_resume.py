@@ -76,6 +76,21 @@ def assert_same_runs(one: Path, other: Path) -> None:
     assert results[0]["baseline"] == results[1]["baseline"]
 
 
+def test_a_run_goes_on_that_was_started_before_a_key_of_its_config_existed(
+    make_values: Values, run_train: Run, tmp_path: Path
+) -> None:
+    run = run_train(make_values(tmp_path, train__num_steps=6))
+    saved = yaml.safe_load((run / "config.yaml").read_text())
+    for name in ("metric", "max_images", "patience", "baselines"):
+        del saved["eval"][name]
+    del saved["data"]["max_broken_share"], saved["train"]["compile"], saved["ablation"]
+    for spec in saved["domains"].values():
+        del spec["streaming"]
+    (run / "config.yaml").write_text(yaml.safe_dump(saved))
+    run_train(make_values(tmp_path, train__num_steps=11), resume=True, allow=["num_steps"])
+    assert (run / "checkpoints" / "step-00000011").is_dir()
+
+
 @pytest.mark.parametrize("idle_heads", ["coast", "hold"])
 def test_a_killed_run_that_goes_on_equals_an_uninterrupted_one(
     make_values: Values, run_train: Run, run_with_kills: Run, tmp_path: Path, idle_heads: str

@@ -135,6 +135,36 @@ def test_the_start_is_never_the_best_even_where_training_makes_it_worse(
     assert best == {"step": 10, "R@1": 0.2}
 
 
+def test_the_best_is_chosen_by_the_metric_that_is_named(make_values: Values, run_train: Run, tmp_path: Path) -> None:
+    run = run_train(make_values(tmp_path, eval__metric="mAP@R", eval__max_images=9))
+    scores = {row["step"]: row["validation"]["merged"]["mean"] for row in read_rows(run, "validation")}
+    best = json.loads((run / "checkpoints" / "step-00000011" / "state.json").read_text())["best"]
+    del scores[0]
+    top = max(scores, key=lambda step: scores[step]["mAP@R"])
+    assert best == {"step": top, "mAP@R": scores[top]["mAP@R"]}
+    tested = json.loads((run / "results.json").read_text())["splits"]["test"]["merged"]
+    assert tested["mean"].keys() == {"R@1", "mMP@5", "mAP@R"}
+
+
+def test_a_run_ends_when_patience_does_and_resuming_it_takes_no_further_step(
+    make_values: Values, run_train: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    changes = {"eval__every": 2, "eval__patience": 2, "eval__baselines": False}
+    scores = iter([0.1, 0.5, 0.4, 0.3, 0.9])
+    monkeypatch.setattr(Assessment, "quality", lambda self, scores_of_split: next(scores))
+    run = run_train(make_values(tmp_path, **changes))
+    assert "stopped at step 6: no better student in 2 validations" in capsys.readouterr().out
+    folder = run / "checkpoints" / "step-00000006"
+    assert json.loads((folder / "state.json").read_text())["best"] == {"step": 2, "R@1": 0.5}
+    results = json.loads((run / "results.json").read_text())
+    assert results["baseline"] == {} and results["splits"]["test"]["merged"]["mean"]["R@1"] > 0
+    run_train(make_values(tmp_path, **changes), resume=True)
+    assert sorted(path.name for path in (run / "checkpoints").glob("step-*"))[-1] == folder.name
+    # With more patience it goes on from there.
+    run_train(make_values(tmp_path, **changes | {"eval__patience": 9, "eval__every": 50}), resume=True, allow=["every"])
+    assert (run / "checkpoints" / "step-00000011").is_dir()
+
+
 @pytest.mark.parametrize("first", [6, 8])
 def test_a_finished_run_that_is_extended_ends_as_one_that_was_longer_from_the_start(
     run: Path, make_values: Values, run_train: Run, tmp_path: Path, first: int
