@@ -88,6 +88,11 @@ class LossConfig(Section):
     """Weight of the distillation of class probabilities."""
     relational_distillation: float = Field(1.0, ge=0)
     """Weight of the distillation of similarities."""
+    gate: Literal["none", "per_image", "per_domain"] = "none"
+    """Where logit distillation counts: everywhere, or only for the images, or in the domains, whose teacher classifies
+    better than the student."""
+    gate_by: Literal["loss", "margin"] = "loss"
+    """What decides who classifies better: cross entropy, or the true class's probability minus the best other one's."""
     chunk_size: int | None = Field(None, gt=0)
     """Classes whose cosines are held at a time; `null` holds those of all, which costs memory with many classes."""
     sampled_classes: int | float | None = None
@@ -121,8 +126,8 @@ class LossConfig(Section):
             raise ValueError("at least one term must have a weight above 0")
         if self.kind == "normface" and self.margin != 0:
             raise ValueError("`margin` must be 0 for kind 'normface'; use 'cosface' or 'arcface'")
-        if self.classifier == "joint" and self.needs_teachers:
-            raise ValueError("`classifier` 'joint' must go without teachers, whose classes are those of one domain")
+        if self.gate != "none" and self.logit_distillation == 0:
+            raise ValueError("`gate` must be 'none' where `logit_distillation` is 0; there is nothing to weigh")
         if self.classifier == "joint" and self.sampled_classes is not None:
             raise ValueError(
                 "`sampled_classes` must be left out for `classifier` 'joint'; `chunk_size` saves memory too"

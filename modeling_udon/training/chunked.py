@@ -51,6 +51,7 @@ def chunked_logit_distillation_loss(
     student_temperature: float = 0.1,
     teacher_temperature: float = 0.1,
     chunk_size: int = 8192,
+    gates: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """`KL(softmax(teacher / T_t) || softmax(student / T_s))`, averaged over the batch; the teacher gets no gradient.
 
@@ -62,9 +63,10 @@ def chunked_logit_distillation_loss(
         student_temperature: Divisor of the student's cosines.
         teacher_temperature: Divisor of the teacher's cosines.
         chunk_size: Classes whose cosines are held at a time.
+        gates: Weight of each image in the mean, of shape `(batch_size,)`; `None` gives all the same.
     """
     temperatures = student_temperature, teacher_temperature
-    loss: torch.Tensor = _LogitDistillation.apply(
+    divergences: torch.Tensor = _LogitDistillation.apply(
         student_embeds,
         student_prototypes,
         teacher_embeds.detach(),
@@ -72,7 +74,26 @@ def chunked_logit_distillation_loss(
         temperatures,
         chunk_size,
     )
-    return loss
+    return (divergences if gates is None else gates * divergences).mean()
+
+
+@torch.no_grad()
+def chunked_confidence(
+    embeds: torch.Tensor, prototypes: torch.Tensor, labels: torch.Tensor, scale: float, by: str, chunk_size: int
+) -> torch.Tensor:
+    """How well each image is classified, of shape `(batch_size,)`; see `gates.confidence`."""
+    log_sum = embeds.new_full((len(embeds),), -torch.inf)
+    true_logits, others = log_sum, log_sum
+    for chunk in _chunks(len(prototypes), chunk_size):
+        own, columns = _own(labels, chunk)
+        logits = scale * cosine_logits(embeds, prototypes[chunk])
+        log_sum = torch.logaddexp(log_sum, logits.logsumexp(1))
+        of_columns = logits.gather(1, columns)
+        true_logits = torch.where(own, of_columns[:, 0], true_logits)
+        of_others = logits.scatter(1, columns, torch.where(own[:, None], -torch.inf, of_columns))
+        others = torch.maximum(others, of_others.amax(1))
+    log_probs = true_logits - log_sum
+    return log_probs if by == "loss" else log_probs.exp() - (others - log_sum).exp()
 
 
 @dataclass(frozen=True)
@@ -147,7 +168,7 @@ class _LogitDistillation(torch.autograd.Function):
             student_embeds, student_prototypes, teacher_embeds, teacher_prototypes, log_sum, teacher_log_sum
         )
         ctx.temperatures, ctx.chunk_size = temperatures, chunk_size
-        return (difference - teacher_log_sum + log_sum).mean()
+        return difference - teacher_log_sum + log_sum
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -161,7 +182,7 @@ class _LogitDistillation(torch.autograd.Function):
             targets = cosine_logits(teacher_embeds, teacher_prototypes[chunk]).div_(teacher_temperature)
             of_cosines = (cosines.detach() / temperature).sub_(log_sum[:, None]).exp_()
             of_cosines -= targets.sub_(teacher_log_sum[:, None]).exp_()
-            of_cosines *= gradient / (temperature * len(embeds))
+            of_cosines *= gradient[:, None] / temperature
             _add_gradients(gradients, chunk, torch.autograd.grad(cosines, leaves, of_cosines))
         return (*gradients, None, None, None, None)
 

@@ -1,110 +1,26 @@
 """Training model: a `UdonModel` with the prototypes of its classes; returns the loss and its named terms."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 
 import torch
 from torch import nn
-from transformers.utils import ModelOutput
 
 from modeling_udon.config import LossConfig
 from modeling_udon.configuration_udon import UdonConfig
 from modeling_udon.modeling_udon import UdonModel, init_lecun_normal_
-from modeling_udon.training.chunked import chunked_classification_loss, chunked_logit_distillation_loss
+from modeling_udon.training.gates import open_gates, running_means
 from modeling_udon.training.losses import (
-    classification_loss,
-    cosine_logits,
-    logit_distillation_loss,
     relational_distillation_block,
     relational_distillation_loss,
     retention_loss,
 )
+from modeling_udon.training.parts import Cosines, DistillationOutput, Embeddings, Peers, RelationalBank
 from modeling_udon.training.teachers import FrozenTeachers, OldStudent
+from modeling_udon.training.terms import Terms
 
 TERMS = ("student_classification", "teacher_classification", "logit_distillation", "relational_distillation")
 RETENTION = "retention"
-
-
-@dataclass
-class DistillationOutput(ModelOutput):
-    """Loss, terms, cosines and embeddings of one batch.
-
-    Attributes:
-        loss: Weighted sum of the terms over the sum of the weights, a scalar.
-        losses: Each term of the objective by its name, unweighted scalars; without a teacher the student's
-            classification alone; with an old student `retention` as well.
-        student_logits: Cosines with the student's prototypes, of shape `(batch_size, num_classes)`; of the classes of
-            all domains where the classifier is joint, of the sampled classes where they are sampled, `None` where the
-            loss goes over chunks and never has them together.
-        teacher_logits: Cosines with the teacher's prototypes, likewise.
-        image_embeds: Student embeddings of shape `(batch_size, embedding_dim)`.
-        teacher_embeds: Teacher embeddings of shape `(batch_size, teacher_dim)`.
-    """
-
-    loss: torch.Tensor | None = None
-    losses: dict[str, torch.Tensor] | None = None
-    student_logits: torch.Tensor | None = None
-    teacher_logits: torch.Tensor | None = None
-    image_embeds: torch.Tensor | None = None
-    teacher_embeds: torch.Tensor | None = None
-
-
-@dataclass(frozen=True)
-class Embeddings:
-    """Embeddings of a batch of one domain.
-
-    Attributes:
-        student: Shape `(batch_size, embedding_dim)`, unit norm.
-        backbone: The backbone's features of shape `(batch_size, hidden_size)`, unit norm.
-        teacher: Shape `(batch_size, teacher_dim)`, unit norm, if there is a teacher.
-    """
-
-    student: torch.Tensor
-    backbone: torch.Tensor
-    teacher: torch.Tensor | None
-
-
-@dataclass(frozen=True)
-class Cosines:
-    """Embeddings beside the prototypes that they are classified by.
-
-    Attributes:
-        embeds: Shape `(batch_size, dim)`, unit norm.
-        prototypes: Shape `(num_classes, dim)`.
-        logits: Their cosines of shape `(batch_size, num_classes)`; `None` where a loss goes over chunks of classes.
-    """
-
-    embeds: torch.Tensor
-    prototypes: torch.Tensor
-    logits: torch.Tensor | None
-
-
-@dataclass(frozen=True)
-class Peers:
-    """The processes of a run that has several.
-
-    Attributes:
-        gather: Concatenates a tensor of every process along its first dimension.
-        rank: Number of this process.
-    """
-
-    gather: Callable[[torch.Tensor], torch.Tensor]
-    rank: int
-
-
-@dataclass(frozen=True)
-class RelationalBank:
-    """Embeddings of the whole global batch, without gradient, when a forward pass sees only a block of it.
-
-    Attributes:
-        student_embeds: Shape `(global_batch_size, embedding_dim)`.
-        teacher_embeds: Shape `(global_batch_size, teacher_dim)`.
-        position: Row at which the block of the next forward pass starts.
-    """
-
-    student_embeds: torch.Tensor
-    teacher_embeds: torch.Tensor
-    position: int
+GATE_STATE = "gate_means"
 
 
 class UdonForDistillation(nn.Module):
@@ -122,6 +38,8 @@ class UdonForDistillation(nn.Module):
         peers: The processes of the run, so that the relational term compares the pairs of the whole global batch;
             `None` where there is one process.
     """
+
+    gate_means: torch.Tensor
 
     def __init__(
         self,
@@ -147,6 +65,10 @@ class UdonForDistillation(nn.Module):
         self.udon = udon or UdonModel(config)
         self.student_prototypes = _make_prototypes(self.num_classes, config.embedding_dim)
         self.teacher_prototypes = _make_prototypes(config.domains, config.teacher_dim)
+        self._terms = Terms(self.objective)
+        if self.objective.gate == "per_domain":
+            # A buffer, so that a checkpoint has it: running confidence of student and teacher of each domain.
+            self.register_buffer(GATE_STATE, torch.zeros(len(self.num_classes), 2))
 
     @property
     def terms(self) -> tuple[str, ...]:
@@ -211,13 +133,15 @@ class UdonForDistillation(nn.Module):
             labels = torch.searchsorted(sampled_classes, labels)
         # Half precision would round the cosines to steps of 4e-3, a quarter of what one unit of `scale` can move.
         with torch.autocast(pixel_values.device.type, enabled=False):
-            student = self._cosines(embeds.student, self._student_prototypes(domain))
-            losses = {TERMS[0]: self._classification(student, self._student_labels(labels, domain))}
-            teacher = None
+            student = self._terms.cosines(embeds.student, self._student_prototypes(domain))
+            losses = {TERMS[0]: self._terms.classification(student, self._student_labels(labels, domain))}
+            teacher = confidences = None
             if self.objective.needs_teachers:
                 prototypes = self._teacher_prototypes(domain, sampled_classes)
-                teacher, terms = self._teach(embeds, student, prototypes, labels, bank)
-                losses |= terms
+                teacher = self._terms.cosines(_given(embeds.teacher), prototypes)
+                own = self._own_cosines(student, domain)
+                gates, confidences = self._gates(own, teacher, labels, domain)
+                losses |= self._teach(embeds, own, teacher, labels, gates, bank)
             if old is not None:
                 losses[RETENTION] = retention_loss(embeds.student, old)
         return DistillationOutput(
@@ -227,7 +151,22 @@ class UdonForDistillation(nn.Module):
             teacher_logits=None if teacher is None else teacher.logits,
             image_embeds=embeds.student,
             teacher_embeds=embeds.teacher,
+            confidences=confidences,
         )
+
+    @torch.no_grad()
+    def observe_confidences(self, domain: str, confidences: torch.Tensor, applied: torch.Tensor) -> None:
+        """Moves the running means that a gate for each domain goes by.
+
+        Args:
+            domain: Domain of the step.
+            confidences: Means of student and teacher over the whole batch of this process, of shape `(2,)`.
+            applied: Whether the step was applied, a scalar on the device; else the means stay.
+        """
+        if self.peers is not None:
+            confidences = self.peers.gather(confidences[None]).mean(0)
+        means = self.gate_means[self._number(domain)]
+        means.copy_(torch.where(applied, running_means(means, confidences), means))
 
     def domain_parameters(self, domain: str) -> dict[str, nn.Parameter]:
         """Returns the parameters that only batches of `domain` use, by their names in this model."""
@@ -264,27 +203,62 @@ class UdonForDistillation(nn.Module):
     def _teach(
         self,
         embeds: Embeddings,
-        student: Cosines,
-        teacher_prototypes: torch.Tensor,
+        own: Cosines,
+        teacher: Cosines,
         labels: torch.Tensor,
+        gates: torch.Tensor | None,
         bank: RelationalBank | None,
-    ) -> tuple[Cosines, dict[str, torch.Tensor]]:
-        """Returns the teacher's cosines and the three terms that a teacher takes part in."""
-        assert embeds.teacher is not None, "the config gives every domain a teacher where one is needed"
-        teacher = self._cosines(embeds.teacher, teacher_prototypes)
-        distilled = student
+    ) -> dict[str, torch.Tensor]:
+        """Returns the three terms that a teacher takes part in.
+
+        Args:
+            embeds: Embeddings of the batch.
+            own: The student's cosines with the classes of the domain.
+            teacher: The teacher's.
+            labels: Classes in the domain, of shape `(batch_size,)`.
+            gates: Weight of each image in logit distillation, if it has gates.
+            bank: As in `forward`.
+        """
+        distilled = own
         if not self._distill_through_backbone:
-            # A joint classifier has no teacher, so these are the domain's own prototypes.
-            distilled = self._cosines(self.udon.student_head(embeds.backbone.detach()), student.prototypes)
+            distilled = self._terms.cosines(self.udon.student_head(embeds.backbone.detach()), own.prototypes)
         if bank is None and self.peers is not None:
-            banks = self.peers.gather(embeds.student.detach()), self.peers.gather(embeds.teacher.detach())
+            banks = self.peers.gather(embeds.student.detach()), self.peers.gather(teacher.embeds.detach())
             bank = RelationalBank(*banks, position=self.peers.rank * len(distilled.embeds))
         terms = (
-            self._classification(teacher, labels),
-            self._logit_distillation(distilled, teacher),
-            self._relational_distillation(distilled.embeds, embeds.teacher, bank),
+            self._terms.classification(teacher, labels),
+            self._terms.logit_distillation(distilled, teacher, gates),
+            self._relational_distillation(distilled.embeds, teacher.embeds, bank),
         )
-        return teacher, dict(zip(TERMS[1:], terms, strict=True))
+        return dict(zip(TERMS[1:], terms, strict=True))
+
+    def _gates(
+        self, own: Cosines, teacher: Cosines, labels: torch.Tensor, domain: str
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Returns the weight of each image in logit distillation, and the batch's mean confidences, as far as asked."""
+        if self.objective.gate == "none":
+            return None, None
+        both = self._terms.confidence(own, labels), self._terms.confidence(teacher, labels)
+        if self.objective.gate == "per_image":
+            return open_gates(*both), None
+        # What the domain's steps before this one have shown: a gate may not depend on how a batch is cut in parts.
+        means = self.gate_means[self._number(domain)]
+        return open_gates(*means).expand(len(labels)), torch.stack(both, 1).mean(0)
+
+    def _own_cosines(self, student: Cosines, domain: str) -> Cosines:
+        """The student's cosines with the classes of one domain, out of those of all where the classifier is joint."""
+        if self.objective.classifier == "separate":
+            return student
+        first = self._first_class(domain)
+        columns = slice(first, first + self.num_classes[domain])
+        logits = None if student.logits is None else student.logits[:, columns]
+        return Cosines(student.embeds, self.student_prototypes[domain], logits)
+
+    def _number(self, domain: str) -> int:
+        return list(self.num_classes).index(domain)
+
+    def _first_class(self, domain: str) -> int:
+        return sum(list(self.num_classes.values())[: self._number(domain)])
 
     def _student_prototypes(self, domain: str) -> torch.Tensor:
         if self.objective.classifier == "joint":
@@ -300,35 +274,7 @@ class UdonForDistillation(nn.Module):
     def _student_labels(self, labels: torch.Tensor, domain: str) -> torch.Tensor:
         if self.objective.classifier == "separate":
             return labels
-        names = list(self.num_classes)
-        return labels + sum(self.num_classes[name] for name in names[: names.index(domain)])
-
-    def _cosines(self, embeds: torch.Tensor, prototypes: torch.Tensor) -> Cosines:
-        whole = self.objective.chunk_size is None
-        return Cosines(embeds, prototypes, cosine_logits(embeds, prototypes) if whole else None)
-
-    def _classification(self, cosines: Cosines, labels: torch.Tensor) -> torch.Tensor:
-        objective = self.objective
-        hardness = objective.scale, objective.margin, objective.kind
-        if cosines.logits is not None:
-            return classification_loss(cosines.logits, labels, *hardness)
-        assert objective.chunk_size is not None
-        return chunked_classification_loss(cosines.embeds, cosines.prototypes, labels, *hardness, objective.chunk_size)
-
-    def _logit_distillation(self, student: Cosines, teacher: Cosines) -> torch.Tensor:
-        objective = self.objective
-        temperatures = objective.student_temperature, objective.teacher_temperature
-        if student.logits is not None and teacher.logits is not None:
-            return logit_distillation_loss(student.logits, teacher.logits, *temperatures)
-        assert objective.chunk_size is not None
-        return chunked_logit_distillation_loss(
-            student.embeds,
-            student.prototypes,
-            teacher.embeds,
-            teacher.prototypes,
-            *temperatures,
-            objective.chunk_size,
-        )
+        return labels + self._first_class(domain)
 
     def _relational_distillation(
         self, student: torch.Tensor, teacher: torch.Tensor, bank: RelationalBank | None
@@ -337,6 +283,11 @@ class UdonForDistillation(nn.Module):
             return relational_distillation_loss(student, teacher, len(student) / 4)
         banks, size = (bank.student_embeds, bank.teacher_embeds), len(bank.student_embeds)
         return relational_distillation_block(student, teacher, *banks, bank.position, size / 4)
+
+
+def _given(teacher_embeds: torch.Tensor | None) -> torch.Tensor:
+    assert teacher_embeds is not None, "the config gives every domain a teacher where one is needed"
+    return teacher_embeds
 
 
 def _make_prototypes(domains: Mapping[str, int], dim: int) -> nn.ParameterDict:

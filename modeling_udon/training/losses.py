@@ -75,6 +75,7 @@ def logit_distillation_loss(
     teacher_logits: torch.Tensor,
     student_temperature: float = 0.1,
     teacher_temperature: float = 0.1,
+    gates: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """`KL(softmax(teacher / T_t) || softmax(student / T_s))`, averaged over the batch.
 
@@ -85,10 +86,15 @@ def logit_distillation_loss(
         teacher_logits: Cosines of the same shape.
         student_temperature: Divisor of the student's cosines.
         teacher_temperature: Divisor of the teacher's cosines.
+        gates: Weight of each image, of shape `(batch_size,)`; `None` gives all the same. The mean is over all images,
+            also those of weight 0, so that a batch may be cut in parts.
     """
     student_log_probs = F.log_softmax(student_logits / student_temperature, dim=1)
     teacher_log_probs = F.log_softmax(teacher_logits.detach() / teacher_temperature, dim=1)
-    return F.kl_div(student_log_probs, teacher_log_probs, reduction="batchmean", log_target=True)
+    if gates is None:
+        return F.kl_div(student_log_probs, teacher_log_probs, reduction="batchmean", log_target=True)
+    divergences = F.kl_div(student_log_probs, teacher_log_probs, reduction="none", log_target=True).sum(1)
+    return (gates * divergences).mean()
 
 
 def relational_distillation_loss(

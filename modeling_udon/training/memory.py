@@ -66,7 +66,8 @@ def estimate_prototypes(
     rows = _sampled(classes, batch_size, loss)
     gradients = _FLOAT32 * rows * widths
     if loss.classifier == "joint":
-        gradients *= 3  # The prototypes of all domains side by side, their gradient, and its parts.
+        # The prototypes of all domains side by side, their gradient, and its parts; one teacher's beside them.
+        gradients = _FLOAT32 * (3 * every * embedding_dim + most * teacher_dim)
     elif rows < classes:
         gradients *= 4  # The rows themselves and their moments are copies as well.
     if loss.chunk_size is not None:
@@ -75,10 +76,13 @@ def estimate_prototypes(
         cosines = _COSINES_OF_CHUNK * batch_size * min(loss.chunk_size, rows) + second
     elif not loss.needs_teachers:
         cosines = _COSINES_ALONE * batch_size * rows
+    elif loss.classifier == "joint":
+        cosines = batch_size * (_COSINES_ALONE * every + (_COSINES_TAUGHT - _COSINES_ALONE) * most)
     else:
         cosines = (_COSINES_TAUGHT if distill_through_backbone else _COSINES_APART) * batch_size * rows
-    separate = coasting and loss.classifier == "separate"
-    idle = _coasting(num_classes, embedding_dim, teacher_dim, rows < classes) if separate else 0
+    # The prototypes of a joint classifier have no idle steps; those of teachers beside it have.
+    idle_dim = embedding_dim if loss.classifier == "separate" else 0
+    idle = _coasting(num_classes, idle_dim, teacher_dim, rows < classes) if coasting and idle_dim + teacher_dim else 0
     return PrototypeMemory(weights, 2 * weights, gradients, _FLOAT32 * cosines, idle)
 
 

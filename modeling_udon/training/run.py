@@ -19,7 +19,7 @@ from modeling_udon.data.sampling import DomainBatchSampler
 from modeling_udon.data.transforms import EvalTransform
 from modeling_udon.training.backbone import channel_statistics
 from modeling_udon.training.checkpoint import CheckpointError, TrainState, check_weights, load_checkpoint
-from modeling_udon.training.distillation import UdonForDistillation
+from modeling_udon.training.distillation import GATE_STATE, UdonForDistillation
 from modeling_udon.training.extension import trained_domains
 from modeling_udon.training.features import FeatureDataset, make_feature_cache
 from modeling_udon.training.optimization import IdleHeads, frozen_steps, learning_rates, make_optimizer
@@ -250,6 +250,8 @@ def _share_model(
     sharded = config.train.shard_backbone and accelerator.num_processes > 1
     # Heads and prototypes of one domain get gradients in a step; DDP would wait for all the others.
     ignored = [name for domain in model.num_classes for name in model.domain_parameters(domain)]
+    # Every process moves the gates' state by itself, by what all of them have seen.
+    ignored.append(GATE_STATE)
     model.move_frozen(accelerator.device)
     if accelerator.num_processes > 1 and not sharded:
         ignored += _without_gradient(config, model.to(accelerator.device), accelerator)

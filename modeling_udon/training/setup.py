@@ -20,9 +20,10 @@ from modeling_udon.data.label_maps import label_maps
 from modeling_udon.data.sampling import DomainBatchSampler
 from modeling_udon.data.transforms import RandomTransform, TrainTransform
 from modeling_udon.training.backbone import build_udon, channel_statistics, check_backbone
-from modeling_udon.training.distillation import Peers, UdonForDistillation
+from modeling_udon.training.distillation import UdonForDistillation
 from modeling_udon.training.extension import load_start, old_student, open_start
 from modeling_udon.training.memory import describe_memory, estimate_prototypes, free_memory
+from modeling_udon.training.parts import Peers
 from modeling_udon.training.teachers import FrozenTeachers, OldStudent, load_frozen_teachers
 
 # How long one process may keep the others waiting: a process that has died is noticed at once, one that hangs after

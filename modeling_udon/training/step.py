@@ -8,8 +8,8 @@ import torch
 from accelerate import Accelerator
 
 from modeling_udon.data.dataset import DomainBatch
-from modeling_udon.training.distillation import RelationalBank
 from modeling_udon.training.optimization import average_gradients, learning_rates, set_learning_rates, with_gradients
+from modeling_udon.training.parts import RelationalBank
 from modeling_udon.training.run import Run
 from modeling_udon.training.sharding import clip_gradients
 from modeling_udon.training.skipped import Judgement, Verdict
@@ -60,7 +60,7 @@ def take_step(run: Run, batch: DomainBatch) -> StepResult:
         inputs = run.statistics.normalize(inputs)
     labels = batch.labels.to(run.accelerator.device, non_blocking=True)
     classes = run.sampled_classes.take(domain, batch.labels, step, run.accelerator.device)
-    loss, losses = _backward(run, inputs, labels, domain, classes)
+    loss, losses, confidences = _backward(run, inputs, labels, domain, classes)
     judgement = _judge(run, domain, torch.stack([loss, *losses.values()]))
     # AdamW reads on the device whether it may move, see `StepGuard`.
     run.wrapped_optimizer.step()
@@ -69,6 +69,8 @@ def take_step(run: Run, batch: DomainBatch) -> StepResult:
     if run.wrapped_optimizer.step_was_skipped:  # By a gradient scaler, which has asked the device already.
         applied = torch.zeros_like(applied)
     run.sampled_classes.put_back(step, applied)
+    if confidences is not None:
+        run.model.observe_confidences(domain, confidences, applied)
     return StepResult(step, domain, loss, losses, judgement.verdict, judgement.norm)
 
 
@@ -99,8 +101,8 @@ def fetch_losses(results: Sequence[StepResult], accelerator: Accelerator) -> lis
 
 def _backward(
     run: Run, inputs: torch.Tensor, labels: torch.Tensor, domain: str, classes: torch.Tensor | None
-) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-    """Adds up the gradients of the batch's parts and returns the loss and its terms, averaged over the parts."""
+) -> tuple[torch.Tensor, dict[str, torch.Tensor], torch.Tensor | None]:
+    """Adds up the gradients of the batch's parts; returns loss, terms and confidences, averaged over the parts."""
     parts = run.config.train.accumulation_steps
     input_parts, label_parts = inputs.chunk(parts), labels.chunk(parts)
     banks = _relational_banks(run, input_parts, domain)
@@ -108,6 +110,7 @@ def _backward(
     share = min(1.0, (run.step + 1) / ramp) if ramp else 1.0
     loss = torch.zeros((), device=inputs.device)
     losses = {name: torch.zeros((), device=inputs.device) for name in run.model.terms}
+    confidences: list[torch.Tensor] = []
     for number, (part, part_labels, bank) in enumerate(zip(input_parts, label_parts, banks, strict=True)):
         # Gradients cross processes once, with the last part.
         with nullcontext() if number == parts - 1 else run.accelerator.no_sync(run.wrapped):
@@ -116,7 +119,9 @@ def _backward(
         loss += output.loss.detach().float() / parts
         for name, value in output.losses.items():
             losses[name] += value.detach().float() / parts
-    return loss, losses
+        if output.confidences is not None:
+            confidences.append(output.confidences)
+    return loss, losses, torch.stack(confidences).mean(0) if confidences else None
 
 
 def _judge(run: Run, domain: str, losses: torch.Tensor) -> Judgement:

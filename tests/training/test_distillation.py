@@ -6,7 +6,8 @@ import torch
 from modeling_udon.config import LossConfig
 from modeling_udon.configuration_udon import UdonConfig
 from modeling_udon.modeling_udon import UdonModel
-from modeling_udon.training.distillation import TERMS, Peers, RelationalBank, UdonForDistillation
+from modeling_udon.training.distillation import TERMS, UdonForDistillation
+from modeling_udon.training.parts import Peers, RelationalBank
 
 BACKBONE = {
     "model_type": "vit",

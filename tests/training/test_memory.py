@@ -95,6 +95,8 @@ def test_gradients_are_those_of_the_largest_domain():
         {"through": False},
         ALONE,
         ALONE | {"classifier": "joint"},
+        {"classifier": "joint"},
+        {"classifier": "joint", "gate": "per_image"},
         {"chunk_size": 1000},
         ALONE | {"chunk_size": 1000},
         {"sampled_classes": 3000},

@@ -211,7 +211,6 @@ def test_images_can_be_told_apart_instead_of_classes(make_values: Values, run_tr
         ({"system": "separate_teachers"}, "`teachers` must name trained runs"),
         ({"system": "udon", "teachers": "runs/x"}, "`teachers` must name trained runs"),
         ({"system": "separate_teachers", "teachers": {"blobs": "runs/x"}}, "`teachers` must name a run for each of"),
-        ({"loss__classifier": "joint"}, "`classifier` 'joint' must go without teachers"),
         (
             {"loss": dict.fromkeys(TERMS[1:], 0)},
             "`ablation.signal` must be 'student' where there is no teacher",

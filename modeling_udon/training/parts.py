@@ -1,0 +1,91 @@
+"""Values that the training model works with: embeddings, cosines, what a batch gives, what other processes hold."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from transformers.utils import ModelOutput
+
+
+@dataclass
+class DistillationOutput(ModelOutput):
+    """Loss, terms, cosines and embeddings of one batch.
+
+    Attributes:
+        loss: Weighted sum of the terms over the sum of the weights, a scalar.
+        losses: Each term of the objective by its name, unweighted scalars; without a teacher the student's
+            classification alone; with an old student `retention` as well.
+        student_logits: Cosines with the student's prototypes, of shape `(batch_size, num_classes)`; of the classes of
+            all domains where the classifier is joint, of the sampled classes where they are sampled, `None` where the
+            loss goes over chunks and never has them together.
+        teacher_logits: Cosines with the teacher's prototypes, likewise, of the domain's classes alone.
+        image_embeds: Student embeddings of shape `(batch_size, embedding_dim)`.
+        teacher_embeds: Teacher embeddings of shape `(batch_size, teacher_dim)`.
+        confidences: Mean confidence of student and teacher, of shape `(2,)`, where the gate asks for it.
+    """
+
+    loss: torch.Tensor | None = None
+    losses: dict[str, torch.Tensor] | None = None
+    student_logits: torch.Tensor | None = None
+    teacher_logits: torch.Tensor | None = None
+    image_embeds: torch.Tensor | None = None
+    teacher_embeds: torch.Tensor | None = None
+    confidences: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Embeddings:
+    """Embeddings of a batch of one domain.
+
+    Attributes:
+        student: Shape `(batch_size, embedding_dim)`, unit norm.
+        backbone: The backbone's features of shape `(batch_size, hidden_size)`, unit norm.
+        teacher: Shape `(batch_size, teacher_dim)`, unit norm, if there is a teacher.
+    """
+
+    student: torch.Tensor
+    backbone: torch.Tensor
+    teacher: torch.Tensor | None
+
+
+@dataclass(frozen=True)
+class Cosines:
+    """Embeddings beside the prototypes that they are classified by.
+
+    Attributes:
+        embeds: Shape `(batch_size, dim)`, unit norm.
+        prototypes: Shape `(num_classes, dim)`.
+        logits: Their cosines of shape `(batch_size, num_classes)`; `None` where a loss goes over chunks of classes.
+    """
+
+    embeds: torch.Tensor
+    prototypes: torch.Tensor
+    logits: torch.Tensor | None
+
+
+@dataclass(frozen=True)
+class Peers:
+    """The processes of a run that has several.
+
+    Attributes:
+        gather: Concatenates a tensor of every process along its first dimension.
+        rank: Number of this process.
+    """
+
+    gather: Callable[[torch.Tensor], torch.Tensor]
+    rank: int
+
+
+@dataclass(frozen=True)
+class RelationalBank:
+    """Embeddings of the whole global batch, without gradient, when a forward pass sees only a block of it.
+
+    Attributes:
+        student_embeds: Shape `(global_batch_size, embedding_dim)`.
+        teacher_embeds: Shape `(global_batch_size, teacher_dim)`.
+        position: Row at which the block of the next forward pass starts.
+    """
+
+    student_embeds: torch.Tensor
+    teacher_embeds: torch.Tensor
+    position: int
