@@ -65,6 +65,10 @@ class DataConfig(Section):
     """Processes that decode images, for each training process."""
 
 
+# What is taken from the true class's cosine, or added to its angle: beyond these no image could ever be right.
+_LARGEST_MARGINS = {"cosface": 1.0, "arcface": 1.5}
+
+
 class LossConfig(Section):
     """The objective; every term can be weighted."""
 
@@ -125,7 +129,12 @@ class LossConfig(Section):
         if sum(self.weights().values()) == 0:
             raise ValueError("at least one term must have a weight above 0")
         if self.kind == "normface" and self.margin != 0:
-            raise ValueError("`margin` must be 0 for kind 'normface'; use 'cosface' or 'arcface'")
+            raise ValueError(f"`margin` must be 0 for kind 'normface'. Got {self.margin:g}; use 'cosface' or 'arcface'")
+        if self.kind != "normface" and not 0 < self.margin <= _LARGEST_MARGINS[self.kind]:
+            raise ValueError(
+                f"`margin` must be above 0 and at most {_LARGEST_MARGINS[self.kind]:g} for kind {self.kind!r}. "
+                f"Got {self.margin:g}"
+            )
         if self.gate != "none" and self.logit_distillation == 0:
             raise ValueError("`gate` must be 'none' where `logit_distillation` is 0; there is nothing to weigh")
         if self.classifier == "joint" and self.sampled_classes is not None:
