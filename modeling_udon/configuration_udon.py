@@ -134,18 +134,9 @@ class UdonConfig(PretrainedConfig):
         self.head_hidden_dims = [_positive("head_hidden_dims", width) for width in head_hidden_dims]
         self.head_bias = head_bias
         self.domains = {name: _positive(f"domains[{name!r}]", count) for name, count in (domains or {}).items()}
-        facts = backbone_facts(self.backbone_config)
-        if facts.refusal:
-            raise ValueError(f"`backbone_config` must not be of {self.backbone_config.model_type}: {facts.refusal}.")
-        if pooling is None:
-            pooling = facts.pooling
-        if pooling not in POOLINGS:
-            raise ValueError(f"`pooling` must be one of {', '.join(POOLINGS)} or None. Got {pooling!r}.")
-        self.pooling = pooling
-        if token_norm == "auto":
-            # A model that was saved before this field existed read its tokens as they came.
-            token_norm = None if "transformers_version" in kwargs or pooling == "pooler" else facts.norm
-        self.token_norm = token_norm
+        # A model that was saved before `token_norm` existed read its tokens as they came.
+        is_old = "transformers_version" in kwargs and token_norm == "auto"
+        self.pooling, self.token_norm = _feature(self.backbone_config, pooling, None if is_old else token_norm)
         self.interpolate_pos_encoding = interpolate_pos_encoding
         self.feature_dim = feature_dim
         super().__init__(**kwargs)
@@ -171,6 +162,19 @@ def _resolve_backbone(backbone_config: PretrainedConfig | dict[str, Any] | None)
         values = dict(backbone_config)
         backbone_config = AutoConfig.for_model(values.pop("model_type"), **values)
     return getattr(backbone_config, "vision_config", backbone_config)
+
+
+def _feature(backbone_config: PretrainedConfig, pooling: str | None, token_norm: str | None) -> tuple[str, str | None]:
+    """Returns the pooling and the norm of the tokens before it, filled in from the facts about the backbone."""
+    facts = backbone_facts(backbone_config)
+    if facts.refusal:
+        raise ValueError(f"`backbone_config` must not be of {backbone_config.model_type}: {facts.refusal}.")
+    pooling = facts.pooling if pooling is None else pooling
+    if pooling not in POOLINGS:
+        raise ValueError(f"`pooling` must be one of {', '.join(POOLINGS)} or None. Got {pooling!r}.")
+    if token_norm == "auto":
+        token_norm = None if pooling == "pooler" else facts.norm
+    return pooling, token_norm
 
 
 def _positive(name: str, value: int) -> int:

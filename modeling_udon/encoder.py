@@ -18,33 +18,25 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from tqdm import tqdm
-from transformers import AutoConfig, PretrainedConfig
 from transformers.image_processing_utils import BaseImageProcessor
 
 from modeling_udon.auto_classes import UdonModel
 from modeling_udon.backbones import (
     RAW_PIXELS_SIZE,
     TIMM_PREFIX,
-    ImageFeatures,
     Pooling,
     RawPixels,
     TimmFeatures,
-    check_missing,
-    check_remote_code,
     one_line,
-    open_backbone,
-    open_processor,
     open_timm,
     shrink_to_thumbnail,
 )
 from modeling_udon.calibration import Calibration, read_calibration
-from modeling_udon.configuration_udon import UdonConfig, backbone_facts
 from modeling_udon.data.image_list import ImageLike, ImageList, UnreadableImage
 from modeling_udon.data.images import use_one_thread
 from modeling_udon.data.preprocessing import ChannelStatistics, processor_fields, processor_transform
 from modeling_udon.data.transforms import EvalTransform, ImageTransform
-
-RAW_PIXELS = "raw-pixels"
+from modeling_udon.networks import RAW_PIXELS, open_network
 
 Kind = Literal["student", "backbone", "features", "raw_pixels"]
 
@@ -263,88 +255,30 @@ def _open_timm(name: str, pooling: Pooling | None, image_size: int | None) -> En
 def _open_folder(
     name: str, revision: str | None, trust_remote_code: bool, pooling: Pooling | None, image_size: int | None
 ) -> Encoder:
-    check_remote_code(name, revision, trust_remote_code)
-    run = Path(name) if (Path(name) / "best" / "config.json").is_file() else None
-    source = name if run is None else str(run / "best")
-    options: dict[str, Any] = {"revision": revision or "main", "trust_remote_code": trust_remote_code}
-    try:
-        config = AutoConfig.from_pretrained(source, **options)
-        network = _open_network(source, config, pooling, image_size, options)
-    except ValueError as error:
-        if str(error).startswith(("`model`", "--")):
-            raise
-        raise _refusal(name, error) from error
-    except Exception as error:  # On damaged or hostile folders transformers raises nearly every type there is.
-        raise _refusal(name, error) from error
-    processor = open_processor(source, **options)
-    statistics = ChannelStatistics.of_processor(processor)
-    transform = processor_transform(processor) if image_size is None else EvalTransform(image_size)
-    size = _side(transform, name)
-    settings = preparation(size, statistics)
-    if not isinstance(network, UdonModel):
-        processing = json.loads(processor.to_json_string())
+    opened = open_network(name, revision, trust_remote_code, pooling, image_size)
+    is_student = isinstance(opened.network, UdonModel)
+    settings = preparation(opened.image_size, opened.statistics)
+    if not is_student:
+        processing = json.loads(opened.processor.to_json_string())
         settings = {"pooling": pooling, "image_size": image_size, "processor": processing}
     encoder = _probed(
         Encoder(
             name,
-            network,
-            transform,
-            statistics,
-            size,
+            opened.network,
+            opened.transform,
+            opened.statistics,
+            opened.image_size,
             0,
-            "student" if isinstance(network, UdonModel) else "features",
+            "student" if is_student else "features",
             pooling,
-            read_calibration(source, revision),
-            processor,
-            Path(source) if Path(source).is_dir() else None,
-            run,
-            settings | {"revision": options["revision"]},
+            read_calibration(opened.source, revision),
+            opened.processor,
+            Path(opened.source) if Path(opened.source).is_dir() else None,
+            opened.run,
+            settings | {"revision": revision or "main"},
         )
     )
-    return encoder.backbone() if isinstance(network, UdonModel) and pooling is not None else encoder
-
-
-def _open_network(
-    name: str, config: PretrainedConfig, pooling: Pooling | None, image_size: int | None, options: dict[str, Any]
-) -> nn.Module:
-    if not isinstance(config, UdonConfig):
-        return ImageFeatures(open_backbone(name, config, pooling, **options), pooling, image_size).eval()
-    if pooling not in (None, config.pooling):
-        raise ValueError(
-            f"--pooling must be left out for the student {name}, or {config.pooling} for its backbone's own features. "
-            f"Got {pooling}."
-        )
-    loaded: Any = UdonModel.from_pretrained(
-        name, config=config, dtype=torch.float32, output_loading_info=True, revision=options["revision"]
-    )
-    model, found = loaded
-    check_missing(name, found["missing_keys"], None)
-    if image_size is not None and backbone_facts(model.config.backbone_config).sizes == "request":
-        model.config.interpolate_pos_encoding = True
-    # What is published with its teachers is searched without.
-    return model.student().eval()
-
-
-def _refusal(name: str, error: Exception) -> ValueError:
-    return ValueError(
-        f"`model` must be a model folder or Hub id that opens, timm:NAME or {RAW_PIXELS}. "
-        f"Got {name!r}: {one_line(error)}"
-    )
-
-
-def _side(transform: ImageTransform, name: str) -> int:
-    """Side of the square images that a transform gives, whatever their shape was.
-
-    Raises:
-        ValueError: If it gives others.
-    """
-    shapes = {transform(np.full((*shape, 3), 128, np.uint8)).shape[:2] for shape in ((64, 64), (64, 96))}
-    if len(shapes) > 1 or len(set(next(iter(shapes)))) > 1:
-        raise ValueError(
-            f"`model` must prepare all images as squares of one size. Got {name!r}, which gives "
-            f"{' and '.join(f'{height} x {width}' for height, width in sorted(shapes))}; name `image_size`."
-        )
-    return next(iter(shapes))[0]
+    return encoder.backbone() if is_student and pooling is not None else encoder
 
 
 @torch.no_grad()

@@ -1,8 +1,10 @@
-"""Faults from outside (full disk, killed worker, no memory) as one line: what happened and what to do."""
+"""Faults from outside (full disk, killed worker, no memory, missing package) as one line: what happened, what to do."""
 
 import errno
+import importlib
 import re
 from dataclasses import dataclass
+from typing import Any
 
 
 class OneLineError(Exception):
@@ -77,6 +79,24 @@ def explain(error: Exception, ways: WaysOut = WaysOut()) -> str | None:  # noqa:
     if _is_a(error, "InvalidCxxCompiler") or _NO_COMPILER.search(text):
         return f"compiling needs a C++ compiler, and none works here: {ways.compiler}; {ways.go_on}"
     return None
+
+
+def require(module: str, extra: str, who_needs: str = "this needs") -> Any:
+    """Imports a module that an extra brings.
+
+    Args:
+        module: Its name.
+        extra: The extra of this package that brings it.
+        who_needs: Beginning of the message.
+
+    Raises:
+        ImportError: If its package is missing; the message names the extra.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        package = module.partition(".")[0].replace("_", "-")
+        raise ImportError(f'{who_needs} {package}, which is missing: pip install "modeling-udon[{extra}]"') from error
 
 
 def first_line(text: str) -> str:

@@ -110,6 +110,27 @@ def replaced_folder(folder: Path, replace: bool = True) -> Iterator[Path]:
         os.close(descriptor)
 
 
+def check_out(folder: Path, mark: str, whose: str, what: str, force: bool) -> None:
+    """Refuses an output folder that must not be written.
+
+    Args:
+        folder: The folder.
+        mark: File by which a folder is known that may be replaced.
+        whose: Which folders those are, in words that follow "one".
+        what: What is in such a folder.
+        force: Whether it may be replaced.
+
+    Raises:
+        ValueError: If the folder exists and is none of those, or is one and `force` is not given.
+    """
+    if not folder.exists():
+        return
+    if not (folder / mark).is_file():
+        raise ValueError(f"`out` must be a new folder, or one {whose}. Got {str(folder)!r}.")
+    if not force:
+        raise ValueError(f"`out` must be a new folder. Got {str(folder)!r}, {what}; give --force to replace it.")
+
+
 def recover_folder(folder: Path) -> None:
     """Finishes or undoes what a `replaced_folder` that was killed had begun; drafts in work are left alone."""
     folder = Path(os.path.abspath(folder))

@@ -17,9 +17,9 @@ from torch.nn import functional as F
 from transformers import AutoConfig, CLIPVisionModel, PreTrainedModel, ViTModel
 
 from modeling_udon.data.preprocessing import IMAGENET_STANDARD, OPENAI_CLIP, image_processor
-from modeling_udon.hub.student_folder import CARD_FILE, check_out, save_model, write_student
+from modeling_udon.hub.student_folder import CARD_FILE, PROCESSOR_FILE, save_model, write_student
 from modeling_udon.modeling_udon import UdonModel
-from modeling_udon.storage import replaced_folder
+from modeling_udon.storage import check_out, replaced_folder
 from modeling_udon.text import printable
 from scripts.original_models import STUDENT_HEAD, Original, describe
 from scripts.read_weights import read_arrays
@@ -73,7 +73,7 @@ def convert(
         ImportError: If msgpack is missing.
     """
     _check_options(format, inputs, outputs, head, keep_teachers, domains)
-    check_out(out, force)
+    check_out(out, PROCESSOR_FILE, "of a model to replace", "a model", force)
     arrays = read_arrays(file, format)
     original = describe(arrays, format, head or STUDENT_HEAD, keep_teachers)
     state = _our_state(arrays, original)

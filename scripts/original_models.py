@@ -5,7 +5,7 @@ that every version of transformers reads.
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -29,8 +29,20 @@ _CLIP_HEAD_WIDTH = 64
 _VIT_POSITIONS = "Transformer/posembed_input/pos_embedding"
 _CLIP_POSITIONS = "positional_embedding"
 # How AugReg's files and the original's checkpoints number the parts of a block.
-_AUGREG_PARTS = ("LayerNorm_0", "MultiHeadDotProductAttention_1", "LayerNorm_2", "MlpBlock_3")
-_SCENIC_PARTS = ("LayerNorm_0", "MultiHeadDotProductAttention_0", "LayerNorm_1", "MlpBlock_0")
+_AUGREG_BLOCK = ("LayerNorm_0", "MultiHeadDotProductAttention_1", "LayerNorm_2", "MlpBlock_3")
+_SCENIC_BLOCK = ("LayerNorm_0", "MultiHeadDotProductAttention_0", "LayerNorm_1", "MlpBlock_0")
+# The parts of a block in the order of `_block`: there in Scenic's CLIP, here in a ViT and in a CLIP tower.
+_SCENIC_CLIP_PARTS = ("ln_1", "attn/query", "attn/key", "attn/value", "attn/out", "ln_2", "mlp/c_fc", "mlp/c_proj")
+_VIT_PARTS = (
+    "layernorm_before",
+    *(f"attention.attention.{part}" for part in ("query", "key", "value")),
+    *("attention.output.dense", "layernorm_after", "intermediate.dense", "output.dense"),
+)
+_CLIP_PARTS = (
+    "layer_norm1",
+    *(f"self_attn.{part}_proj" for part in ("q", "k", "v", "out")),
+    *("layer_norm2", "mlp.fc1", "mlp.fc2"),
+)
 # What goes with a backbone and is no part of the embedding: classifiers, CLIP's text tower and last projection.
 _LEFT_OUT = {
     "augreg": r"(head|pre_logits)/(kernel|bias)",
@@ -151,10 +163,33 @@ def _image_size(name: str, num_positions: int, patch_size: int) -> int:
     return side * patch_size
 
 
+def _block(
+    theirs: str, their_parts: Sequence[str], ours: str, our_parts: Sequence[str], sizes: tuple[int, int, int, int]
+) -> dict[str, Tensor]:
+    """Describes a block of a transformer.
+
+    Args:
+        theirs: Name of the block there.
+        their_parts: Names in it: first norm, query, key, value, attention's output, second norm, the two layers.
+        ours: Name of the block here.
+        our_parts: Names in it, in the same order.
+        sizes: Width, heads, width of a head, and width between the two layers.
+    """
+    width, heads, head_width, inner = sizes
+    names = [(f"{theirs}/{their}", f"{ours}.{our}") for their, our in zip(their_parts, our_parts, strict=True)]
+    tensors = {**norm(*names[0], width), **norm(*names[5], width)}
+    for pair in names[1:4]:
+        tensors |= attention_input(*pair, (width, heads, head_width))
+    tensors |= attention_output(*names[4], (heads, head_width, width))
+    return tensors | dense(*names[6], (width, inner)) | dense(*names[7], (inner, width))
+
+
 def _describe_vit(arrays: Mapping[str, np.ndarray]) -> Original:
     prefix = _find_prefix(arrays, _VIT_POSITIONS) or ""
-    is_augreg = any(f"/{_AUGREG_PARTS[3]}/" in name for name in arrays)
-    norm_1, attention, norm_2, mlp = _AUGREG_PARTS if is_augreg else _SCENIC_PARTS
+    is_augreg = any(f"/{_AUGREG_BLOCK[3]}/" in name for name in arrays)
+    norm_1, attention, norm_2, mlp = _AUGREG_BLOCK if is_augreg else _SCENIC_BLOCK
+    inputs = (f"{attention}/{part}" for part in ("query", "key", "value", "out"))
+    their_parts = (norm_1, *inputs, norm_2, f"{mlp}/Dense_0", f"{mlp}/Dense_1")
     blocks = f"{prefix}Transformer/encoderblock_"
     patch, _, channels, width = _shape(arrays, f"{prefix}embedding/kernel", 4)
     _, heads, head_width = _shape(arrays, f"{blocks}0/{attention}/query/kernel", 3)
@@ -170,15 +205,7 @@ def _describe_vit(arrays: Mapping[str, np.ndarray]) -> Original:
     }
     for number in range(num_blocks):
         theirs, ours = f"{blocks}{number}", f"encoder.layer.{number}"
-        tensors |= norm(f"{theirs}/{norm_1}", f"{ours}.layernorm_before", width)
-        tensors |= norm(f"{theirs}/{norm_2}", f"{ours}.layernorm_after", width)
-        for part in ("query", "key", "value"):
-            names = f"{theirs}/{attention}/{part}", f"{ours}.attention.attention.{part}"
-            tensors |= attention_input(*names, (width, heads, head_width))
-        names = f"{theirs}/{attention}/out", f"{ours}.attention.output.dense"
-        tensors |= attention_output(*names, (heads, head_width, width))
-        tensors |= dense(f"{theirs}/{mlp}/Dense_0", f"{ours}.intermediate.dense", (width, inner))
-        tensors |= dense(f"{theirs}/{mlp}/Dense_1", f"{ours}.output.dense", (inner, width))
+        tensors |= _block(theirs, their_parts, ours, _VIT_PARTS, (width, heads, head_width, inner))
     config = {
         "model_type": "vit",
         "image_size": _image_size(f"{prefix}{_VIT_POSITIONS}", num_positions, patch),
@@ -216,14 +243,7 @@ def _describe_scenic_clip(arrays: Mapping[str, np.ndarray]) -> Original:
     }
     for number in range(num_blocks):
         theirs, ours = f"{blocks}{number}", f"{tower}.encoder.layers.{number}"
-        tensors |= norm(f"{theirs}/ln_1", f"{ours}.layer_norm1", width)
-        tensors |= norm(f"{theirs}/ln_2", f"{ours}.layer_norm2", width)
-        for part in ("query", "key", "value"):
-            names = f"{theirs}/attn/{part}", f"{ours}.self_attn.{part[0]}_proj"
-            tensors |= attention_input(*names, (width, heads, head_width))
-        tensors |= attention_output(f"{theirs}/attn/out", f"{ours}.self_attn.out_proj", (heads, head_width, width))
-        tensors |= dense(f"{theirs}/mlp/c_fc", f"{ours}.mlp.fc1", (width, inner))
-        tensors |= dense(f"{theirs}/mlp/c_proj", f"{ours}.mlp.fc2", (inner, width))
+        tensors |= _block(theirs, _SCENIC_CLIP_PARTS, ours, _CLIP_PARTS, (width, heads, head_width, inner))
     image_size = _image_size(f"{prefix}{_CLIP_POSITIONS}", num_positions, patch)
     config = _clip_config(image_size, patch, channels, width, num_blocks, heads, inner)
     return Original(config, f"{tower}.embeddings.position_embedding.weight", tensors)

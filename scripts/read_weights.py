@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from modeling_udon.hub.student import require
+from modeling_udon.faults import require
 
 Arrays = dict[str, np.ndarray]
 

@@ -36,6 +36,7 @@ import yaml
 from accelerate.state import AcceleratorState, PartialState
 from datasets import Dataset, Features, Image, Value
 from PIL import Image as PILImage
+from tiny_models import TINY_VIT
 
 from modeling_udon import UdonConfig, UdonModel
 from modeling_udon.cli import main
@@ -113,17 +114,7 @@ def tiny_values(domains: Path, output_dir: Path, /, **changes: Any) -> dict[str,
         "seed": 3,
         "domains": {name: {"path": str(domains / name)} for name in DOMAIN_SHAPES},
         "model": {
-            "backbone_config": {
-                "model_type": "vit",
-                "image_size": 16,
-                "patch_size": 8,
-                "hidden_size": 16,
-                "num_hidden_layers": 1,
-                "num_attention_heads": 2,
-                "intermediate_size": 32,
-                "initializer_range": 0.3,  # Spreads the features of an untrained backbone.
-                "hidden_dropout_prob": 0.1,
-            },
+            "backbone_config": {**TINY_VIT, "hidden_dropout_prob": 0.1},
             "embedding_dim": 8,
             "teacher_dim": 12,
         },
@@ -171,9 +162,7 @@ def make_searchable(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., S
         folder = tmp_path_factory.mktemp("searchable")
         made = Searchable(*(folder / name for name in ("model", "pictures", "embedded", "index")))
         torch.manual_seed(seed)
-        backbone = {"model_type": "vit", "image_size": 16, "patch_size": 8, "hidden_size": 16, "num_hidden_layers": 1}
-        backbone |= {"num_attention_heads": 2, "intermediate_size": 32, "initializer_range": 0.3}
-        UdonModel(UdonConfig(backbone_config=backbone, embedding_dim=8)).student().save_pretrained(made.model)
+        UdonModel(UdonConfig(backbone_config=dict(TINY_VIT), embedding_dim=8)).student().save_pretrained(made.model)
         image_processor(16, IMAGENET_STANDARD).save_pretrained(made.model)
         rng = np.random.default_rng(0)
         for number, domain in enumerate(domains):

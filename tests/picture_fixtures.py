@@ -9,25 +9,15 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tiny_models import TINY_VIT
 
 from modeling_udon import UdonConfig, UdonModel
 from modeling_udon.data.preprocessing import ChannelStatistics, image_processor
 
-BACKBONE = {
-    "model_type": "vit",
-    "image_size": 16,
-    "patch_size": 8,
-    "hidden_size": 16,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "intermediate_size": 32,
-    "initializer_range": 0.3,
-}
-
 
 def save_student(folder: Path, seed: int = 0, embedding_dim: int = 8) -> Path:
     torch.manual_seed(seed)
-    model = UdonModel(UdonConfig(backbone_config=dict(BACKBONE), embedding_dim=embedding_dim, domains={"cars": 3}))
+    model = UdonModel(UdonConfig(backbone_config=dict(TINY_VIT), embedding_dim=embedding_dim, domains={"cars": 3}))
     model.student().save_pretrained(folder)
     image_processor(16, ChannelStatistics((0.5, 0.4, 0.3), (0.5, 0.5, 0.4))).save_pretrained(folder)
     return folder

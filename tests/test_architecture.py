@@ -48,17 +48,18 @@ FLOORS = {
     f"{PACKAGE}.prepare": 8,
     f"{PACKAGE}.calibration": 2,
     f"{PACKAGE}.backbones": 8,
-    f"{PACKAGE}.encoder": 9,
-    f"{PACKAGE}.run_models": 10,
-    f"{PACKAGE}.search": 10,
-    f"{PACKAGE}.evaluation": 11,
-    f"{PACKAGE}.retrieval": 12,
-    f"{PACKAGE}.hub": 12,
-    f"{PACKAGE}.training": 13,
+    f"{PACKAGE}.networks": 9,
+    f"{PACKAGE}.encoder": 10,
+    f"{PACKAGE}.run_models": 11,
+    f"{PACKAGE}.search": 11,
+    f"{PACKAGE}.evaluation": 12,
+    f"{PACKAGE}.retrieval": 13,
+    f"{PACKAGE}.hub": 13,
+    f"{PACKAGE}.training": 14,
     # The public names, for users only: they lead to every floor, and each is loaded when it is first used.
-    PACKAGE: 14,
-    f"{PACKAGE}.cli": 15,
-    "train_udon": 16,
+    PACKAGE: 15,
+    f"{PACKAGE}.cli": 16,
+    "train_udon": 17,
 }
 # Math and mechanics that know nothing of models and configs.
 LEAVES = {
@@ -73,6 +74,8 @@ LEAVES = {
 }
 # The command line prints its answer and loads only what the chosen verb needs; nothing lies above it to be dodged.
 COMMAND_LINE = f"{PACKAGE}.cli"
+# Lines of a file; of a function or constructor with its signature, without its docstring and decorators.
+MOST_LINES = {"file": 350, "function": 60, "constructor": 30}
 HEAVY = ("torch", "transformers", "numpy", "pydantic", "faiss", "datasets", "gradio", "cv2")
 
 
@@ -189,6 +192,20 @@ def leftover_violations(module: str, source: str) -> list[str]:
     return found
 
 
+def size_violations(module: str, source: str) -> list[str]:
+    sizes = [("file", module, len(source.splitlines()))]
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            assert node.end_lineno is not None
+            first, docstring = node.body[0], ast.get_docstring(node)
+            assert first.end_lineno is not None
+            without = 0 if docstring is None else first.end_lineno - first.lineno + 1
+            kind = "constructor" if node.name == "__init__" else "function"
+            sizes.append((kind, f"{module}.{node.name}", node.end_lineno - node.lineno + 1 - without))
+    most = MOST_LINES
+    return [f"{name}: a {kind} of {size} lines, above {most[kind]}" for kind, name, size in sizes if size > most[kind]]
+
+
 def import_cycle(sources: dict[str, str]) -> list[str]:
     """Returns the modules of one import cycle in order, or nothing."""
     graph = {module: {owner(item.target, sources) for item in imports(sources[module])} for module in sources}
@@ -243,6 +260,10 @@ def test_the_hub_copier_finds_exactly_the_imports_that_python_finds(module):
 
 def test_nothing_unfinished_is_left_in_the_code():
     assert [line for module, source in read_all().items() for line in leftover_violations(module, source)] == []
+
+
+def test_no_file_function_or_constructor_is_too_long_to_be_seen_at_once():
+    assert [line for module, source in read_all().items() for line in size_violations(module, source)] == []
 
 
 def test_importing_the_package_loads_no_heavy_library():
@@ -354,6 +375,27 @@ def test_the_circle_check_names_the_circle():
 )
 def test_the_leftover_check_sees_what_should_not_be_left(line):
     assert len(leftover_violations(f"{PACKAGE}.data.dataset", line)) == 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "source"),
+    [
+        ("file", "x = 1\n" * 351),
+        ("function", "def f(\n    a,\n):\n" + "    a\n" * 58),
+        ("function", "class A:\n    async def f(self):\n" + "        self\n" * 60),
+        ("constructor", "class A:\n    def __init__(self):\n" + "        self\n" * 30),
+    ],
+)
+def test_the_size_check_sees_what_is_too_long(kind, source):
+    assert [line.split(" of ")[0].split(": ")[1] for line in size_violations("p.a", source)] == [f"a {kind}"]
+    shorter = "\n".join(source.splitlines()[:-1])
+    assert size_violations("p.a", shorter) == []
+
+
+def test_the_size_check_leaves_docstrings_out():
+    source = 'def f():\n    """One.' + "\n" * 50 + '    """\n' + "    f()\n" * 59
+    assert size_violations("p.a", source) == []
+    assert size_violations("p.a", source + "    f()\n") == ["p.a.f: a function of 61 lines, above 60"]
 
 
 def test_the_leftover_check_reads_code_and_comments_only():

@@ -7,11 +7,12 @@ import sys
 from collections.abc import Callable
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from modeling_udon.cli import index as index_verb
-from modeling_udon.cli.options import Parser, add_verb, values_of
+from modeling_udon.cli.options import Parser, add_verb, run_verb
 from modeling_udon.cli.terminal import use_escapes
 
 ROOT = Path(__file__).parents[1]
@@ -80,7 +81,36 @@ def test_a_parser_is_what_the_signature_and_the_docstring_say() -> None:
     add_verb(parser.add_subparsers(dest="verb"), "index", index_verb.index)
     arguments = parser.parse_args(["index", "a", "b", "--out", "c", "--recall", "0.5"])
     expected = {"embeddings": ["a", "b"], "out": "c", "kind": "auto", "recall": 0.5, "force": False}
-    assert values_of(arguments) == expected
+    assert {key: value for key, value in vars(arguments).items() if not key.startswith("verb")} == expected
+
+
+def test_a_verb_of_two_functions_has_the_options_of_both_and_hands_the_answer_on() -> None:
+    def find(source: str, *, size: int = 3) -> list[Any]:
+        """Find things.
+
+        Args:
+            source: Where.
+            size: How large.
+
+        Example:
+            udon find here
+        """
+        return [source, size]
+
+    def show(found: list[Any], *, out: str) -> None:
+        """Shows what was found.
+
+        Args:
+            out: Where to.
+        """
+        found += [out]
+        answers.append(found)
+
+    answers: list[Any] = []
+    parser = Parser(prog="udon")
+    add_verb(parser.add_subparsers(dest="verb"), "find", find, show)
+    run_verb(parser.parse_args(["find", "here", "--out", "there"]))
+    assert answers == [["here", 3, "there"]]
 
 
 @pytest.mark.parametrize(

@@ -61,21 +61,17 @@ def embed(
         udon embed photos/ --model runs/demo/best --out photos-embedded
     """
     from modeling_udon.search.embed import embed as embed_images
+    from modeling_udon.search.source_spec import SourceSpec
 
     if thumbnails and no_thumbnails:
         raise ValueError("`--thumbnails` must be left out where `--no-thumbnails` is given. Got both.")
+    wanted = SourceSpec(
+        source, name, split, data_revision, image_column, list(columns), domain, domain_from_folder, allow_outside
+    )
     embed_images(
-        source,
+        wanted,
         open_model(model, revision, trust_remote_code),
         out,
-        name=name,
-        split=split,
-        data_revision=data_revision,
-        image_column=image_column,
-        columns=list(columns),
-        domain=domain,
-        domain_from_folder=domain_from_folder,
-        allow_outside=allow_outside,
         thumbnails=True if thumbnails else False if no_thumbnails else None,
         batch_size=batch_size,
         num_workers=num_workers,

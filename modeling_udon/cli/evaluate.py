@@ -1,9 +1,9 @@
 """`udon evaluate`."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from modeling_udon.cli.options import Commit, File, Folder, Natural, Positive, Share, Value
 from modeling_udon.cli.terminal import say
@@ -63,27 +63,18 @@ def evaluate(
     Example:
         udon evaluate --run runs/demo --metrics R@5 mAP@R --report
     """
-    from modeling_udon.encoder import Encoder
     from modeling_udon.evaluation import evaluate as evaluation
-    from modeling_udon.run_record import read_run
 
     if run is None and config is None:
         raise ValueError("--config must name the domains of a --model or --embeddings; give a YAML file of a run")
-    source: evaluation.Source
-    if run is not None:
-        source = read_run(run)
-    elif embeddings is not None:
-        source = evaluation.EmbeddingFolder(Path(embeddings))
-    else:
-        source = Encoder.open(
-            str(model),
-            pooling=pooling,
-            revision=revision,
-            trust_remote_code=trust_remote_code,
-            image_size=image_size,
-        )
+    opening = {
+        "pooling": pooling,
+        "revision": revision,
+        "trust_remote_code": trust_remote_code,
+        "image_size": image_size,
+    }
     evaluation.evaluate(
-        source,
+        _open(run, embeddings, model, opening),
         config,
         split=split,
         metrics=metrics,
@@ -102,3 +93,14 @@ def evaluate(
         say=say,
         progress=sys.stderr.isatty(),
     )
+
+
+def _open(run: str | None, embeddings: str | None, model: str | None, opening: Mapping[str, Any]) -> Any:
+    """Opens what is measured, of which exactly one is given."""
+    from modeling_udon.encoder import Encoder
+    from modeling_udon.evaluation.precomputed import EmbeddingFolder
+    from modeling_udon.run_record import read_run
+
+    if run is not None:
+        return read_run(run)
+    return Encoder.open(str(model), **opening) if embeddings is None else EmbeddingFolder(Path(embeddings))

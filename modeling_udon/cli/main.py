@@ -12,8 +12,9 @@ from modeling_udon.cli.embed import embed
 from modeling_udon.cli.evaluate import evaluate
 from modeling_udon.cli.export import export
 from modeling_udon.cli.index import index
-from modeling_udon.cli.options import Parser, add_verb, values_of
-from modeling_udon.cli.prepare import csv, folder, hub, uned
+from modeling_udon.cli.models import page
+from modeling_udon.cli.options import Parser, add_verb, run_verb
+from modeling_udon.cli.prepare import csv, folder, hub, own, uned
 from modeling_udon.cli.push import push
 from modeling_udon.cli.push_space import push_space
 from modeling_udon.cli.report import report
@@ -40,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return train(words[1:], "udon train")
     arguments = make_parser().parse_args(words)
     try:
-        arguments.verb_function(**values_of(arguments))
+        run_verb(arguments)
     except ReaderGoneError:
         return _READER_GONE
     except KeyboardInterrupt:
@@ -65,16 +66,17 @@ def make_parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
     prepare = verbs.add_parser("prepare", help="turn image files into domains to train on", allow_abbrev=False)
     kinds = prepare.add_subparsers(dest="kind", metavar="KIND", required=True)
-    for kind in (folder, csv, hub, uned):
-        add_verb(kinds, kind.__name__, kind)
+    for kind in (folder, csv, hub):
+        add_verb(kinds, kind.__name__, kind, own)
+    add_verb(kinds, "uned", uned)
     verbs.add_parser("train", help="train on the domains of a config", add_help=False)
     add_verb(verbs, "embed", embed, at_most_one_of=("domain", "domain_from_folder"))
     add_verb(verbs, "index", index)
     add_verb(verbs, "search", search)
     add_verb(verbs, "evaluate", evaluate, one_of=("run", "model", "embeddings"))
     add_verb(verbs, "report", report)
-    add_verb(verbs, "app", app)
-    add_verb(verbs, "push-space", push_space)
+    add_verb(verbs, "app", page, app)
+    add_verb(verbs, "push-space", page, push_space)
     add_verb(verbs, "export", export)
     add_verb(verbs, "push", push)
     return parser

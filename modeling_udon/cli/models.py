@@ -1,10 +1,12 @@
 """Models that a verb opens: one for most, two side by side for the page."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
+from modeling_udon.cli.options import Commit, Folder
 from modeling_udon.cli.terminal import hide_bars_in_logs
 
 
@@ -21,6 +23,15 @@ class Side:
         return lambda: open_model(self.model, self.revision, trust_remote_code)
 
 
+@dataclass(frozen=True)
+class Page:
+    """What the page shows."""
+
+    sides: Sequence[Side]
+    examples: Sequence[Path]
+    trust_remote_code: bool
+
+
 def open_model(model: str, revision: str | None, trust_remote_code: bool) -> Any:
     """Opens a model without a progress bar in a log."""
     from modeling_udon.encoder import Encoder
@@ -29,11 +40,31 @@ def open_model(model: str, revision: str | None, trust_remote_code: bool) -> Any
     return Encoder.open(model, revision=revision, trust_remote_code=trust_remote_code)
 
 
-def make_sides(first: Side, model2: str | None, index2: str | None, revision2: str | None) -> list[Side]:
-    """The one or two sides of the page.
+def page(
+    *,
+    index: Folder,
+    model: str,
+    revision: Commit | None = None,
+    trust_remote_code: bool = False,
+    examples: Folder | None = None,
+    model2: str | None = None,
+    index2: Folder | None = None,
+    revision2: Commit | None = None,
+) -> Page:
+    """Finds what the page shows.
+
+    Args:
+        index: Folder that `udon index` wrote.
+        model: Folder of a model, or its id on the Hub.
+        revision: Commit, tag or branch of the model on the Hub.
+        trust_remote_code: Run the code beside a model that is not a UDON model.
+        examples: Pictures to click on, at most 12.
+        model2: Folder or Hub id of a second model, to compare two side by side.
+        index2: Index of the second model.
+        revision2: Commit, tag or branch of the second model on the Hub.
 
     Raises:
-        ValueError: If the second one is incomplete.
+        ValueError: If the second side is incomplete, or an example cannot be read.
         ImportError: If Gradio is missing.
     """
     if (model2 is None) != (index2 is None):
@@ -42,6 +73,9 @@ def make_sides(first: Side, model2: str | None, index2: str | None, revision2: s
         raise ValueError("--revision2 must be of --model2, which is not given")
     if find_spec("gradio") is None:
         raise ImportError('the page needs gradio, which is missing: pip install "modeling-udon[demo]"')
-    if model2 is None or index2 is None:
-        return [first]
-    return [first, Side(model2, index2, revision2)]
+    sides = [Side(model, index, revision)]
+    if model2 is not None and index2 is not None:
+        sides.append(Side(model2, index2, revision2))
+    from modeling_udon.search.app import find_examples
+
+    return Page(sides, [] if examples is None else find_examples(examples), trust_remote_code)

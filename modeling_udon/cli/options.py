@@ -61,45 +61,56 @@ class Parser(argparse.ArgumentParser):
 def add_verb(
     verbs: Any,
     name: str,
-    function: Callable[..., None],
+    *functions: Callable[..., Any],
     one_of: Sequence[str] = (),
     at_most_one_of: Sequence[str] = (),
 ) -> None:
-    """Adds a parser that calls a function.
+    """Adds a parser that calls functions one after the other.
 
     Parameters before the `*` are positional, the others options; those without a default are required.
 
     Args:
         verbs: What `add_subparsers` gave.
         name: As it is typed.
-        function: Its docstring needs a summary, `Args` and an `Example`.
+        functions: Each but the first also takes the answer of the one before, as its first argument. Their docstrings
+            need `Args`; the one with an `Example` describes the verb by its summary.
         one_of: Options of which exactly one must be given.
         at_most_one_of: Options of which one may be given.
     """
-    doc = inspect.getdoc(function) or ""
-    summary = doc.partition("\n")[0].rstrip(".")
-    sections = {title: inspect.cleandoc(text) for title, text in _SECTION.findall(doc + "\n")}
-    texts = {key: " ".join(text.split()) for key, text in _ENTRY.findall(sections["Args"])}
+    docs = [inspect.getdoc(function) or "" for function in functions]
+    sections = [{title: inspect.cleandoc(text) for title, text in _SECTION.findall(doc + "\n")} for doc in docs]
+    main = next(number for number, found in enumerate(sections) if "Example" in found)
+    summary = docs[main].partition("\n")[0].rstrip(".")
     parser: argparse.ArgumentParser = verbs.add_parser(
         name,
         help=summary[0].lower() + summary[1:],
         description=f"{summary}.",
-        epilog=f"example: {sections['Example']}",
+        epilog=f"example: {sections[main]['Example']}",
         allow_abbrev=False,
     )
     groups = {key: parser.add_mutually_exclusive_group(required=True) for key in one_of[:1]}
     groups |= {key: parser.add_mutually_exclusive_group() for key in at_most_one_of[:1]}
-    hints = get_type_hints(function, include_extras=True)
-    for parameter in inspect.signature(function).parameters.values():
-        key = parameter.name
-        group = next((groups[names[0]] for names in (one_of, at_most_one_of) if key in names), parser)
-        _add_argument(group, parameter, hints[key], texts[key])
-    parser.set_defaults(verb_function=function)
+    for number, function in enumerate(functions):
+        hints = get_type_hints(function, include_extras=True)
+        texts = {key: " ".join(text.split()) for key, text in _ENTRY.findall(sections[number]["Args"])}
+        for parameter in _own_parameters(function, number):
+            key = parameter.name
+            group = next((groups[names[0]] for names in (one_of, at_most_one_of) if key in names), parser)
+            _add_argument(group, parameter, hints[key], texts[key])
+    parser.set_defaults(verb_functions=functions)
 
 
-def values_of(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The parsed values that the verb's function takes."""
-    return {key: getattr(arguments, key) for key in inspect.signature(arguments.verb_function).parameters}
+def run_verb(arguments: argparse.Namespace) -> None:
+    """Calls a verb's functions with the parsed values."""
+    answer: tuple[Any, ...] = ()
+    for number, function in enumerate(arguments.verb_functions):
+        values = {parameter.name: getattr(arguments, parameter.name) for parameter in _own_parameters(function, number)}
+        answer = (function(*answer, **values),)
+
+
+def _own_parameters(function: Callable[..., Any], number: int) -> list[inspect.Parameter]:
+    """The parameters that are no answer of the function before."""
+    return list(inspect.signature(function).parameters.values())[min(number, 1) :]
 
 
 def _add_argument(parser: Any, parameter: inspect.Parameter, hint: Any, text: str) -> None:

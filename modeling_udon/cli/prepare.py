@@ -1,92 +1,54 @@
-"""`udon prepare folder`, `csv`, `hub` and `uned`."""
+"""`udon prepare folder`, `csv`, `hub` and `uned`: the first three find pictures, which `own` makes a domain of."""
 
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from modeling_udon.cli.options import Column, Commit, Folder, Name, Natural, Positive, Share
 from modeling_udon.cli.terminal import say
 
 
-def folder(
-    source: str,
-    *,
-    out: Folder,
-    name: Name | None = None,
-    seed: Natural = 0,
-    validation: Share = 0.1,
-    test: Share = 0.2,
-    size: Positive | None = None,
-    shard_size: Positive = 5000,
-    num_workers: Natural = 2,
-) -> None:
+def folder(source: str) -> Any:
     """Prepare a domain from a folder with one subfolder per class.
 
     Args:
         source: The folder.
-        out: Folder of the domain.
-        name: Name of the domain; by default that of --out.
-        seed: Seed of the split.
-        validation: Share of the classes for validation.
-        test: Share of the classes for the test.
-        size: Shrink images to this shorter side and encode them again.
-        shard_size: Images per file.
-        num_workers: Processes that decode.
 
     Example:
         udon prepare folder photos --out data/photos
     """
-    _prepare(source, "folder", out, name, (size, shard_size, num_workers), seed=seed, validation=validation, test=test)
+    from modeling_udon.prepare.prepare import pictures_of_folder
+
+    return pictures_of_folder(Path(source), say)
 
 
 def csv(
     source: str,
     *,
-    out: Folder,
-    name: Name | None = None,
-    seed: Natural = 0,
-    validation: Share = 0.1,
-    test: Share = 0.2,
     images: Folder | None = None,
     allow_outside: bool = False,
     path_column: Column = "path",
     label_column: Column = "label",
     split_column: Column = "split",
-    size: Positive | None = None,
-    shard_size: Positive = 5000,
-    num_workers: Natural = 2,
-) -> None:
+) -> Any:
     """Prepare a domain from a table, CSV or Parquet.
 
     Args:
         source: The table.
-        out: Folder of the domain.
-        name: Name of the domain; by default that of --out.
-        seed: Seed of the split.
-        validation: Share of the classes for validation.
-        test: Share of the classes for the test.
         images: Folder that paths start from; by default the table's folder.
         allow_outside: Read what the table names outside of --images.
         path_column: Column of the paths.
         label_column: Column of the classes.
         split_column: Column of the splits.
-        size: Shrink images to this shorter side and encode them again.
-        shard_size: Images per file.
-        num_workers: Processes that decode.
 
     Example:
         udon prepare csv photos.csv --out data/photos
     """
-    _prepare(
-        source,
-        "csv",
-        out,
-        name,
-        (size, shard_size, num_workers),
-        seed=seed,
-        validation=validation,
-        test=test,
+    from modeling_udon.prepare.prepare import pictures_of_table
+
+    return pictures_of_table(
+        Path(source),
         images=None if images is None else Path(images),
         allow_outside=allow_outside,
         path_column=path_column,
@@ -98,52 +60,68 @@ def csv(
 def hub(
     source: str,
     *,
+    config: Name | None = None,
+    revision: Commit | None = None,
+    image_column: Column = "image",
+    label_column: Column = "label",
+) -> Any:
+    """Prepare a domain from a data set.
+
+    Args:
+        source: Its id on the Hub, or its folder.
+        config: Configuration of the data set.
+        revision: Commit, tag or branch on the Hub.
+        image_column: Column of the images.
+        label_column: Column of the classes.
+
+    Example:
+        udon prepare hub org/photos --out data/photos
+    """
+    from modeling_udon.prepare.prepare import pictures_of_dataset
+
+    return pictures_of_dataset(
+        source, config=config, revision=revision, image_column=image_column, label_column=label_column
+    )
+
+
+def own(
+    pictures: Any,
+    *,
     out: Folder,
     name: Name | None = None,
     seed: Natural = 0,
     validation: Share = 0.1,
     test: Share = 0.2,
-    config: Name | None = None,
-    revision: Commit | None = None,
-    image_column: Column = "image",
-    label_column: Column = "label",
     size: Positive | None = None,
     shard_size: Positive = 5000,
     num_workers: Natural = 2,
 ) -> None:
-    """Prepare a domain from a data set.
+    """Makes a domain of pictures that were found.
 
     Args:
-        source: Its id on the Hub, or its folder.
         out: Folder of the domain.
         name: Name of the domain; by default that of --out.
         seed: Seed of the split.
         validation: Share of the classes for validation.
         test: Share of the classes for the test.
-        config: Configuration of the data set.
-        revision: Commit, tag or branch on the Hub.
-        image_column: Column of the images.
-        label_column: Column of the classes.
         size: Shrink images to this shorter side and encode them again.
         shard_size: Images per file.
         num_workers: Processes that decode.
-
-    Example:
-        udon prepare hub org/photos --out data/photos
     """
-    _prepare(
-        source,
-        "hub",
-        out,
-        name,
-        (size, shard_size, num_workers),
+    from modeling_udon.prepare.prepare import prepare_own
+
+    prepare_own(
+        pictures,
+        Path(out),
+        name=name,
         seed=seed,
         validation=validation,
         test=test,
-        config=config,
-        revision=revision,
-        image_column=image_column,
-        label_column=label_column,
+        size=size,
+        shard_size=shard_size,
+        num_workers=num_workers,
+        show_progress=sys.stderr.isatty(),
+        say=say,
     )
 
 
@@ -174,25 +152,16 @@ def uned(
         udon prepare uned --info-files info_files --images images --out uned
     """
     from modeling_udon.prepare.prepare import prepare_uned
-    from modeling_udon.prepare.shards import PrepareOptions
 
-    options = PrepareOptions(size=size, shard_size=shard_size, num_workers=num_workers)
-    chosen, show_progress = list(domains), sys.stderr.isatty()
-    prepare_uned(Path(info_files), Path(images), Path(out), options, chosen, show_progress, say, allow_outside)
-
-
-def _prepare(
-    source: str,
-    kind: Literal["folder", "csv", "hub"],
-    out: str,
-    name: str | None,
-    work: tuple[int | None, int, int],
-    **of_kind: Any,
-) -> None:
-    from modeling_udon.prepare.prepare import OwnData, prepare_own
-    from modeling_udon.prepare.shards import PrepareOptions
-
-    size, shard_size, num_workers = work
-    data = OwnData(source, kind, name or Path(out).name, **of_kind)
-    options = PrepareOptions(size=size, shard_size=shard_size, num_workers=num_workers)
-    prepare_own(data, Path(out), options, sys.stderr.isatty(), say)
+    prepare_uned(
+        Path(info_files),
+        Path(images),
+        Path(out),
+        domains=domains,
+        allow_outside=allow_outside,
+        size=size,
+        shard_size=shard_size,
+        num_workers=num_workers,
+        show_progress=sys.stderr.isatty(),
+        say=say,
+    )

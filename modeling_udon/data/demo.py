@@ -23,7 +23,7 @@ from modeling_udon.data.glyphs import (
     draw_glyph,
     find_faces,
     pick_faces,
-    require,
+    require_source,
     without_lookalikes,
 )
 
@@ -67,7 +67,7 @@ def build_numbers(rng: np.random.Generator) -> dict[str, Examples]:
     difference of its digits, so every digit stands equally often in both positions of every split, and the digits of
     a split come from its own block of the source images, which follow the writers.
     """
-    digits = require("sklearn.datasets").load_digits()
+    digits = require_source("sklearn.datasets").load_digits()
     differences = rng.permutation(10)
     plan = {
         "train": (differences[:6], slice(0, 1000), 50),
@@ -281,8 +281,8 @@ def _write(first: np.ndarray, second: np.ndarray, rng: np.random.Generator) -> P
 def _load_photograph(name: str) -> list[np.ndarray]:
     """One photograph, or two of a stereo pair followed by the disparity of the first."""
     if name.endswith(".jpg"):
-        return [require("sklearn.datasets").load_sample_image(name)]
-    loaded = getattr(require("skimage.data"), name)()
+        return [require_source("sklearn.datasets").load_sample_image(name)]
+    loaded = getattr(require_source("skimage.data"), name)()
     return list(loaded) if isinstance(loaded, tuple) else [loaded]
 
 

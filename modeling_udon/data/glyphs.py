@@ -1,7 +1,6 @@
 """Characters as the fonts inside matplotlib's wheel draw them, for the demo's letters and symbols."""
 
 import functools
-import importlib
 import unicodedata
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -10,6 +9,8 @@ from typing import Any
 import numpy as np
 from PIL import Image as PILImage
 from PIL import ImageDraw, ImageFilter, ImageFont
+
+from modeling_udon.faults import require
 
 GLYPH_SIZE = 64
 
@@ -32,19 +33,13 @@ CodePoints = tuple[tuple[int, int], ...]  # inclusive ranges
 Face = tuple[str, str]  # font name, character to draw with it
 
 
-def require(module: str) -> Any:
+def require_source(module: str) -> Any:
     """Imports a module that holds source images.
 
     Raises:
         ImportError: If its package is missing; the message names the extra that brings it.
     """
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        package = module.partition(".")[0]
-        raise ImportError(
-            f'the demo domains need {package}, which is missing: pip install "modeling-udon[demo-data]"'
-        ) from error
+    return require(module, "demo-data", "the demo domains need")
 
 
 def characters_in(ranges: CodePoints) -> list[str]:
@@ -116,11 +111,11 @@ def without_lookalikes(characters: tuple[str, ...]) -> list[str]:
 
 
 def _font_path(font: str) -> Path:
-    return Path(require("matplotlib").get_data_path(), "fonts", "ttf", f"{font}.ttf")
+    return Path(require_source("matplotlib").get_data_path(), "fonts", "ttf", f"{font}.ttf")
 
 
 def _charmap(font: str) -> set[str]:
-    return {chr(code) for code in require("matplotlib.ft2font").FT2Font(str(_font_path(font))).get_charmap()}
+    return {chr(code) for code in require_source("matplotlib.ft2font").FT2Font(str(_font_path(font))).get_charmap()}
 
 
 @functools.cache

@@ -11,7 +11,7 @@ from torch import nn
 from modeling_udon.data.dataset import BrokenImage
 from modeling_udon.data.domains import Domain, EvaluationSplit
 from modeling_udon.data.labels import Labels
-from modeling_udon.encoder import RAW_PIXELS, Encoder
+from modeling_udon.encoder import Encoder
 from modeling_udon.evaluation.embedder import EmbeddedImages, ImageEmbedder
 from modeling_udon.evaluation.protocol import (
     METRICS,
@@ -25,6 +25,7 @@ from modeling_udon.evaluation.protocol import (
     search_separate,
 )
 from modeling_udon.evaluation.rules import embedded_domain
+from modeling_udon.networks import RAW_PIXELS
 
 # By domain, then by kind of embedding: "student", "teacher", "backbone".
 EmbeddedSplit = dict[str, dict[str, EmbeddedDomain]]

@@ -7,8 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import nn
+from transformers.image_processing_utils import BaseImageProcessor
 
+from modeling_udon.auto_classes import UdonModel
 from modeling_udon.data.domains import open_domain
 from modeling_udon.domain_spec import DomainSpec
 from modeling_udon.encoder import Encoder
@@ -18,15 +21,15 @@ from modeling_udon.evaluation.protocol import score_merged
 from modeling_udon.evaluation.tables import align
 from modeling_udon.hub.modules_format import embed_with_modules, write_modules
 from modeling_udon.hub.onnx_format import FLOAT_FILE, INT8_FILE, OnnxModel, open_onnx, quantise, write_onnx
-from modeling_udon.hub.student import embed_as_published, open_student, probe_images, processed
-from modeling_udon.hub.student_folder import check_out
+from modeling_udon.hub.student_folder import PROCESSOR_FILE
 from modeling_udon.run_record import read_run
-from modeling_udon.storage import replaced_folder
+from modeling_udon.storage import check_out, replaced_folder
 
 FORMATS = ("sentence-transformers", "onnx")
 # Float32 noise; another activation or epsilon would show as 1e-5 and more. Of ONNX's own kernels, somewhat more.
 TOLERANCE = 2e-6
 ONNX_TOLERANCE = 1e-5
+_PROBE_SIZES = ((48, 64), (200, 150), (301, 97), (64, 64), (33, 240), (120, 90))
 
 Say = Callable[[str], None]
 
@@ -49,7 +52,7 @@ def export(
     """Writes a student in another format; one that embeds otherwise than the student is not left behind.
 
     Args:
-        model: As `open_student` takes it.
+        model: Folder of a student, folder of a run, whose best student counts, or id on the Hub.
         format: One of `FORMATS`.
         out: Folder to write.
         revision: Commit, tag or branch of the model on the Hub.
@@ -66,7 +69,8 @@ def export(
         The folder.
 
     Raises:
-        ValueError: If the format cannot be exact, or something that is asked for does not go with the rest.
+        ValueError: If the model does not open or is no student, the format cannot be exact, or something that is asked
+            for does not go with the rest.
         ImportError: If a package of the extra `export` is missing.
     """
     if format not in FORMATS:
@@ -74,21 +78,24 @@ def export(
     if int8 and format != "onnx":
         raise ValueError(f"--int8 must go with --format onnx. Got {format}.")
     folder = Path(out)
-    check_out(folder, force)
-    student = open_student(str(model), revision)
+    check_out(folder, PROCESSOR_FILE, "of a model to replace", "a model", force)
+    student = Encoder.open(model, revision=revision)
+    network, processor = student.network, student.processor
+    if not isinstance(network, UdonModel) or processor is None:
+        raise ValueError(f"`model` must be a UDON student. Got {str(model)!r}, a model of another kind.")
     if int8 and specs is None:
         specs, data_seed = _run_domains(student)
     with replaced_folder(folder) as draft:
         if format == "onnx":
-            _export_onnx(student, draft, say)
+            write_onnx(network, processor, student.image_size, draft)
+            _check_onnx(draft / FLOAT_FILE, network, processor, say)
             if specs is not None and int8:
                 loading = batch_size, num_workers
                 _export_int8(student, draft, specs, split, data_seed, loading, say)
         else:
-            write_modules(student, draft)
-            images = probe_images()
-            actual, expected = embed_with_modules(draft, images), embed_as_published(student, images)
-            _check(actual, expected, TOLERANCE, "sentence-transformers", say)
+            write_modules(network, processor, draft)
+            expected = _embed_as_published(network, _prepared(processor))
+            _check(embed_with_modules(draft, _probes()), expected, TOLERANCE, "sentence-transformers", say)
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         say(f"{path.stat().st_size:>13,}  {path.relative_to(folder)}")
     say(f"wrote {folder}")
@@ -105,13 +112,32 @@ def _run_domains(student: Encoder) -> tuple[dict[str, DomainSpec], int]:
     return run.domains, run.seed
 
 
-def _export_onnx(student: Encoder, folder: Path, say: Say) -> None:
-    write_onnx(student, folder)
-    graph, images = open_onnx(folder / FLOAT_FILE), probe_images()
-    pixels, expected = processed(student, images).numpy(), embed_as_published(student, images)
+def _check_onnx(graph_file: Path, network: UdonModel, processor: BaseImageProcessor, say: Say) -> None:
+    graph, prepared = open_onnx(graph_file), _prepared(processor)
+    pixels, expected = prepared.numpy(), _embed_as_published(network, prepared)
     # One image and several: the batch is free.
     single = np.concatenate([graph(pixels[row : row + 1]) for row in range(len(pixels))])
     _check(np.concatenate([graph(pixels), single]), np.concatenate([expected] * 2), ONNX_TOLERANCE, "onnxruntime", say)
+
+
+def _probes() -> list[Image.Image]:
+    """Images of several sizes, smooth noise, the same each time."""
+    rng = np.random.default_rng(0)
+    return [
+        Image.fromarray(rng.integers(0, 256, (5, 5, 3), dtype=np.uint8)).resize(size, Image.Resampling.BILINEAR)
+        for size in _PROBE_SIZES
+    ]
+
+
+def _prepared(processor: BaseImageProcessor) -> torch.Tensor:
+    """What the image processor makes of the probes, of shape `(num_probes, 3, height, width)`."""
+    return processor(images=_probes(), return_tensors="pt")["pixel_values"]
+
+
+@torch.no_grad()
+def _embed_as_published(network: UdonModel, prepared: torch.Tensor) -> np.ndarray:
+    """Embeds prepared images as a user of transformers does: `(num_images, embedding_dim)`."""
+    return network(prepared).image_embeds.numpy()
 
 
 def _check(actual: np.ndarray, expected: np.ndarray, tolerance: float, library: str, say: Say) -> None:
@@ -129,7 +155,7 @@ def _check(actual: np.ndarray, expected: np.ndarray, tolerance: float, library: 
         )
     say(
         f"checked in {library}: largest difference to the student's embeddings {difference:.1e} "
-        f"({len(probe_images())} images, at most {tolerance:g})"
+        f"({len(_PROBE_SIZES)} images, at most {tolerance:g})"
     )
 
 

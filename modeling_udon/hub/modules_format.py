@@ -9,9 +9,9 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
+from transformers.image_processing_utils import BaseImageProcessor
 
-from modeling_udon.encoder import Encoder
-from modeling_udon.hub.student import require, student_network, student_processor
+from modeling_udon.faults import require
 from modeling_udon.hub.student_folder import (
     MODULES_FILE,
     TRANSFORMER_FILE,
@@ -20,6 +20,7 @@ from modeling_udon.hub.student_folder import (
     save_model,
     transformer_settings,
 )
+from modeling_udon.modeling_udon import UdonModel
 from modeling_udon.storage import write_json
 
 _BASE = "sentence_transformers.base.modules"
@@ -28,13 +29,12 @@ _NORMALIZE = f"{_BASE}.normalize.Normalize"
 _DENSE = f"{_BASE}.dense.Dense"
 
 
-def write_modules(student: Encoder, folder: Path) -> None:
+def write_modules(model: UdonModel, processor: BaseImageProcessor, folder: Path) -> None:
     """Writes `Transformer -> [Pooling] -> Normalize -> Dense -> Normalize`: backbone, class token, head.
 
     Raises:
         ValueError: If the head has hidden layers.
     """
-    model = student_network(student)
     if model.config.head_hidden_dims:
         raise ValueError(
             "--format sentence-transformers must have a linear head: its Dense takes activations of torch that have "
@@ -47,7 +47,7 @@ def write_modules(student: Encoder, folder: Path) -> None:
         *(("pooler_output", "sentence_embedding") if pooled else ("last_hidden_state", "token_embeddings"))
     )
     save_model(model.backbone, folder)
-    student_processor(student).save_pretrained(folder)
+    processor.save_pretrained(folder)
     write_json(folder / TRANSFORMER_FILE, settings | _without_pooler(model.backbone))
     modules: list[tuple[str, dict[str, Any]]] = []
     if not pooled:

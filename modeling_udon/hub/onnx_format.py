@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import nn
+from transformers.image_processing_utils import BaseImageProcessor
 
-from modeling_udon.encoder import Encoder
-from modeling_udon.hub.student import require, student_network, student_processor
+from modeling_udon.faults import require
 from modeling_udon.modeling_udon import UdonModel
 
 FLOAT_FILE = "model.onnx"
@@ -36,20 +36,25 @@ class _Embed(nn.Module):
         return self.model(pixel_values).image_embeds
 
 
-def write_onnx(student: Encoder, folder: Path) -> None:
+def write_onnx(model: UdonModel, processor: BaseImageProcessor, image_size: int, folder: Path) -> None:
     """Writes the graph with its weights in float32, and the image processor.
+
+    Args:
+        model: The student.
+        processor: Its image processor.
+        image_size: Side in pixels of its images.
+        folder: Folder to write to.
 
     Raises:
         ImportError: If a package of the extra is missing.
     """
     require("onnxscript", "export")
-    config = student_network(student).config.backbone_config
-    num_bytes = sum(value.nbytes for value in student_network(student).state_dict().values())
+    num_bytes = sum(value.nbytes for value in model.state_dict().values())
     # Two images: torch.export takes a dimension of one for fixed.
     with _without_notes():
         torch.onnx.export(
-            _Embed(student_network(student)).eval(),
-            (torch.zeros(2, config.num_channels, student.image_size, student.image_size),),
+            _Embed(model).eval(),
+            (torch.zeros(2, model.config.backbone_config.num_channels, image_size, image_size),),
             str(folder / FLOAT_FILE),
             input_names=[INPUT],
             output_names=[OUTPUT],
@@ -60,7 +65,7 @@ def write_onnx(student: Encoder, folder: Path) -> None:
             verbose=False,
         )
     _strip_traces(folder / FLOAT_FILE)
-    student_processor(student).save_pretrained(folder)
+    processor.save_pretrained(folder)
 
 
 def quantise(folder: Path) -> None:

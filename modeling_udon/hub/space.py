@@ -5,19 +5,18 @@ images, and of this machine neither paths nor anything else.
 """
 
 import ast
-import json
 import os
 import shutil
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-from huggingface_hub import HfApi, SpaceCardData
+from huggingface_hub import HfApi, ModelCard, SpaceCardData
 
 # The client's own base of what its HTTP library raises: another one in version 0.34 (requests) than later (httpx).
 from huggingface_hub.errors import HTTPError
@@ -25,9 +24,13 @@ from tqdm import tqdm
 from transformers.utils import cached_file
 from transformers.utils.hub import extract_commit_hash
 
+from modeling_udon.auto_classes import UdonModel
+from modeling_udon.calibration import CALIBRATION_FILE
 from modeling_udon.encoder import Encoder
 from modeling_udon.hub.errors import reason_of
-from modeling_udon.search.index import ABOUT_FILE, INDEX_FILE, METADATA_FILE, ImageIndex
+from modeling_udon.hub.student_folder import write_student
+from modeling_udon.search.image_index import ImageIndex
+from modeling_udon.search.index_folder import INDEX_FILE, METADATA_FILE, open_metadata, write_about
 from modeling_udon.search.query import check_model
 from modeling_udon.search.thumbnails import find_thumbnail
 from modeling_udon.storage import replaced_folder
@@ -180,12 +183,13 @@ def _check_target(target: Path, force: bool) -> None:
 def _place(side: SpaceSide, number: int, space: Path, trust_remote_code: bool, say: Say) -> _Placed:
     """Checks that the model is the index's, and brings both into the Space."""
     index = ImageIndex(side.index)
-    check_model(index, Encoder.open(side.model, revision=side.revision, trust_remote_code=trust_remote_code))
-    source, model, revision = Path(side.model), side.model, side.revision
+    encoder = Encoder.open(side.model, revision=side.revision, trust_remote_code=trust_remote_code)
+    check_model(index, encoder)
+    model, revision = side.model, side.revision
     title = model
-    if source.is_dir():
-        title, model, revision = _title(source), f"models/{number}", None
-        _copy_model(source, space / model, trust_remote_code)
+    if encoder.folder is not None:
+        title, model, revision = _title(encoder.folder), f"models/{number}", None
+        _write_model(encoder, space / model, title, trust_remote_code)
     else:
         revision = extract_commit_hash(str(cached_file(model, "config.json", revision=revision)), None)
     place = f"indexes/{number}"
@@ -200,13 +204,22 @@ def _title(model: Path) -> str:
     return path.parent.name if path.name == "best" else path.name
 
 
-def _copy_model(source: Path, target: Path, trust_remote_code: bool) -> None:
+def _write_model(encoder: Encoder, target: Path, title: str, trust_remote_code: bool) -> None:
+    """Writes a student as it is published; of a model of another kind the files that loading needs are copied."""
+    source = encoder.folder
+    assert source is not None, "only what lies in a folder goes along"
+    if isinstance(encoder.network, UdonModel) and encoder.processor is not None:
+        calibration = source / CALIBRATION_FILE
+        files = {CALIBRATION_FILE: calibration} if calibration.is_file() else {}
+        card = ModelCard(f"---\nlibrary_name: transformers\n---\n\n# {title}\n")
+        write_student(target, encoder.network, encoder.processor, card, files=files)
+        return
     patterns = ("*.json", "*.safetensors", *(("*.py",) if trust_remote_code else ()))
-    files = [path for pattern in patterns for path in source.glob(pattern)]
-    if not any(path.suffix == ".safetensors" for path in files):
+    found = [path for pattern in patterns for path in source.glob(pattern)]
+    if not any(path.suffix == ".safetensors" for path in found):
         raise ValueError(f"`model` must have its weights as safetensors. Got {str(source)!r} without.")
     target.mkdir(parents=True)
-    for path in files:
+    for path in found:
         shutil.copyfile(path, target / path.name)
 
 
@@ -214,9 +227,9 @@ def _copy_index(index: ImageIndex, target: Path, title: str, say: Say) -> None:
     """Copies an index without what it says of this machine, and with a thumbnail wherever there can be one."""
     shutil.copyfile(index.folder / INDEX_FILE, target / INDEX_FILE)
     sources = [{"folder": "", "root": "", "start": source["start"]} for source in index.about.sources]
-    about = asdict(replace(index.about, model=title, sources=sources))
-    (target / ABOUT_FILE).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
-    table = pa.ipc.open_file(pa.memory_map(str(index.folder / METADATA_FILE))).read_all()
+    about = replace(index.about, model=title, sources=sources)
+    write_about(target, about)
+    table = open_metadata(index.folder)
     kept = table.drop_columns([name for name in ("path", "thumbnail") if name in table.column_names])
     schema = kept.schema.append(pa.field("path", pa.string())).append(pa.field("thumbnail", pa.binary()))
     num_missing = 0

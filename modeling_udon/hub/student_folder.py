@@ -84,20 +84,6 @@ def transformer_settings(output: str, feature: str) -> dict[str, object]:
     }
 
 
-def check_out(folder: Path, force: bool) -> None:
-    """Refuses an output folder that must not be written.
-
-    Raises:
-        ValueError: If it exists and is no model, or is one and `force` is not given.
-    """
-    if not folder.exists():
-        return
-    if not (folder / PROCESSOR_FILE).is_file():
-        raise ValueError(f"`out` must be a new folder, or one of a model to replace. Got {str(folder)!r}.")
-    if not force:
-        raise ValueError(f"`out` must be a new folder. Got {str(folder)!r}, a model; give --force to replace it.")
-
-
 def _name_tower(weights: Path, prefix: str) -> None:
     """Renames the parameters of a CLIP or SigLIP tower in a draft; `prefix` is what stands before their names."""
     tower = f"{prefix}vision_model."

@@ -1,9 +1,9 @@
 """`udon prepare`: image files become domains, with a summary and what a config says of them."""
 
+import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import yaml
 from tqdm import tqdm
@@ -21,7 +21,6 @@ from modeling_udon.prepare.own_data import (
 from modeling_udon.prepare.shards import (
     FolderReader,
     Picture,
-    PrepareOptions,
     Read,
     SplitSummary,
     check_paths,
@@ -36,77 +35,112 @@ from modeling_udon.text import printable
 SPECS_FILE = "domains.yaml"
 
 Say = Callable[[str], None]
+# Pictures by split, of `None` where there are no splits, and what reads them.
+Pictures = tuple[dict[str | None, list[Picture]], Read]
 
 
-@dataclass(frozen=True)
-class OwnData:
-    """Where pictures of your own are, and how they are split.
+def pictures_of_folder(source: Path, say: Say = lambda text: None) -> Pictures:
+    """Finds the pictures of a folder with one subfolder per class; see `read_folder`."""
+    if not source.is_dir():
+        raise ValueError(f"SOURCE must be a folder that is there. Got {source}.")
+    found, passed_over = read_folder(source)
+    if passed_over:
+        say(f"passed over: {describe_passed_over(passed_over)}")
+    return _with_training(found, "SOURCE must have pictures"), FolderReader(source)
 
-    Attributes:
-        source: Folder with a folder a class; a CSV or Parquet table; a data set's id on the Hub, or its folder.
-        kind: `"folder"`, `"csv"` or `"hub"`.
-        name: Name of the domain.
-        images: Folder that a table's paths start from; by default the table's own.
-        image_column: Column of a data set's images.
-        config: Configuration of a data set.
-        revision: Commit, tag or branch of a data set on the Hub.
+
+def pictures_of_table(
+    source: Path,
+    *,
+    images: Path | None = None,
+    allow_outside: bool = False,
+    path_column: str = "path",
+    label_column: str = "label",
+    split_column: str = "split",
+) -> Pictures:
+    """Finds the pictures that a CSV or Parquet table names; see `read_table`.
+
+    Args:
+        source: The table.
+        images: Folder that its paths start from; by default the table's own.
+        allow_outside: Whether it may name pictures outside of `images`.
         path_column: Column of the paths.
         label_column: Column of the classes.
         split_column: Column of the splits, if the table has it.
-        seed: Seed of the split by classes.
-        validation: Share of the classes for validation.
-        test: Share of the classes for the test.
-        allow_outside: Whether a table may name pictures outside of `images`.
     """
+    if not source.is_file():
+        raise ValueError(f"SOURCE must be a table that is there. Got {source}.")
+    folder = images or source.parent
+    found = read_table(source, path_column, label_column, split_column)
+    if not allow_outside:
+        check_paths((picture for pictures in found.values() for picture in pictures), folder)
+    splits = {split: below(pictures, folder) for split, pictures in found.items()}
+    return _with_training(splits, "--split-column must have rows"), FolderReader(folder, confined=not allow_outside)
 
-    source: str
-    kind: Literal["folder", "csv", "hub"]
-    name: str
-    images: Path | None = None
-    image_column: str = "image"
-    config: str | None = None
-    revision: str | None = None
-    path_column: str = "path"
-    label_column: str = "label"
-    split_column: str = "split"
-    seed: int = 0
-    validation: float = 0.1
-    test: float = 0.2
-    allow_outside: bool = False
+
+def pictures_of_dataset(
+    source: str,
+    *,
+    config: str | None = None,
+    revision: str | None = None,
+    image_column: str = "image",
+    label_column: str = "label",
+) -> Pictures:
+    """Finds the pictures of a data set; see `read_dataset`."""
+    found, read = read_dataset(source, config, revision, image_column, label_column)
+    return _with_training(found, "SOURCE must have pictures"), read
 
 
 def prepare_own(
-    data: OwnData, out: Path, options: PrepareOptions, show_progress: bool = False, say: Say = lambda text: None
+    pictures: Pictures,
+    out: Path,
+    *,
+    name: str | None = None,
+    seed: int = 0,
+    validation: float = 0.1,
+    test: float = 0.2,
+    size: int | None = None,
+    shard_size: int = 5000,
+    num_workers: int = 0,
+    show_progress: bool = False,
+    say: Say = lambda text: None,
 ) -> list[SplitSummary]:
-    """Prepares one domain of your own; `out` is its folder.
+    """Prepares one domain of your own pictures.
+
+    Args:
+        pictures: Pictures by split, of `None` where there are no splits, and what reads them.
+        out: The domain's folder.
+        name: Name of the domain; by default that of its folder.
+        seed: Seed of the split by classes.
+        validation: Share of the classes for validation.
+        test: Share of the classes for the test.
+        size: See `write_domain`.
+        shard_size: See `write_domain`.
+        num_workers: See `write_domain`.
+        show_progress: Whether a bar is shown.
+        say: Called with lines for the user.
 
     Raises:
-        ValueError: If the pictures cannot be read or split, or `out` holds something else.
+        ValueError: If the pictures cannot be split, or `out` holds something else.
     """
-    found, read = _read(data, say)
+    found, read = pictures
+    name = name or Path(os.path.abspath(out)).name
     if None in found:
-        splits = split_by_class(found[None], data.seed, data.validation, data.test)
+        splits = split_by_class(found[None], seed, validation, test)
     else:
         splits = {split: found[split] for split in ("train", "validation", "test", "index") if split in found}
-        if "train" not in splits:
-            what = "--split-column must have rows" if data.kind == "csv" else "SOURCE must have pictures"
-            raise ValueError(f"{what} for train. Got {', '.join(map(str, found))}.")
-        if lists := next((picture for picture in splits["train"] if isinstance(picture.label, list)), None):
-            raise ValueError(
-                f"SOURCE must have one class for each training picture. Got {lists.label} for {lists.path}; only those "
-                "that are searched for may have several."
-            )
         say_overlap(splits, say)
     num_pictures = sum(map(len, splits.values()))
     with _bar(num_pictures, show_progress, "looking for copies") as bar:
-        splits, dropped = drop_duplicates(splits, read, options.num_workers, bar.update)
+        splits, dropped = drop_duplicates(splits, read, num_workers, bar.update)
     splits = without_lone_queries(splits)
     for path, other in dropped[:5]:
         say(f"left out: {printable(path)} has the content of {printable(other)}")
     if len(dropped) > 5:
         say(f"left out: {len(dropped) - 5} more with the content of others")
-    summaries = _write({data.name: splits}, read, {data.name: out}, options, show_progress, say)[data.name]
-    say("\nfor the config:\n\n" + _yaml({data.name: domain_spec([name for name in splits if splits[name]], out)}))
+    writing = {"size": size, "shard_size": shard_size, "num_workers": num_workers}
+    summaries = _write({name: splits}, read, {name: out}, writing, show_progress, say)[name]
+    say("\nfor the config:\n\n" + _yaml({name: domain_spec([split for split in splits if splits[split]], out)}))
     return summaries
 
 
@@ -114,11 +148,14 @@ def prepare_uned(
     info_files: Path,
     images: Path,
     out: Path,
-    options: PrepareOptions,
+    *,
     domains: Sequence[str] = (),
+    allow_outside: bool = False,
+    size: int | None = None,
+    shard_size: int = 5000,
+    num_workers: int = 0,
     show_progress: bool = False,
     say: Say = lambda text: None,
-    allow_outside: bool = False,
 ) -> dict[str, list[SplitSummary]]:
     """Prepares domains of UnED, each in a folder below `out`, and writes `domains.yaml` for the configs.
 
@@ -126,11 +163,13 @@ def prepare_uned(
         info_files: Folder with `DOMAIN/SPLIT.json`.
         images: Folder that the paths in them start from.
         out: Where the domains go.
-        options: How.
         domains: Which of them; by default all.
+        allow_outside: Whether info files may name pictures outside of `images`.
+        size: See `write_domain`.
+        shard_size: See `write_domain`.
+        num_workers: See `write_domain`.
         show_progress: Whether a bar is shown.
         say: Called with lines for the user.
-        allow_outside: Whether info files may name pictures outside of `images`.
 
     Raises:
         ValueError: If a domain has no info files, they lead out of `images`, or `out` holds something else.
@@ -145,7 +184,8 @@ def prepare_uned(
     if not allow_outside:
         check_paths((picture for of in splits.values() for pictures in of.values() for picture in pictures), images)
     reader = FolderReader(images, confined=not allow_outside)
-    found = _write(splits, reader, {name: out / name for name in chosen}, options, show_progress, say)
+    writing = {"size": size, "shard_size": shard_size, "num_workers": num_workers}
+    found = _write(splits, reader, {name: out / name for name in chosen}, writing, show_progress, say)
     for name, pictures in splits.items():
         classes = {label for p in pictures["train"] for label in (p.label if isinstance(p.label, list) else [p.label])}
         say(compare_with_published(name, len(pictures["train"]), len(classes)))
@@ -164,31 +204,25 @@ def say_overlap(splits: Mapping[str, Sequence[Picture]], say: Say) -> None:
             say(f"{len(shared)} classes of {split} are trained on as well: its scores are of known classes")
 
 
-def _read(data: OwnData, say: Say) -> tuple[dict[str | None, list[Picture]], Read]:
-    if data.kind == "hub":
-        return read_dataset(data.source, data.config, data.revision, data.image_column, data.label_column)
-    source = Path(data.source)
-    if data.kind == "folder" and source.is_dir():
-        found, passed_over = read_folder(source)
-        if passed_over:
-            say(f"passed over: {describe_passed_over(passed_over)}")
-        return found, FolderReader(source)
-    if data.kind == "csv" and source.is_file():
-        images = data.images or source.parent
-        found = read_table(source, data.path_column, data.label_column, data.split_column)
-        if not data.allow_outside:
-            check_paths((picture for pictures in found.values() for picture in pictures), images)
-        reader = FolderReader(images, confined=not data.allow_outside)
-        return {split: below(pictures, images) for split, pictures in found.items()}, reader
-    what = "folder" if data.kind == "folder" else "table"
-    raise ValueError(f"SOURCE must be a {what} that is there. Got {data.source}.")
+def _with_training(found: dict[str | None, list[Picture]], what_must: str) -> dict[str | None, list[Picture]]:
+    """The pictures as they were found, where those that have splits have some to train on, each of one class."""
+    if None in found:
+        return found
+    if "train" not in found:
+        raise ValueError(f"{what_must} for train. Got {', '.join(map(str, found))}.")
+    if lists := next((picture for picture in found["train"] if isinstance(picture.label, list)), None):
+        raise ValueError(
+            f"SOURCE must have one class for each training picture. Got {lists.label} for {lists.path}; only those "
+            "that are searched for may have several."
+        )
+    return found
 
 
 def _write(
     splits: Mapping[str, Mapping[str, Sequence[Picture]]],
     read: Read,
     folders: Mapping[str, Path],
-    options: PrepareOptions,
+    writing: Mapping[str, Any],
     show_progress: bool,
     say: Say,
 ) -> dict[str, list[SplitSummary]]:
@@ -196,7 +230,7 @@ def _write(
     found = {}
     with _bar(total, show_progress, "decoding") as bar:
         for name, of_domain in splits.items():
-            found[name] = write_domain(of_domain, read, folders[name], options, bar.update)
+            found[name] = write_domain(of_domain, read, folders[name], **writing, advance=bar.update)
             say(format_summary(name, found[name]))
             write_unreadable(folders[name], found[name])
     return found

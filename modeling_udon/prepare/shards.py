@@ -72,21 +72,6 @@ class FolderReader:
 
 
 @dataclass(frozen=True)
-class PrepareOptions:
-    """How images are written.
-
-    Attributes:
-        size: Shorter side in pixels to which larger images are shrunk and encoded anew; `None` keeps the files' bytes.
-        shard_size: Images of a shard.
-        num_workers: Processes that decode; 0 for this one.
-    """
-
-    size: int | None = None
-    shard_size: int = 5000
-    num_workers: int = 0
-
-
-@dataclass(frozen=True)
 class SplitSummary:
     """What became of one split.
 
@@ -122,7 +107,10 @@ def write_domain(
     splits: Mapping[str, Sequence[Picture]],
     read: Read,
     folder: Path,
-    options: PrepareOptions | None = None,
+    *,
+    size: int | None = None,
+    shard_size: int = 5000,
+    num_workers: int = 0,
     advance: Callable[[int], object] = lambda num_images: None,
 ) -> list[SplitSummary]:
     """Writes a domain, or what is missing of it.
@@ -131,27 +119,28 @@ def write_domain(
         splits: Pictures by split, such as `"train"`, `"validation"`, `"test"`, `"index"`.
         read: Gives the bytes of a picture by its path; processes get copies of it.
         folder: Where the domain goes: `SPLIT-00000.parquet`, ... and a `README.md` that names the splits.
-        options: How.
+        size: Shorter side in pixels to which larger images are shrunk and encoded again; `None` keeps the files' bytes.
+        shard_size: Images of a shard.
+        num_workers: Processes that decode; 0 for this one.
         advance: Called with the number of images done since the last call.
 
     Raises:
         ValueError: If nothing of a split can be read, or `folder` holds something else, or a domain prepared from
             other pictures or in another way.
     """
-    options = options or PrepareOptions()
     for split, pictures in splits.items():
         _probe(split, pictures[:_NUM_PROBED], read)
-    _claim(folder, splits, options)
+    _claim(folder, splits, size, shard_size)
     jobs = [
-        (folder / f"{split}-{number:05d}.parquet", list(pictures[start : start + options.shard_size]))
+        (folder / f"{split}-{number:05d}.parquet", list(pictures[start : start + shard_size]))
         for split, pictures in splits.items()
-        for number, start in enumerate(range(0, len(pictures), options.shard_size))
+        for number, start in enumerate(range(0, len(pictures), shard_size))
     ]
     schema = _schema(any(isinstance(p.label, list) for ps in splits.values() for p in ps), _label_type(splits))
     done = {path for path, _ in jobs if path.is_file() and not _found_by(path, _UNREADABLE)}
-    missing = [(path, pictures, read, options.size, schema) for path, pictures in jobs if path not in done]
+    missing = [(path, pictures, read, size, schema) for path, pictures in jobs if path not in done]
     advance(sum(len(pictures) for path, pictures in jobs if path in done))
-    for num_images in _run(missing, options.num_workers):
+    for num_images in _run(missing, num_workers):
         advance(num_images)
     _write_readme(folder, list(splits))
     return [_summarise(split, [path for path, _ in jobs if path.stem.rpartition("-")[0] == split]) for split in splits]
@@ -217,12 +206,12 @@ def _probe(split: str, pictures: Sequence[Picture], read: Read) -> None:
         )
 
 
-def _claim(folder: Path, splits: Mapping[str, Sequence[Picture]], options: PrepareOptions) -> None:
+def _claim(folder: Path, splits: Mapping[str, Sequence[Picture]], size: int | None, shard_size: int) -> None:
     """Writes down what is being prepared, or compares with what was."""
     digest = hashlib.sha256()
     for split, pictures in splits.items():
         digest.update(json.dumps([split, [(p.path, p.label) for p in pictures]]).encode())
-    plan = {"pictures": digest.hexdigest(), "size": options.size, "shard_size": options.shard_size}
+    plan = {"pictures": digest.hexdigest(), "size": size, "shard_size": shard_size}
     path = folder / _PLAN_FILE
     if path.is_file():
         before = json.loads(path.read_text(encoding="utf-8"))

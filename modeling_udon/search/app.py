@@ -15,7 +15,7 @@ from modeling_udon.data.files import lies_in, read_file
 from modeling_udon.data.folders import walk_images
 from modeling_udon.data.images import decode_image
 from modeling_udon.encoder import Encoder
-from modeling_udon.search.index import ImageIndex
+from modeling_udon.search.image_index import ImageIndex
 from modeling_udon.search.limits import Middleware, NoAddresses, RateLimit
 from modeling_udon.search.query import QueryResult, check_model, search_decoded
 from modeling_udon.search.results_page import html_text, neighbour_list

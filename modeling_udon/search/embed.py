@@ -87,18 +87,10 @@ class _Shard:
 
 
 def embed(
-    source: str | os.PathLike[str],
+    source: str | os.PathLike[str] | SourceSpec,
     encoder: Encoder,
     out: str | os.PathLike[str] | None = None,
     *,
-    name: str | None = None,
-    split: str | None = None,
-    data_revision: str | None = None,
-    image_column: str | None = None,
-    columns: Sequence[str] = (),
-    domain: str | None = None,
-    domain_from_folder: bool = False,
-    allow_outside: bool = False,
     thumbnails: bool | None = None,
     batch_size: int = 64,
     num_workers: int | None = None,
@@ -112,18 +104,11 @@ def embed(
     """Embeds all images of a source; each process of `accelerate launch` takes its share of the shards.
 
     Args:
-        source: A folder, an image, a list file, a Parquet file or folder, a data set on the Hub or disk, `demo:NAME`.
+        source: A folder, an image, a list file, a Parquet file or folder, a data set on the Hub or disk, `demo:NAME`; a
+            `SourceSpec` also says which split, columns or domain.
         encoder: The model.
         out: Folder of the embeddings. If it holds a part of the same work, that is completed. `None` keeps them only as
             long as the returned object.
-        name: Configuration of a data set.
-        split: Split of a data set; `None` for the only one.
-        data_revision: Commit, tag or branch of a data set on the Hub.
-        image_column: Column of the images; `None` for the only one.
-        columns: Columns of a data set to keep.
-        domain: Domain of all images.
-        domain_from_folder: Whether the first folder below the source names an image's domain.
-        allow_outside: Whether a list file may name images outside of its folder.
         thumbnails: Whether to keep a JPEG of at most 160 pixels a side beside each embedding; `None`: for data sets,
             whose images could not be shown otherwise.
         batch_size: Images of one forward pass.
@@ -139,9 +124,7 @@ def embed(
         ValueError: If the source cannot be opened or holds no image that can be read, the folder holds something else
             or is being written to, or with `strict` an image was skipped.
     """
-    spec = SourceSpec(
-        str(source), name, split, data_revision, image_column, columns, domain, domain_from_folder, allow_outside
-    )
+    spec = source if isinstance(source, SourceSpec) else SourceSpec(str(source))
     accelerator = Accelerator(
         mixed_precision=mixed_precision, kwargs_handlers=[InitProcessGroupKwargs(timeout=_PATIENCE)]
     )

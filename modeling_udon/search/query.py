@@ -18,7 +18,7 @@ from modeling_udon.data.files import read_file
 from modeling_udon.data.folders import walk_images
 from modeling_udon.data.images import decode_image
 from modeling_udon.encoder import Encoder
-from modeling_udon.search.index import ImageIndex
+from modeling_udon.search.image_index import ImageIndex
 from modeling_udon.search.thumbnails import make_thumbnail
 from modeling_udon.text import printable
 

@@ -11,6 +11,7 @@ import torch
 from accelerate import Accelerator
 from datasets import Dataset, DatasetDict, Features, Image, List, Value
 from PIL import Image as PILImage
+from tiny_models import TINY_VIT
 
 from modeling_udon import UdonConfig, UdonModel
 from modeling_udon.data.domains import Domain, open_domain
@@ -28,17 +29,7 @@ HALF = (0.5, 0.5, 0.5)
 @pytest.fixture(scope="module")
 def model() -> UdonModel:
     torch.manual_seed(0)
-    backbone = {
-        "model_type": "vit",
-        "image_size": 16,
-        "patch_size": 8,
-        "hidden_size": 16,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "intermediate_size": 32,
-        "initializer_range": 0.3,
-        "hidden_dropout_prob": 0.5,
-    }
+    backbone = {**TINY_VIT, "hidden_dropout_prob": 0.5}
     return UdonModel(UdonConfig(backbone_config=backbone, embedding_dim=8, teacher_dim=12, domains={"stripes": 5}))
 
 

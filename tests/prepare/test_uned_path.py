@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import yaml
 from PIL import Image as PILImage
+from tiny_models import TINY_VIT
 
 from modeling_udon.prepare.uned import PUBLISHED
 
@@ -24,15 +25,7 @@ NAME, ESCAPED = "饼干", "#U997c#U5e72"
 TINY = {
     "model": {
         "backbone": None,
-        "backbone_config": {
-            "model_type": "vit",
-            "image_size": 16,
-            "patch_size": 8,
-            "hidden_size": 16,
-            "num_hidden_layers": 1,
-            "num_attention_heads": 2,
-            "intermediate_size": 32,
-        },
+        "backbone_config": {name: TINY_VIT[name] for name in TINY_VIT if name != "initializer_range"},
     },
     "data": {"image_size": 16, "num_workers": 0},
     "train": {"num_epochs": None, "num_steps": 16, "batch_size": 8, "mixed_precision": "no"},

@@ -12,7 +12,9 @@ import pytest
 from packaging.version import Version
 
 from modeling_udon.search import index as ann
-from modeling_udon.search.index import KINDS, ImageIndex, build_index, choose_kind, exact_neighbours, read_rows
+from modeling_udon.search.faiss_index import KINDS, choose_kind
+from modeling_udon.search.image_index import ImageIndex
+from modeling_udon.search.index import build_index, exact_neighbours, read_rows
 from modeling_udon.search.shards import ShardFolder, embedding_table, open_embeddings, write_manifest
 
 ABOUT = {"model": "m", "fingerprint": "f", "dim": 16, "root": "/photos"}
@@ -168,7 +170,7 @@ def test_an_index_is_replaced_only_when_forced_and_only_as_a_whole(embeddings, t
     assert udon(*arguments, "flat").code == 0
     refused = udon(*arguments, "sq8")
     assert refused.code == 2 and "give --force to replace it" in refused.err
-    monkeypatch.setattr(ann, "_write_metadata", lambda opened, file: 1 / 0)
+    monkeypatch.setattr(ann, "write_metadata", lambda folder, opened: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         build_index([embeddings], tmp_path / "i", kind="sq8", force=True)
     monkeypatch.undo()

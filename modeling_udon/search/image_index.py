@@ -1,0 +1,97 @@
+"""An opened index: neighbours of embeddings, and what is known of the images."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import faiss
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from modeling_udon.search.faiss_index import search_faiss
+from modeling_udon.search.index_folder import INDEX_FILE, open_metadata, read_about
+
+
+class ImageIndex:
+    """An opened index.
+
+    Args:
+        folder: Folder that `build_index` wrote.
+
+    Raises:
+        ValueError: If it is none.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        self.folder = Path(folder)
+        self.about = read_about(self.folder)
+        self._faiss = faiss.read_index(str(self.folder / INDEX_FILE), faiss.IO_FLAG_MMAP_IFC)
+        self._metadata = open_metadata(self.folder)
+
+    def search(self, queries: np.ndarray, k: int, domain: str | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """The rows with the largest inner product with each query.
+
+        With a domain, all of its images are looked at, whatever the kind of the index.
+
+        Args:
+            queries: Of shape `(num_queries, dim)`, unit norm.
+            k: Neighbours a query.
+            domain: Search among its images only.
+
+        Returns:
+            Scores, float32, and rows, int64, of shape `(num_queries, k)`; -inf and -1 where there are no more. The
+            scores of kinds that compress are approximate.
+
+        Raises:
+            ValueError: If the dimension is another, or there is no such domain.
+        """
+        if queries.shape[1] != self.about.dim:
+            raise ValueError(
+                f"queries must have the dimension of the index, {self.about.dim}. Got {queries.shape[1]}; embed them "
+                f"with {self.about.model}."
+            )
+        queries = np.ascontiguousarray(queries, dtype=np.float32)
+        num_found = min(k, self.about.num_images)
+        if domain is not None:
+            allowed = self._rows_of(domain)
+            selector = faiss.IDSelectorBitmap(np.packbits(allowed, bitorder="little"))  # type: ignore[arg-type, call-arg]
+            num_found = min(k, int(allowed.sum()))
+            scores, rows = search_faiss(self._faiss, queries, num_found, effort=None, selector=selector)
+        else:
+            scores, rows = search_faiss(self._faiss, queries, num_found, effort=self.about.effort or None)
+            short = np.flatnonzero(rows[:, -1] < 0)
+            if len(short):  # the lists that were looked at hold fewer
+                scores[short], rows[short] = search_faiss(self._faiss, queries[short], num_found, effort=None)
+        padding = ((0, 0), (0, k - num_found))
+        return np.pad(scores, padding, constant_values=-np.inf), np.pad(rows, padding, constant_values=-1)
+
+    def describe(self, row: int) -> dict[str, Any]:
+        """The columns of a row, and `file`: where the image lies, `None` where that is not known."""
+        values = self.columns_of(row)
+        source = next(source for source in reversed(self.about.sources) if source["start"] <= row)
+        # Bytes in a data set have no time of change, and their path names no file, whatever may lie there.
+        is_file = values.get("mtime", 0) is not None and (source["root"] or os.path.isabs(values["path"]))
+        return values | {"file": os.path.join(source["root"], values["path"]) if is_file else None}
+
+    def columns_of(self, row: int) -> dict[str, Any]:
+        """The columns of a row as they were kept; a time that Python cannot hold is given as text."""
+        line, values = self._metadata.slice(row, 1), {}
+        for name in line.column_names:
+            try:
+                values[name] = line[name].to_pylist()[0]
+            except (ValueError, OverflowError):
+                values[name] = str(line[name].cast(pa.string())[0]) if line[name].type != pa.null() else None
+        return values
+
+    def domains(self) -> list[str]:
+        """The domains of its images."""
+        if "domain" not in self._metadata.column_names:
+            return []
+        return sorted(filter(None, self._metadata["domain"].unique().to_pylist()))
+
+    def _rows_of(self, domain: str) -> np.ndarray:
+        if domain not in self.domains():
+            known = ", ".join(self.domains()) or "none, since they were embedded without"
+            raise ValueError(f"`domain` must be one of the index: {known}. Got {domain!r}.")
+        return np.asarray(pc.equal(self._metadata["domain"], domain).fill_null(False))
