@@ -13,15 +13,21 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 import torch
-from huggingface_hub import constants, metadata_load
+from huggingface_hub import ModelCard, constants, metadata_load
 from huggingface_hub.errors import HfHubHTTPError, HTTPError
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from safetensors.torch import load_file
+from tiny_models import TINY_VIT
+from transformers import ViTConfig, ViTModel
 
 from modeling_udon.cli import main
+from modeling_udon.encoder import Encoder
 from modeling_udon.hub import space
 from modeling_udon.hub.space import SpaceSide, list_files, make_space, push_space
+from modeling_udon.hub.student_folder import write_student
+from modeling_udon.search.embed import embed
+from modeling_udon.search.index import build_index
 
 pytest.importorskip("gradio", reason='a Space runs gradio: pip install "modeling-udon[demo]"')
 import httpx
@@ -176,22 +182,52 @@ def test_a_model_of_the_hub_is_named_with_its_commit_and_not_copied(searchable, 
     assert metadata_load(tmp_path / "space" / "README.md")["models"] == ["me/tiny"]
 
 
-def test_only_what_loading_needs_is_taken_of_a_model(searchable, tmp_path):
+def test_a_student_goes_along_as_it_is_published_and_nothing_beside_it_does(searchable, tmp_path):
     model = shutil.copytree(searchable.model, tmp_path / "best")
     (model / ".env").write_text("HF_TOKEN=hf_secret")
     (model / "optimizer.bin").write_bytes(b"large")
+    (model / "calibration.json").write_text('{"threshold": 0.5, "false_accept_rate": 0.01}')
     make_space([SpaceSide(str(model), str(searchable.index))], tmp_path / "space", "nearest")
+    written = tmp_path / "written"
+    student = Encoder.open(model)
+    write_student(written, student.network, student.processor, ModelCard("---\n---\n"))
+    names = {path.name for path in (tmp_path / "space" / "models" / "1").iterdir()}
+    assert names == {path.name for path in written.iterdir()} | {"calibration.json"}
+    assert Encoder.open(tmp_path / "space" / "models" / "1").fingerprint == student.fingerprint
+
+
+def test_of_a_run_the_best_student_goes_along(searchable, tmp_path):
+    shutil.copytree(searchable.model, tmp_path / "shoes" / "best")
+    make_space([SpaceSide(str(tmp_path / "shoes"), str(searchable.index))], tmp_path / "space", "nearest")
+    assert Encoder.open(tmp_path / "space" / "models" / "1").fingerprint == Encoder.open(searchable.model).fingerprint
+    assert "'shoes'" in (tmp_path / "space" / "app.py").read_text()
+
+
+@pytest.fixture
+def plain_vit(searchable, tmp_path):
+    """A vision encoder that is no student, with an index that it made."""
+    model, out = tmp_path / "vit", (tmp_path / "e", tmp_path / "i")
+    values = {name: value for name, value in TINY_VIT.items() if name != "model_type"}
+    ViTModel(ViTConfig(**values)).save_pretrained(model)
+    shutil.copy(searchable.model / "preprocessor_config.json", model)
+    embed(searchable.pictures, Encoder.open(model), out[0], num_workers=0)
+    build_index([out[0]], out[1])
+    return SpaceSide(str(model), str(out[1]))
+
+
+def test_of_another_model_only_what_loading_needs_is_taken(plain_vit, tmp_path):
+    (Path(plain_vit.model) / "optimizer.bin").write_bytes(b"large")
+    make_space([plain_vit], tmp_path / "space", "nearest")
     names = {path.name for path in (tmp_path / "space" / "models" / "1").iterdir()}
     assert names == {"config.json", "model.safetensors", "preprocessor_config.json"}
 
 
-def test_a_model_without_safetensors_is_refused(searchable, tmp_path):
-    model = shutil.copytree(searchable.model, tmp_path / "best")
-    weights = model / "model.safetensors"
-    torch.save(load_file(weights), model / "pytorch_model.bin")
+def test_another_model_without_safetensors_is_refused(plain_vit, tmp_path):
+    weights = Path(plain_vit.model) / "model.safetensors"
+    torch.save(load_file(weights), weights.with_name("pytorch_model.bin"))
     weights.unlink()
-    with pytest.raises(ValueError, match="^`model` must have its weights as safetensors. Got '.*best' without"):
-        make_space([SpaceSide(str(model), str(searchable.index))], tmp_path / "space", "nearest")
+    with pytest.raises(ValueError, match="^`model` must have its weights as safetensors. Got '.*vit' without"):
+        make_space([plain_vit], tmp_path / "space", "nearest")
 
 
 def test_a_space_is_made_again_in_its_folder_but_other_files_are_left_alone(searchable, tmp_path):
