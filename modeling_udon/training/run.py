@@ -128,9 +128,7 @@ def build_run(
         FolderInUseError: If another run is using the folder.
     """
     accelerator = make_accelerator(config)
-    checkpoint, faults = on_main(accelerator, lambda: folder.find_checkpoint(resume, overwrite), *_FOLDER_ERRORS)
-    for fault in faults:
-        accelerator.print(f"WARNING: {fault}; going on from {checkpoint.name if checkpoint else 'nothing'}")
+    checkpoint = _find_checkpoint(accelerator, folder, resume, overwrite)
     domains = _open_domains(config)
     trained = trained_domains(config, domains)
     sampler = make_sampler(config, trained, accelerator)
@@ -231,6 +229,13 @@ def start_trackers(run: Run) -> None:
         values = leaves(dump_config(run.config))
         numbers = {key: value for key, value in values.items() if isinstance(value, int | float | str)}
         run.accelerator.init_trackers(run.config.log.project, config=numbers)
+
+
+def _find_checkpoint(accelerator: Accelerator, folder: RunFolder, resume: bool, overwrite: bool) -> Path | None:
+    checkpoint, faults = on_main(accelerator, lambda: folder.find_checkpoint(resume, overwrite), *_FOLDER_ERRORS)
+    for fault in faults:
+        accelerator.print(f"WARNING: {fault}; going on from {checkpoint.name if checkpoint else 'nothing'}")
+    return checkpoint
 
 
 def _open_domains(config: TrainConfig) -> dict[str, Domain]:
