@@ -4,7 +4,9 @@ import hashlib
 import json
 import os
 import shutil
+import threading
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -63,51 +65,102 @@ class TrainState:
     scaler: dict[str, Any] | None = None
 
 
-def save_checkpoint(
-    checkpoints: Path,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    state: TrainState,
-    keep: int,
-    best_weights: Path | None = None,
-    write: bool = True,
-) -> Path:
-    """Writes a checkpoint and, once it stands, removes the oldest beyond `keep`; all processes have to call it.
+class CheckpointWriter:
+    """Writes checkpoints beside the training: it goes on as soon as everything has been copied to the host.
 
-    Checkpoints of later steps go as well: they are damaged, or the run would have gone on from them.
+    A checkpoint takes its place once it is whole, and then the oldest beyond `keep` go. Those of later steps go as
+    well: they are damaged, or the run would have gone on from them.
 
     Args:
         checkpoints: Folder of the run's checkpoints.
-        model: The training model.
-        optimizer: Its optimiser.
-        state: What else there is to save.
-        keep: How many checkpoints stay.
-        best_weights: File of the best weights so far, if there are any; the checkpoint shares them.
-        write: Whether this is the process that writes; the others give their shards.
-
-    Returns:
-        The checkpoint's folder.
+        keep: How many stay.
+        writes: Whether this is the process that writes; the others give their shards.
     """
-    folder = checkpoints / f"{_PREFIX}{state.step:08d}"
-    weights = gather_shards(model.state_dict(), write)
-    moments = gather_shards(_optimizer_tensors(model, optimizer), write)
-    if not write:
-        return folder
-    with replaced_folder(folder) as aside:
-        save_file(weights, aside / MODEL_FILE)
-        save_file(_flatten(moments), aside / OPTIMIZER_FILE)
-        _write_json(aside / STATE_FILE, asdict(state))
-        if best_weights is not None:
-            _link(best_weights, aside / BEST_FILE)
-        files = sorted(aside.iterdir())
-        _write_json(
-            aside / MANIFEST_FILE, {path.name: {"bytes": path.stat().st_size, "sha256": _hash(path)} for path in files}
-        )
-    found = list_checkpoints(checkpoints)
-    position = found.index(folder) + 1
-    for old in (*found[: max(0, position - keep)], *found[position:]):
-        shutil.rmtree(old)
-    return folder
+
+    def __init__(self, checkpoints: Path, keep: int, writes: bool = True) -> None:
+        self._checkpoints = checkpoints
+        self._keep = keep
+        self._writes = writes
+        self._thread: threading.Thread | None = None
+        self._failure: BaseException | None = None
+
+    def save(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        state: TrainState,
+        best_weights: Path | None = None,
+    ) -> None:
+        """Begins to write a checkpoint, after the one before; all processes have to call it.
+
+        Args:
+            model: The training model.
+            optimizer: Its optimiser.
+            state: What else there is to save.
+            best_weights: File of the best weights so far, if there are any; the checkpoint shares them.
+
+        Raises:
+            OSError: If the one before could not be written.
+        """
+        self.wait()
+        weights = gather_shards(model.state_dict(), self._writes)
+        moments = gather_shards(_optimizer_tensors(model, optimizer), self._writes)
+        if not self._writes:
+            return
+        folder = self._checkpoints / f"{_PREFIX}{state.step:08d}"
+        tensors = {MODEL_FILE: _copied(weights), OPTIMIZER_FILE: _copied(moments)}
+        with ExitStack() as stack:
+            draft = stack.enter_context(replaced_folder(folder))
+            _write_json(draft / STATE_FILE, asdict(state))
+            if best_weights is not None:
+                # Now, since a better one may take its place before the thread would come to it.
+                _link(best_weights, draft / BEST_FILE)
+            self._thread = threading.Thread(target=self._write, args=(stack.pop_all(), draft, folder, tensors))
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Waits until what was begun is written.
+
+        Raises:
+            OSError: If it could not be.
+        """
+        self.join()
+        self.check()
+
+    def check(self) -> None:
+        """Raises what has kept a checkpoint from being written, without waiting.
+
+        Raises:
+            OSError: If it could not be written.
+        """
+        failure, self._failure = self._failure, None
+        if failure is not None:
+            raise failure
+
+    def join(self) -> None:
+        """Waits until nothing is being written."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def _write(
+        self, draft_context: ExitStack, draft: Path, folder: Path, tensors: dict[str, dict[str, torch.Tensor]]
+    ) -> None:
+        try:
+            with draft_context:
+                for name, named in tensors.items():
+                    save_file(_flatten(named), draft / name)
+                files = sorted(draft.iterdir())
+                _write_json(
+                    draft / MANIFEST_FILE,
+                    {path.name: {"bytes": path.stat().st_size, "sha256": _hash(path)} for path in files},
+                )
+            found = list_checkpoints(self._checkpoints)
+            position = found.index(folder) + 1
+            for old in (*found[: max(0, position - self._keep)], *found[position:]):
+                shutil.rmtree(old)
+        except BaseException as failure:
+            self._failure = failure
 
 
 def recover_checkpoints(checkpoints: Path) -> None:
@@ -239,6 +292,10 @@ def _unflatten_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, fla
         parameter = parameters[name]
         value = value.to(parameter.device)
         optimizer.state[parameter][key] = value.reshape(()) if key == "step" else shard_like(value, parameter)
+
+
+def _copied(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
 
 
 def _write_json(path: Path, values: Mapping[str, Any]) -> None:

@@ -31,6 +31,7 @@ from modeling_udon.training.sampled_classes import SampledClasses
 from modeling_udon.training.setup import (
     SILENCE,
     build_model,
+    describe_launch,
     describe_prototypes,
     make_accelerator,
     make_sampler,
@@ -157,7 +158,8 @@ def build_run(
     hold = config.ablation.idle_heads == "hold"
     idle_heads = IdleHeads(model, optimizer, config.optim, sampler.num_steps, state.heads, hold)
     sampled = SampledClasses(model, optimizer, idle_heads, config.loss.sampled_classes, config.seed)
-    on_main(accelerator, lambda: folder.prepare(domains, overwrite, sampler.step), *_FOLDER_ERRORS)
+    launched = describe_launch(accelerator)
+    on_main(accelerator, lambda: folder.prepare(domains, overwrite, sampler.step, launched), *_FOLDER_ERRORS)
     return Run(
         config=config,
         folder=folder,

@@ -143,13 +143,14 @@ class RunFolder:
                     changes[f"data.{name}.{what}"] = maps[name][what], now[what]
         self._changes = {key: values for key, values in changes.items() if key not in FREE}
 
-    def prepare(self, domains: Mapping[str, Domain], overwrite: bool, step: int) -> None:
+    def prepare(self, domains: Mapping[str, Domain], overwrite: bool, step: int, launched: Mapping[str, Any]) -> None:
         """Makes the folder with config and label maps; an old run goes only now that the new one is found right.
 
         Args:
             domains: The opened domains.
             overwrite: Whether an old run goes.
             step: Step that the run goes on from, 0 at its start.
+            launched: How its processes were started, which `launches.json` tells of each start.
 
         Raises:
             ConfigError: If there can be no folder.
@@ -169,6 +170,7 @@ class RunFolder:
         recover_folder(self.best)
         recover_folder(self.checkpoints / "best")
         self._record_changes(step)
+        self._add_to("launches.json", {"step": step, **launched})
         write_text(self.path / "config.yaml", yaml.safe_dump(self._described(), sort_keys=False))
         write_text(self.path / "domains.json", json.dumps(label_maps(domains), indent=1))
         # Now, since the same paths may mean something else where and when the student is published.
@@ -219,7 +221,10 @@ class RunFolder:
     def _record_changes(self, step: int) -> None:
         if not self._changes:
             return
-        path = self.path / "changes.json"
-        recorded = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
         changed = {key: {"before": before, "now": now} for key, (before, now) in self._changes.items()}
-        write_text(path, json.dumps([*recorded, {"step": step, "changes": changed}], indent=1))
+        self._add_to("changes.json", {"step": step, "changes": changed})
+
+    def _add_to(self, name: str, entry: dict[str, Any]) -> None:
+        path = self.path / name
+        recorded = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+        write_text(path, json.dumps([*recorded, entry], indent=1))

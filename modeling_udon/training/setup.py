@@ -5,6 +5,7 @@ import os
 from collections.abc import Mapping
 from datetime import timedelta
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
@@ -29,6 +30,7 @@ from modeling_udon.training.teachers import FrozenTeachers, OldStudent, load_fro
 # How long one process may keep the others waiting: a process that has died is noticed at once, one that hangs after
 # this. The main process alone writes checkpoints and reports, which takes minutes at the most.
 SILENCE = timedelta(minutes=10)
+_OF_THE_LAUNCHER = ("ACCELERATE_", "FSDP_", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES")
 
 
 def make_accelerator(config: TrainConfig) -> Accelerator:
@@ -67,6 +69,14 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
             "without GPUs set ACCELERATE_USE_CPU=true."
         )
     return accelerator
+
+
+def describe_launch(accelerator: Accelerator) -> dict[str, Any]:
+    """Says how the processes of a run were started: how many, on what, with which variables of the launcher."""
+    device = accelerator.device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    variables = {key: value for key, value in sorted(os.environ.items()) if key.startswith(_OF_THE_LAUNCHER)}
+    return {"processes": accelerator.num_processes, "device": name, "environment": variables}
 
 
 def _check_launcher(config: TrainConfig) -> None:

@@ -9,7 +9,7 @@ from modeling_udon.config_file import dump_config
 from modeling_udon.data.dataset import DomainBatch
 from modeling_udon.data.loader import WorkerLoader
 from modeling_udon.training.broken import BrokenImages
-from modeling_udon.training.checkpoint import TrainState, save_checkpoint
+from modeling_udon.training.checkpoint import CheckpointWriter, TrainState
 from modeling_udon.training.data_wait import DataWait
 from modeling_udon.training.errors import TrainingError
 from modeling_udon.training.logging import LossWindow, Reporter, format_validation
@@ -74,6 +74,8 @@ def train(
         except Stopped:
             trainer.stop()
             raise
+        finally:
+            trainer.writer.join()
 
 
 class Trainer:
@@ -94,6 +96,7 @@ class Trainer:
             run.folder.broken, config.data.max_broken_share, run.accelerator, state.broken, run.step
         )
         self.assessment = Assessment(run, self.reporter, self.broken)
+        self.writer = CheckpointWriter(run.folder.checkpoints, config.train.keep_checkpoints, run.is_main)
         if run.checkpoint and self.best:
             self.assessment.restore_best(run.checkpoint)
         start_trackers(run)
@@ -135,6 +138,7 @@ class Trainer:
         """Saves what the run goes on from; what can be done again was broken off and will be."""
         if self.step > 0 and self._saved != self.step:
             self.save()
+        self._finish_writing()
         self.reporter.close()
 
     def batches(self) -> Iterator[DomainBatch]:
@@ -162,6 +166,7 @@ class Trainer:
 
     def count_step(self, batch: DomainBatch, result: StepResult) -> None:
         """Moves sampler and progress on by one step."""
+        self.writer.check()
         self._pending.append(result)
         self.broken.collect(batch, self.step + 1)
         if self.run.sampler.ends_interval:
@@ -215,7 +220,7 @@ class Trainer:
         self._clock += time.perf_counter() - started
 
     def save(self) -> None:
-        """Writes a checkpoint, unless the losses have just ceased to be finite: the last one is worth more."""
+        """Begins to write a checkpoint, unless the losses have just ceased to be finite: the last one is worth more."""
         started = time.perf_counter()
         self._flush_losses()
         self._count_broken()
@@ -225,12 +230,8 @@ class Trainer:
         if run.is_main:
             self.reporter.sync()
         best_weights = run.folder.best_weights if self.best else None
-        keep = run.config.train.keep_checkpoints
-        save_checkpoint(
-            run.folder.checkpoints, run.model, run.optimizer, self._state(), keep, best_weights, write=run.is_main
-        )
+        self.writer.save(run.model, run.optimizer, self._state(), best_weights)
         self._saved = self.step
-        self.run.accelerator.wait_for_everyone()
         self._clock += time.perf_counter() - started
 
     def finish(self, report: Callable[[TrainingResults], object] | None = None) -> TrainingResults | None:
@@ -243,9 +244,14 @@ class Trainer:
             self.reporter.say(f"\nstopped at step {self.step}: no better student in {patience} validations")
         assert self.best is not None, "the last step is always validated"
         self.reporter.say(f"\nbest student, of step {self.best['step']}: {self.run.folder.best}")
-        self.run.accelerator.wait_for_everyone()
+        self._finish_writing()
         self.reporter.close()
         return tested
+
+    def _finish_writing(self) -> None:
+        """Has every process wait for the last checkpoint: a launcher ends all as soon as one of them ends."""
+        self.writer.wait()
+        self.run.accelerator.wait_for_everyone()
 
     @property
     def _owes_validation(self) -> bool:

@@ -40,7 +40,8 @@ class Running:
     def send(self, number: int) -> None:
         """Sends a signal to the whole group of every process, as a terminal or a cluster does."""
         for process in self.processes:
-            os.killpg(process.pid, number)
+            if process.is_alive():
+                os.killpg(process.pid, number)
 
     def wait(self, timeout: float = PATIENCE) -> list[int]:
         """Returns the exit codes, as a shell shows them; a process that hangs is killed, and fails the test."""

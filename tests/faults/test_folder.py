@@ -117,6 +117,17 @@ def resume(
     return go_on
 
 
+def test_each_start_of_a_run_is_recorded_with_what_its_launcher_set(
+    resume: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    launches = json.loads((resume([]) / "launches.json").read_text())
+    assert [(one["step"], one["processes"], one["device"]) for one in launches] == [(0, 1, "cpu"), (2, 1, "cpu")]
+    assert launches[1]["environment"]["ACCELERATE_MIXED_PRECISION"] == "no"
+    assert "hf_secret" not in str(launches)
+
+
 @pytest.mark.parametrize("name", ["lr", "optim.lr"])
 def test_a_change_is_allowed_by_name_and_recorded(resume: Callable[..., Path], name: str) -> None:
     with pytest.raises(

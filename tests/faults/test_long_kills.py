@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 from hurt import die
 
-from modeling_udon.training import trainer
 from modeling_udon.training import validation as assessment
+from modeling_udon.training.checkpoint import CheckpointWriter
 from modeling_udon.training.trainer import Trainer
 from modeling_udon.training.validation import Assessment
 
@@ -53,7 +53,7 @@ class Clock:
         self._enter(Trainer, "catch_up", "start", then="step")
         self._enter(assessment.Assessment, "validate", "validation")
         self._enter(Assessment, "keep_best", "best")
-        self._enter(trainer, "save_checkpoint", "checkpoint")
+        self._enter(CheckpointWriter, "save", "checkpoint")
         self._enter(Trainer, "finish", "end", then="end")
         # A worker has a life of its own.
         os.register_at_fork(after_in_child=lambda: sys.setprofile(None))

@@ -1,21 +1,24 @@
 """Checkpoints are written as a whole or not at all, and read only if they are what was written."""
 
 import json
+import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
 from modeling_udon.storage import recover_folder, replaced_folder
+from modeling_udon.training import checkpoint
 from modeling_udon.training.checkpoint import (
     CheckpointError,
+    CheckpointWriter,
     TrainState,
     check_checkpoint,
     find_checkpoint,
     list_checkpoints,
     load_checkpoint,
-    save_checkpoint,
 )
 from modeling_udon.training.logging import LossWindow
 
@@ -44,19 +47,26 @@ def make_state(step: int) -> TrainState:
     )
 
 
+def save(checkpoints: Path, model: nn.Module, optimizer: torch.optim.Optimizer, state: TrainState, keep: int) -> Path:
+    writer = CheckpointWriter(checkpoints, keep)
+    writer.save(model, optimizer, state)
+    writer.wait()
+    return checkpoints / f"step-{state.step:08d}"
+
+
 @pytest.fixture
 def checkpoints(tmp_path: Path) -> Path:
     model, optimizer = make_training(0)
     for step in (1, 2, 3):
         take_step(model, optimizer, step)
-        save_checkpoint(tmp_path, model, optimizer, make_state(step), keep=3)
+        save(tmp_path, model, optimizer, make_state(step), keep=3)
     return tmp_path
 
 
 def test_a_loaded_training_takes_the_same_next_steps(tmp_path: Path) -> None:
     model, optimizer = make_training(0)
     take_step(model, optimizer, 1)
-    folder = save_checkpoint(tmp_path, model, optimizer, make_state(7), keep=1)
+    folder = save(tmp_path, model, optimizer, make_state(7), keep=1)
     loaded, loaded_optimizer = make_training(1)
     assert load_checkpoint(folder, loaded, loaded_optimizer) == make_state(7)
     for number in (2, 3):
@@ -66,11 +76,60 @@ def test_a_loaded_training_takes_the_same_next_steps(tmp_path: Path) -> None:
         assert torch.equal(parameter, expected)
 
 
+def test_the_training_may_go_on_while_its_checkpoint_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, go_on = threading.Event(), threading.Event()
+    save_file = checkpoint.save_file
+
+    def slowly(tensors: Any, path: Path) -> None:
+        begun.set()
+        assert go_on.wait(60)
+        save_file(tensors, path)
+
+    monkeypatch.setattr(checkpoint, "save_file", slowly)
+    model, optimizer = make_training(0)
+    take_step(model, optimizer, 1)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    state, best = make_state(1), tmp_path / "best.safetensors"
+    best.write_bytes(b"the best")
+    writer = CheckpointWriter(tmp_path, keep=1)
+    writer.save(model, optimizer, state, best)
+    assert begun.wait(60) and not list_checkpoints(tmp_path), "it is not whole yet"
+    take_step(model, optimizer, 2)
+    state.window.add("a", 1.0, {"b": 1.0})
+    best.unlink()
+    best.write_bytes(b"a better one")
+    go_on.set()
+    writer.wait()
+    (folder,) = list_checkpoints(tmp_path)
+    loaded, loaded_optimizer = make_training(1)
+    assert load_checkpoint(folder, loaded, loaded_optimizer) == make_state(1)
+    assert all(torch.equal(value, before[name]) for name, value in loaded.state_dict().items())
+    assert (folder / "best.safetensors").read_bytes() == b"the best"
+
+
+def test_what_keeps_a_checkpoint_from_being_written_is_raised_at_the_next_step(
+    checkpoints: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*values: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save_file", fail)
+    writer = CheckpointWriter(checkpoints, keep=1)
+    writer.save(*make_training(0), make_state(9))
+    writer.join()
+    with pytest.raises(OSError, match="No space"):
+        writer.check()
+    writer.check()
+    assert sorted(path.name for path in checkpoints.iterdir()) == [f"step-0000000{step}" for step in (1, 2, 3)]
+
+
 def test_an_optimiser_without_state_for_a_parameter_gets_none(tmp_path: Path) -> None:
     model, optimizer = make_training(0)
     model[0].weight.grad = torch.ones_like(model[0].weight)
     optimizer.step()
-    folder = save_checkpoint(tmp_path, model, optimizer, make_state(1), keep=1)
+    folder = save(tmp_path, model, optimizer, make_state(1), keep=1)
     loaded, loaded_optimizer = make_training(1)
     take_step(loaded, loaded_optimizer, 1)
     load_checkpoint(folder, loaded, loaded_optimizer)
@@ -79,7 +138,7 @@ def test_an_optimiser_without_state_for_a_parameter_gets_none(tmp_path: Path) ->
 
 def test_only_the_newest_are_kept(checkpoints: Path) -> None:
     model, optimizer = make_training(0)
-    save_checkpoint(checkpoints, model, optimizer, make_state(4), keep=2)
+    save(checkpoints, model, optimizer, make_state(4), keep=2)
     assert [folder.name for folder in list_checkpoints(checkpoints)] == ["step-00000003", "step-00000004"]
     assert sorted(path.name for path in checkpoints.iterdir()) == ["step-00000003", "step-00000004"]
 
