@@ -70,10 +70,12 @@ class Peers:
     Attributes:
         gather: Concatenates a tensor of every process along its first dimension.
         rank: Number of this process.
+        gather_on_host: The same for a tensor on the host, which waits for no device.
     """
 
     gather: Callable[[torch.Tensor], torch.Tensor]
     rank: int
+    gather_on_host: Callable[[torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True)

@@ -90,6 +90,23 @@ class Agreement:
         return answer or (last and bool(number.item()))
 
 
+def make_host_gather(num_processes: int, timeout: timedelta) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Returns a function that concatenates tensors on the host of all processes, over TCP and past any GPU.
+
+    Args:
+        num_processes: Number of processes; all of them have to call this, and then the function.
+        timeout: How long a process may be silent.
+    """
+    group = distributed.new_group(backend="gloo", timeout=timeout)
+
+    def gather(local: torch.Tensor) -> torch.Tensor:
+        parts = [torch.empty_like(local) for _ in range(num_processes)]
+        distributed.all_gather(parts, local.contiguous(), group=group)
+        return torch.cat(parts)
+
+    return gather
+
+
 def on_main(accelerator: Accelerator, work: Callable[[], Answer], *errors: type[Exception]) -> Answer:
     """Has the main process do something, and gives the answer to all.
 

@@ -81,7 +81,7 @@ class SampledClasses:
 
         Args:
             domain: The step's domain, whose heads have been caught up.
-            labels: This process's share of the batch's classes, of shape `(batch_size,)`.
+            labels: This process's share of the batch's classes, of shape `(batch_size,)`, on the host.
             step: Number of the step.
             device: Where the model is; that of the labels if left out.
 
@@ -90,10 +90,10 @@ class SampledClasses:
         """
         if self._wanted is None:
             return None
-        # The classes are drawn on the host: with peers that waits for the device, else labels come from there anyway.
-        everyones = labels if self._model.peers is None else self._model.peers.gather(labels.to(device))
+        # The classes are drawn on the host, where labels come from.
+        everyones = labels if self._model.peers is None else self._model.peers.gather_on_host(labels)
         number = self._model.num_classes[domain]
-        classes = draw_classes(everyones.cpu().numpy(), number, self._wanted, self._seed, step)
+        classes = draw_classes(everyones.numpy(), number, self._wanted, self._seed, step)
         rows = self._rows = torch.from_numpy(classes).to(device or labels.device)
         for parameter in self._prototypes(domain):
             state = self._idle_heads.state_of(parameter)

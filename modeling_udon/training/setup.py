@@ -25,6 +25,7 @@ from modeling_udon.training.distillation import UdonForDistillation
 from modeling_udon.training.extension import load_start, old_student, open_start
 from modeling_udon.training.memory import describe_memory, estimate_prototypes, free_memory
 from modeling_udon.training.parts import Peers
+from modeling_udon.training.processes import make_host_gather
 from modeling_udon.training.teachers import FrozenTeachers, OldStudent, load_frozen_teachers
 
 # How long one process may keep the others waiting: a process that has died is noticed at once, one that hangs after
@@ -100,6 +101,10 @@ def _check_launcher(config: TrainConfig) -> None:
             )
 
 
+def _peers(accelerator: Accelerator) -> Peers:
+    return Peers(accelerator.gather, accelerator.process_index, make_host_gather(accelerator.num_processes, SILENCE))
+
+
 def describe_prototypes(config: TrainConfig, domains: Mapping[str, Domain], accelerator: Accelerator) -> list[str]:
     """Says what the prototypes of a run will take of the memory that is free now."""
     learning = config.loss.needs_teachers and config.teachers is None
@@ -170,7 +175,7 @@ def build_model(config: TrainConfig, domains: Mapping[str, Domain], accelerator:
         old_student=old,
         takes_features=config.train.heads_only,
         distill_through_backbone=config.ablation.distill_through_backbone,
-        peers=Peers(accelerator.gather, accelerator.process_index) if accelerator.num_processes > 1 else None,
+        peers=_peers(accelerator) if accelerator.num_processes > 1 else None,
     )
     if start is not None:
         load_start(model, start, domains)

@@ -208,7 +208,11 @@ def test_other_images_can_be_allowed_and_other_classes_cannot(resume: Callable[.
     ("allow", "changes", "words"),
     [
         (["embedding_dim"], {"model__embedding_dim": 4}, "must have the weights of the config's model. Got student_pr"),
-        (["update_every"], {"sampling__update_every": 9}, "the run's own sampling and metric. Got sampling.update_every from 4"),
+        (
+            ["update_every"],
+            {"sampling__update_every": 9},
+            "own sampling and metric. Got sampling.update_every from 4",
+        ),
         (["lrr"], {}, "`--resume-allow` must name keys of the config. Got 'lrr'; did you mean `lr`?"),
         (["xyz"], {}, "Got 'xyz'; further names are processes, versions, data."),
     ],

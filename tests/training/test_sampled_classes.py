@@ -21,6 +21,7 @@ from modeling_udon.training.losses import (
     relational_distillation_loss,
 )
 from modeling_udon.training.optimization import IdleHeads, learning_rates, make_optimizer, set_learning_rates
+from modeling_udon.training.parts import Peers
 from modeling_udon.training.sampled_classes import SampledClasses, draw_classes
 
 Values = Callable[..., dict[str, Any]]
@@ -133,6 +134,19 @@ def test_a_sample_of_everything_is_training_on_all_classes_bit_for_bit(hold):
     optim = OptimConfig(lr=1e-2, weight_decay=0.01)
     every, plain = (Trained(wanted, optim, 9, hold=hold).weights() for wanted in (1.0, None))
     assert all(torch.equal(value, every[name]) for name, value in plain.items())
+
+
+def test_classes_of_other_processes_come_over_the_host_and_hold_up_no_device():
+    def over_the_device(local):
+        raise AssertionError("the device would be waited for")
+
+    model = make_model()
+    model.peers = Peers(over_the_device, 0, lambda labels: torch.cat([labels, torch.tensor([29, 28])]))
+    optim = OptimConfig()
+    optimizer = make_optimizer(model, optim)
+    sampled = SampledClasses(model, optimizer, IdleHeads(model, optimizer, optim, 50), 9, seed=0)
+    classes = sampled.take("cars", draw_batch(0, "cars")[1], 0)
+    assert {28, 29} <= set(classes.tolist()) and len(classes) == 9
 
 
 def test_rows_outside_the_sample_coast_as_if_their_gradient_were_zero():
