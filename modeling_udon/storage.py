@@ -19,6 +19,10 @@ class InUseError(ValueError):
     """A folder that another process is writing to; its message is one line for the user."""
 
 
+class DamagedFileError(ValueError):
+    """A file that was cut off or overwritten; its message is one line for the user."""
+
+
 @contextmanager
 def locked(folder: Path, shared: bool = False) -> Iterator[None]:
     """Holds a lock on a folder, which the system takes back from a process that ends, however it ends.
@@ -73,6 +77,41 @@ def write_json(path: Path, content: Any, indent: int | None = 2) -> None:
         ValueError: If the content holds NaN or infinity, which are no JSON; the old file stays.
     """
     write_text(path, json.dumps(content, indent=indent, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Reads a JSON file that this package wrote.
+
+    Raises:
+        DamagedFileError: If it is not whole.
+        OSError: If it is not there or cannot be read.
+    """
+    with damage_of(path):
+        return json.loads(path.read_text(encoding="utf-8-sig"))
+
+
+@contextmanager
+def damage_of(path: Path, *kinds: type[Exception]) -> Iterator[None]:
+    """Turns what reading a damaged file raises into one line with its name.
+
+    Args:
+        path: The file.
+        kinds: What its reader raises besides ValueError, KeyError and TypeError.
+
+    Raises:
+        DamagedFileError: If the block fails so.
+    """
+    try:
+        yield
+    except DamagedFileError:
+        raise
+    except Exception as error:
+        if not isinstance(error, (ValueError, KeyError, TypeError, *kinds)):
+            raise
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise DamagedFileError(
+            f"{str(path)!r} must be whole. Got a damaged file ({reason}); bring back a copy of it, or make it again."
+        ) from error
 
 
 @contextmanager

@@ -175,7 +175,22 @@ def find_doubts(domain: Domain, only: str | None = None) -> list[str]:
                 f"`domains.{domain.name}`: {len(known):,} of {len(classes):,} classes of {split} are trained on as "
                 f"well ({num_queries:,} of {len(queries):,} queries)"
             )
+        lines += _find_lone_queries(domain.name, split, images)
     return lines
+
+
+def _find_lone_queries(name: str, split: str, images: EvaluationSplit) -> list[str]:
+    """Half of the queries without an image of their class are mostly a fault of names: 7 and "07", two spellings."""
+    if images.index is None:
+        return []
+    there, queries = set(images.index.labels.names), images.query.labels
+    lone = sum(there.isdisjoint(query if isinstance(query, list) else [query]) for query in queries)
+    if lone * 2 < len(queries):
+        return []
+    return [
+        f"`domains.{name}`: {lone:,} of {len(queries):,} queries of {split} have no image of their class in the index, "
+        f"such as {queries[0]!r} among {next(iter(images.index.labels.names))!r}; compare how both name their classes"
+    ]
 
 
 def _find_flat_images(domain: Domain) -> list[str]:

@@ -48,7 +48,8 @@ def as_on_disk(path: Path) -> str:
     """The path under the name that the disk has for it, where a list wrote it as another system does.
 
     Windows separates folders by backslashes, macOS writes an accent as a character of its own (NFD), and tables keep
-    blanks around a cell. A path that is there is never changed, nor one that is not there under any of these names.
+    blanks around a cell. Under a locale without UTF-8 (`LC_ALL=C`) Python knows the names on the disk by surrogates. A
+    path that is there is never changed, nor one that is not there under any of these names.
     """
     file = os.fspath(path)
     if os.path.lexists(file) or "\0" in file:
@@ -56,7 +57,8 @@ def as_on_disk(path: Path) -> str:
     found = os.sep if file.startswith((os.sep, "\\")) else ""
     for part in file.replace("\\", "/").split("/"):
         names = (part, part.strip(), unicodedata.normalize("NFC", part), unicodedata.normalize("NFD", part))
-        there = (os.path.join(found, name) for name in dict.fromkeys(names))
+        on_disk = (os.fsdecode(name.encode("utf-8", "surrogateescape")) for name in names)
+        there = (os.path.join(found, name) for name in dict.fromkeys((*names, *on_disk)))
         if (found := next((name for name in there if os.path.lexists(name)), "")) == "" and part not in ("", "."):
             return file
     return found

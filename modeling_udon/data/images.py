@@ -9,6 +9,7 @@ import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import cv2
 import numpy as np
@@ -26,6 +27,7 @@ _BITS_PER_SAMPLE, _PHOTOMETRIC, _PLANAR, _SAMPLE_FORMAT = 258, 262, 284, 339
 # How far above white values may lie; a floating-point image of 0 to 255 that is darker than this cannot be told.
 _OVERSHOOT, _LEAST_FLOAT_LEVEL = 1.5, 8
 _WHITE_IS_ZERO, _SEPARATE, _SIGNED = 0, 2, 2
+_LARGEST_12_BIT = 4095
 # Tables, restart interval, comment, application data; not APP1, which holds EXIF and XMP.
 _HARMLESS_JPEG_MARKERS = frozenset({0xC4, 0xDB, 0xDD, 0xFE, 0xE0, *range(0xE2, 0xF0)})
 _warnings_lock = threading.Lock()
@@ -60,7 +62,7 @@ def decode_image(data: bytes) -> np.ndarray:
     is_plain_jpeg = image.format in ("JPEG", "MPO") and image.mode in ("RGB", "L")
     pixels = _decode_with_opencv(data) if is_plain_jpeg else None
     if pixels is None:
-        pixels = _decode_with_pillow(image)
+        pixels = _decode_with_pillow(image, data)
     return _turn_upright(pixels, _read_orientation(image))
 
 
@@ -125,11 +127,11 @@ def _too_large(got: str) -> str:
     return f"data must be an image of at most {MAX_IMAGE_PIXELS:,} pixels, got {got}: shrink it or leave it out"
 
 
-def _decode_with_pillow(image: Image.Image) -> np.ndarray:
+def _decode_with_pillow(image: Image.Image, data: bytes = b"") -> np.ndarray:
     """Upright or not, as `_read_orientation` will tell afterwards: of a TIFF, Pillow itself turns the pixels."""
     try:
         with _without_warnings():
-            return _to_rgb(image)
+            return _to_rgb(image, data)
     except Exception as error:  # As above; there is nothing of ours in that call that a caller could mend.
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(
@@ -138,16 +140,54 @@ def _decode_with_pillow(image: Image.Image) -> np.ndarray:
         ) from error
 
 
-def _to_rgb(image: Image.Image) -> np.ndarray:
+def _to_rgb(image: Image.Image, data: bytes) -> np.ndarray:
     _check_tiff(image)
-    image.load()
+    raw = str(_tile(image)[3])
+    if image.format == "BMP" and image.mode in ("RGB", "RGBA"):
+        image = _bitmap_with_alpha(image, raw, data)
+    else:
+        image.load()
     if image.mode == "F" or image.mode.startswith("I"):
         return np.repeat(_to_grey_8_bit(image)[:, :, None], 3, axis=2)
+    if ";16" in raw and image.mode in ("RGB", "RGBA"):
+        image = _with_12_bit_colours(image, data)
     if image.has_transparency_data:
         # Never a plain convert("RGB"): it shows the colours under the transparent pixels, which are arbitrary.
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image.convert("RGBA"))
     return np.array(image.convert("RGB"))
+
+
+def _tile(image: Image.Image) -> Any:
+    """How Pillow will read the pixels: codec, extents, offset and arguments, among them the raw mode."""
+    tiles: Any = getattr(image, "tile", None)
+    return tiles[0] if tiles else ("", None, 0, "")
+
+
+def _bitmap_with_alpha(image: Image.Image, raw: str, data: bytes) -> Image.Image:
+    """A BMP whose fourth byte is alpha if any is set: so Pillow itself writes it, though the format calls it unused."""
+    if "BGRX" in raw:
+        _, _, offset, (_, _, direction) = _tile(image)
+        pixels = np.frombuffer(data, np.uint8, 4 * image.width * image.height, offset)
+        pixels = pixels.reshape(image.height, image.width, 4)[::direction, :, [2, 1, 0, 3]]
+        image = Image.fromarray(np.ascontiguousarray(pixels))
+    image.load()
+    if image.mode == "RGBA" and image.getchannel("A").getextrema()[1] == 0:
+        return image.convert("RGB")
+    return image
+
+
+def _with_12_bit_colours(image: Image.Image, data: bytes) -> Image.Image:
+    """The image with its colours by `to_8_bit` where all of a 16-bit file are so low that Pillow's are nearly black."""
+    if np.asarray(image)[:, :, :3].max() > _LARGEST_12_BIT >> 8:
+        return image
+    values = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
+    if values is None or values.ndim != 3 or values.shape[:2] != (image.height, image.width):
+        return image
+    colours = Image.fromarray(to_8_bit(np.ascontiguousarray(values[:, :, 2::-1])))
+    if image.mode == "RGBA":
+        colours.putalpha(image.getchannel("A"))
+    return colours
 
 
 def _to_grey_8_bit(image: Image.Image) -> np.ndarray:
@@ -162,9 +202,9 @@ def _to_grey_8_bit(image: Image.Image) -> np.ndarray:
 def to_8_bit(values: np.ndarray, signed: bool = False) -> np.ndarray:
     """Grey or colour values of any type as 0 to 255, uint8, of the same shape.
 
-    Which range they are of can only be told by the largest: integers above 255 are of 16 bits, of which the higher 8
-    count; floats are fractions of white, of 8 bits, or of 16. What lies a little outside is clipped, since resampling
-    overshoots.
+    Which range they are of can only be told by the largest: integers up to 255 are of 8 bits, up to 4095 of 12, as
+    cameras and scanners store them in 16, and others of 16, of which the higher 8 count; floats are fractions of white,
+    of 8 bits, or of 16. What lies a little outside is clipped, since resampling overshoots.
 
     Args:
         values: Values of one image.
@@ -185,6 +225,8 @@ def to_8_bit(values: np.ndarray, signed: bool = False) -> np.ndarray:
     elif high <= (255 * _OVERSHOOT if is_float else 255):
         # As 16 bits, 8-bit integers that were stored as a wider type would all be black.
         white = 255
+    elif not is_float and high <= _LARGEST_12_BIT:
+        white = _LARGEST_12_BIT
     else:
         white = 32767 if signed and high <= 32767 else 65535
     if low < -white / 8 or high > white * _OVERSHOOT or (white == 255 and is_float and high < _LEAST_FLOAT_LEVEL):
@@ -194,7 +236,7 @@ def to_8_bit(values: np.ndarray, signed: bool = False) -> np.ndarray:
     if is_float:
         return np.clip(np.nan_to_num(values, nan=0.0) * (255 / white), 0, 255).round().astype(np.uint8)
     clipped = np.clip(values, 0, white)
-    return (clipped if white == 255 else clipped >> (7 if white == 32767 else 8)).astype(np.uint8)
+    return (clipped >> (white.bit_length() - 8)).astype(np.uint8)
 
 
 def encode_array(values: np.ndarray) -> bytes:

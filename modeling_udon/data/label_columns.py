@@ -2,6 +2,7 @@
 
 import csv
 import os
+import unicodedata
 from collections.abc import Sequence
 
 import numpy as np
@@ -10,7 +11,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from datasets import ClassLabel, Dataset, Features, Image
 
-from modeling_udon.data.labels import Labels
+from modeling_udon.data.labels import Label, Labels
+from modeling_udon.data.opening import is_plain_number
 from modeling_udon.data.streaming import ParquetSplit, of_all, read_parquet
 from modeling_udon.domain_spec import DomainSpec
 
@@ -30,6 +32,17 @@ def read_labels(
     Raises:
         ValueError: If a class is missing, unknown to its ClassLabel, or of no supported type.
     """
+    return _read_labels(name, spec, rows, files, tables).renamed(_composed)
+
+
+def _composed(label: Label) -> Label:
+    """A label in Unicode's composed form: macOS writes an accent as a character of its own."""
+    return unicodedata.normalize("NFC", label) if isinstance(label, str) else label
+
+
+def _read_labels(
+    name: str, spec: DomainSpec, rows: Dataset | ParquetSplit, files: Sequence[str], tables: Sequence[str]
+) -> Labels:
     if (text := _text_labels(spec, tables, rows)) is not None:
         return Labels.of(text)
     column: pa.ChunkedArray
@@ -83,8 +96,10 @@ def _plain(column: pa.ChunkedArray) -> pa.ChunkedArray:
 
 
 def _rows_without(column: pa.ChunkedArray) -> np.ndarray:
-    """Rows without a label: null, an empty list, or a list with a null in it."""
+    """Rows without a label: null, an empty text or list, or a list with a null in it."""
     empty = np.asarray(column.is_null())
+    if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
+        empty = empty | np.asarray(pc.fill_null(pc.equal(column, ""), False))
     if pa.types.is_list(column.type):
         empty = empty | (pc.fill_null(pc.list_value_length(column), 0).to_numpy() == 0)
         if any(chunk.flatten().null_count for chunk in column.chunks):
@@ -95,13 +110,16 @@ def _rows_without(column: pa.ChunkedArray) -> np.ndarray:
 def _named_by_file(
     name: str, spec: DomainSpec, column: pa.ChunkedArray, files: Sequence[str], names_known: Sequence[str]
 ) -> pa.ChunkedArray | None:
-    """The class names of all rows where Parquet files number them differently; `None` where all agree.
+    """The class names of all rows where Parquet or Arrow files number them differently; `None` where all agree.
 
     `datasets` takes the names of the first file, even of another split, for those of all.
     """
-    if not files or not all(file.endswith(".parquet") for file in files):
+    if files and all(file.endswith(".parquet") for file in files):
+        found = of_all(lambda file: read_parquet(file, lambda parquet: _class_names(parquet, spec.label_column)), files)
+    elif files and all(file.endswith(".arrow") and os.path.isfile(file) for file in files):
+        found = [_class_names_of_arrow(file, spec.label_column) for file in files]
+    else:
         return None
-    found = of_all(lambda file: read_parquet(file, lambda parquet: _class_names(parquet, spec.label_column)), files)
     if {names for names, _ in found} in ({None}, {tuple(names_known)}):
         return None
     parts, start = [], 0
@@ -122,9 +140,22 @@ def _named_by_file(
 
 
 def _class_names(parquet: pq.ParquetFile, column: str) -> tuple[tuple[str, ...] | None, int]:
-    feature = Features.from_arrow_schema(parquet.schema_arrow).get(column)
+    return _names_in(parquet.schema_arrow, column), parquet.metadata.num_rows
+
+
+def _class_names_of_arrow(file: str, column: str) -> tuple[tuple[str, ...] | None, int]:
+    with pa.memory_map(file) as source:
+        try:
+            table = pa.ipc.open_stream(source).read_all()
+        except pa.ArrowInvalid:
+            table = pa.ipc.open_file(source).read_all()
+    return _names_in(table.schema, column), len(table)
+
+
+def _names_in(schema: pa.Schema, column: str) -> tuple[str, ...] | None:
+    feature = Features.from_arrow_schema(schema).get(column)
     feature = getattr(feature, "feature", feature)
-    return tuple(feature.names) if isinstance(feature, ClassLabel) else None, parquet.metadata.num_rows
+    return tuple(feature.names) if isinstance(feature, ClassLabel) else None
 
 
 def _text_labels(spec: DomainSpec, tables: Sequence[str], rows: Dataset | ParquetSplit) -> list[str] | None:
@@ -141,7 +172,7 @@ def _text_labels(spec: DomainSpec, tables: Sequence[str], rows: Dataset | Parque
                 if "file_name" in row and row.get(spec.label_column) is not None:
                     path = os.path.join(os.path.dirname(os.path.abspath(table)), row["file_name"])
                     texts[os.path.normpath(path)] = row[spec.label_column]
-    if all(text.isdecimal() and str(int(text)) == text for text in texts.values()):
+    if all(map(is_plain_number, texts.values())):
         return None
     images = rows.cast_column(spec.image_column, Image(decode=False))[spec.image_column]
     found = [texts.get(os.path.normpath(image["path"] or "")) for image in images]

@@ -90,6 +90,13 @@ class Labels:
         starts = np.concatenate([[0], np.cumsum([len(part) for part in parts], dtype=np.int64)])
         return replace(self, codes=np.concatenate([self.codes[:0], *parts]), starts=starts)
 
+    def renamed(self, new_name: Callable[[Label], Label]) -> "Labels":
+        """The labels under other names; those that get the same name become one."""
+        names = [new_name(name) for name in self.names]
+        places = {name: place for place, name in enumerate(dict.fromkeys(names))}
+        codes = np.array([places[name] for name in names], np.int32)
+        return replace(self, names=tuple(places), codes=codes[self.codes])
+
     def positions_in_sorted(self) -> tuple[tuple[Label, ...], np.ndarray]:
         """The distinct labels, sorted, and the position of each image's label among them, int64."""
         order = sorted(range(len(self.names)), key=self.names.__getitem__)

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
 
-from datasets import Dataset, DatasetDict, load_dataset_builder, load_from_disk
+import pyarrow as pa
+from datasets import Dataset, DatasetDict, Value, load_dataset_builder, load_from_disk
 from datasets import logging as datasets_logging
 from datasets.exceptions import DatasetsError
 from datasets.packaged_modules.folder_based_builder.folder_based_builder import FolderBasedBuilder
@@ -69,6 +70,8 @@ def open_data(spec: DomainSpec, seed: int = 0) -> OpenedData:
     Raises:
         Exception: On damaged data nearly any; see `why_not_opened`.
     """
+    if spec.path.startswith("~"):
+        spec = spec.model_copy(update={"path": os.path.expanduser(spec.path)})
     if spec.path.startswith(DEMO_PREFIX) and not spec.streaming:
         name = spec.path.removeprefix(DEMO_PREFIX)
         return OpenedData(build_demo_domain(name, seed), OpenedFrom("demo", path=name), {})
@@ -81,14 +84,23 @@ def open_data(spec: DomainSpec, seed: int = 0) -> OpenedData:
         splits = saved if isinstance(saved, DatasetDict) else {"train": saved}
         return OpenedData(splits, OpenedFrom("save_to_disk", path=os.path.abspath(spec.path)), {})
     with _without_log():
-        builder = load_dataset_builder(
-            spec.path, name=spec.name, revision=spec.revision, data_dir=spec.data_dir, data_files=spec.data_files
-        )
+        asked = {"name": spec.name, "revision": spec.revision, "data_dir": spec.data_dir, "data_files": spec.data_files}
+        builder = load_dataset_builder(spec.path, **asked)
+        is_csv = builder.name == "csv"
+        if is_csv:  # pandas would make 7 of 007, and nothing of NA
+            builder = load_dataset_builder(
+                spec.path, **asked, converters={spec.label_column: str}, keep_default_na=False
+            )
         files = {str(split): tuple(map(str, found)) for split, found in (builder.config.data_files or {}).items()}
         if isinstance(builder, FolderBasedBuilder):
             _check_all_pictures_are_used(spec, files)
         builder.download_and_prepare()
-        return OpenedData(builder.as_dataset(), _opened_from(spec, builder.name, files), files)
+        splits = builder.as_dataset()
+        return OpenedData(
+            _with_whole_numbers(splits, spec.label_column) if is_csv else splits,
+            _opened_from(spec, builder.name, files),
+            files,
+        )
 
 
 def why_not_opened(error: Exception) -> str:
@@ -100,6 +112,21 @@ def why_not_opened(error: Exception) -> str:
     if isinstance(error, IndexError):
         return "a split of it has no rows"
     return reason[:300] or type(cause).__name__
+
+
+def is_plain_number(text: str) -> bool:
+    """Whether reading a label as a number and writing it again gives the same text."""
+    return text.isdecimal() and str(int(text)) == text
+
+
+def _with_whole_numbers(splits: Mapping[str, Dataset], column: str) -> Mapping[str, Dataset]:
+    """Labels of a CSV as numbers where those of all splits are plain whole numbers, as text where any is not."""
+    labels = {split: rows.with_format("arrow")[:][column] for split, rows in splits.items() if column in rows.features}
+    if not all(pa.types.is_string(texts.type) or pa.types.is_large_string(texts.type) for texts in labels.values()):
+        return splits
+    if not all(is_plain_number(text) for texts in labels.values() for text in texts.unique().to_pylist()):
+        return splits
+    return {split: rows.cast_column(column, Value("int64")) for split, rows in splits.items()}
 
 
 def _opened_from(spec: DomainSpec, builder: str, files: Mapping[str, tuple[str, ...]]) -> OpenedFrom:

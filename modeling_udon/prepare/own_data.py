@@ -1,4 +1,4 @@
-"""Pictures of your own: a folder a class, a table, or a data set, with splits whose classes are disjoint."""
+"""Pictures of your own: one folder per class, a table, or a data set, with splits whose classes are disjoint."""
 
 import hashlib
 import unicodedata
@@ -17,6 +17,7 @@ from modeling_udon.data.folders import describe_passed_over, walk_images
 from modeling_udon.domain_spec import DomainSpec
 from modeling_udon.prepare.shards import Picture, Read
 from modeling_udon.prepare.tables import open_table
+from modeling_udon.text import as_unicode
 
 # What a table may call the splits.
 SPLIT_NAMES = {"train": "train", "val": "validation", "valid": "validation", "validation": "validation"}
@@ -53,7 +54,7 @@ def read_folder(folder: Path) -> tuple[dict[str | None, list[Picture]], Counter[
         split = split_folders.get(first)
         name = first if split is None else rest.partition("/")[0]
         # macOS writes accents as characters of their own: one class, however its name was typed.
-        pictures[split].append(Picture(path, unicodedata.normalize("NFC", name)))
+        pictures[split].append(Picture(path, unicodedata.normalize("NFC", as_unicode(name))))
     return dict(pictures), walk.passed_over
 
 
@@ -79,7 +80,7 @@ def _split_folders(folder: Path, paths: Sequence[str]) -> dict[str, str]:
 def read_table(
     path: Path, path_column: str = "path", label_column: str = "label", split_column: str = "split"
 ) -> dict[str | None, list[Picture]]:
-    """Reads a CSV or Parquet file with a row an image.
+    """Reads a CSV or Parquet file with one row per image.
 
     Args:
         path: The file; a table ending in `.parquet`, anything else is read as CSV with a header.
@@ -236,7 +237,7 @@ def drop_duplicates(
             # Query and index of one test may share pictures: the benchmark's own choice.
             together = known_split == split or {known_split, split} == {"test", "index"}
             if together and known_label == picture.label:
-                kept[split].append(picture)
+                kept[split].append(replace(picture, content=digest))
             else:
                 dropped.append((picture.path, known_path))
     return kept, dropped
@@ -252,6 +253,24 @@ def _digests(pictures: Sequence[Picture], read: Read, num_workers: int) -> Itera
     with ThreadPoolExecutor(num_workers or 1) as pool:
         for start in range(0, len(pictures), 1000):
             yield from pool.map(digest, pictures[start : start + 1000])
+
+
+def check_classes(splits: Mapping[str, Sequence[Picture]]) -> None:
+    """Refuses splits that nothing can be trained on or found in.
+
+    Raises:
+        ValueError: If a split that is trained on or searched has less than two classes.
+    """
+    for split, pictures in splits.items():
+        if (split == "test" and "index" in splits) or (split == "validation" and "small_index" in splits):
+            continue  # Only the index is searched.
+        classes = {str(picture.label) for picture in pictures}
+        if len(classes) < 2:
+            found = f"one, {next(iter(classes))!r}" if classes else "none"
+            raise ValueError(
+                f"SOURCE must have at least two classes in {split}; with one every score is 100 %. Got {found}; bring "
+                "more, or leave the split out."
+            )
 
 
 def without_lone_queries(splits: Mapping[str, Sequence[Picture]]) -> dict[str, list[Picture]]:

@@ -1,7 +1,8 @@
 """`udon prepare`: image files become domains, with a summary and what a config says of them."""
 
-import os
+import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,10 @@ import yaml
 from tqdm import tqdm
 
 from modeling_udon.data.folders import describe_passed_over
+from modeling_udon.domain_spec import RESERVED_NAMES, check_domain_name
 from modeling_udon.prepare.own_data import (
     below,
+    check_classes,
     drop_duplicates,
     read_dataset,
     read_folder,
@@ -110,7 +113,7 @@ def prepare_own(
     Args:
         pictures: Pictures by split, of `None` where there are no splits, and what reads them.
         out: The domain's folder.
-        name: Name of the domain; by default that of its folder.
+        name: Name of the domain; by default one made of its folder's.
         seed: Seed of the split by classes.
         validation: Share of the classes for validation.
         test: Share of the classes for the test.
@@ -124,12 +127,13 @@ def prepare_own(
         ValueError: If the pictures cannot be split, or `out` holds something else.
     """
     found, read = pictures
-    name = name or Path(os.path.abspath(out)).name
+    name = _domain_name(out) if name is None else check_domain_name(name)
     if None in found:
         splits = split_by_class(found[None], seed, validation, test)
     else:
         splits = {split: found[split] for split in ("train", "validation", "test", "index") if split in found}
         say_overlap(splits, say)
+        check_classes(splits)
     num_pictures = sum(map(len, splits.values()))
     with _bar(num_pictures, show_progress, "looking for copies") as bar:
         splits, dropped = drop_duplicates(splits, read, num_workers, bar.update)
@@ -180,12 +184,18 @@ def prepare_uned(
     chosen = list(domains) or there
     if not chosen:
         raise ValueError(f"--info-files must hold DOMAIN/train.json. Got {info_files} without any.")
-    splits = {name: read_info_files(info_files / name, images) for name in chosen}
+    splits = {check_domain_name(name): read_info_files(info_files / name, images) for name in chosen}
+    for of_domain in splits.values():
+        check_classes(of_domain)
     if not allow_outside:
         check_paths((picture for of in splits.values() for pictures in of.values() for picture in pictures), images)
     reader = FolderReader(images, confined=not allow_outside)
     writing = {"size": size, "shard_size": shard_size, "num_workers": num_workers}
-    found = _write(splits, reader, {name: out / name for name in chosen}, writing, show_progress, say)
+    stamped = {
+        name: {split: [replace(p, content=reader.stamp(p.path)) for p in pictures] for split, pictures in of.items()}
+        for name, of in splits.items()
+    }
+    found = _write(stamped, reader, {name: out / name for name in chosen}, writing, show_progress, say)
     for name, pictures in splits.items():
         classes = {label for p in pictures["train"] for label in (p.label if isinstance(p.label, list) else [p.label])}
         say(compare_with_published(name, len(pictures["train"]), len(classes)))
@@ -232,8 +242,21 @@ def _write(
         for name, of_domain in splits.items():
             found[name] = write_domain(of_domain, read, folders[name], **writing, advance=bar.update)
             say(format_summary(name, found[name]))
-            write_unreadable(folders[name], found[name])
+            unreadable = write_unreadable(folders[name], found[name])
+            for summary in found[name]:
+                if summary.unreadable and not summary.num_images:
+                    raise ValueError(
+                        f"SOURCE must hold pictures that can be read in {summary.name}. Got none of "
+                        f"{len(summary.unreadable):,}, named with the reasons in {unreadable}; mend some and run the "
+                        "same command again."
+                    )
     return found
+
+
+def _domain_name(out: Path) -> str:
+    """A name for a domain in that folder: its own, without what the name of a domain may not hold."""
+    name = re.sub(r"[^A-Za-z0-9_-]+", "-", out.resolve().name).strip("_-") or "domain"
+    return f"{name}-domain" if name in RESERVED_NAMES else name
 
 
 def _bar(total: int, show: bool, what: str) -> "tqdm[Any]":
@@ -241,4 +264,4 @@ def _bar(total: int, show: bool, what: str) -> "tqdm[Any]":
 
 
 def _yaml(specs: Mapping[str, Any]) -> str:
-    return yaml.safe_dump({"domains": dict(specs)}, sort_keys=False)
+    return yaml.safe_dump({"domains": dict(specs)}, sort_keys=False, allow_unicode=True)

@@ -1,12 +1,13 @@
 """Image files become a domain on disk: Parquet shards that `datasets` opens, images kept as encoded bytes.
 
-Every image is decoded once on the way, so that what training cannot read is found and named here. Shards appear whole
-or not at all, and one that is there is not written again unless images were left out of it: a stopped preparation goes
-on where it was, and files that were mended meanwhile come in.
+Every image is decoded once on the way, so that what training cannot read is found and named here. Shards are written
+atomically, and one that is there is not written again unless images were left out of it or have changed: a stopped
+preparation goes on where it was, and files that were mended meanwhile come in.
 """
 
 import hashlib
 import json
+import os
 import statistics
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -22,17 +23,16 @@ import yaml
 from datasets import Features, Image, Value
 from datasets import Sequence as ListOf
 
-from modeling_udon.data.files import lies_in, read_file
+from modeling_udon.data.files import as_on_disk, lies_in, read_file
 from modeling_udon.data.images import decode_image, use_one_thread
-from modeling_udon.storage import replaced_file
-from modeling_udon.text import printable, table_cell
+from modeling_udon.storage import read_json, replaced_file
+from modeling_udon.text import as_unicode, printable, table_cell
 
 Label = int | str | Sequence[int | str]
 Read = Callable[[str], bytes]
 
 _PLAN_FILE = "prepare.json"
-_UNREADABLE = "udon.unreadable"
-_SHORTER_SIDES = "udon.shorter_sides"
+_UNREADABLE, _SHORTER_SIDES, _CONTENTS = b"udon.unreadable", b"udon.shorter_sides", b"udon.contents"
 _ROW_GROUP_SIZE = 100
 _JPEG_QUALITY = 95
 # If none of so many can be read, they are looked for in the wrong place.
@@ -48,10 +48,12 @@ class Picture:
     Attributes:
         path: Where the file lies below the folder of images, or the row of a data set; kept beside the image.
         label: Its class; several for a query.
+        content: Digest of its bytes, or what else changes with them; a shard is written again where it has changed.
     """
 
     path: str
     label: Label
+    content: str = ""
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,14 @@ class FolderReader:
     def __call__(self, path: str) -> bytes:
         """Gives a file's bytes."""
         return read_file(path, self.folder) if self.confined else read_file(self.folder / path)
+
+    def stamp(self, path: str) -> str:
+        """Size and time of change of a file, which is not read; empty if it is not there."""
+        try:
+            status = os.stat(as_on_disk(self.folder / path))
+        except (OSError, ValueError):
+            return ""
+        return f"{status.st_size} {status.st_mtime_ns}"
 
 
 @dataclass(frozen=True)
@@ -137,7 +147,7 @@ def write_domain(
         for number, start in enumerate(range(0, len(pictures), shard_size))
     ]
     schema = _schema(any(isinstance(p.label, list) for ps in splits.values() for p in ps), _label_type(splits))
-    done = {path for path, _ in jobs if path.is_file() and not _found_by(path, _UNREADABLE)}
+    done = {path for path, pictures in jobs if _is_done(path, pictures)}
     missing = [(path, pictures, read, size, schema) for path, pictures in jobs if path not in done]
     advance(sum(len(pictures) for path, pictures in jobs if path in done))
     for num_images in _run(missing, num_workers):
@@ -214,7 +224,7 @@ def _claim(folder: Path, splits: Mapping[str, Sequence[Picture]], size: int | No
     plan = {"pictures": digest.hexdigest(), "size": size, "shard_size": shard_size}
     path = folder / _PLAN_FILE
     if path.is_file():
-        before = json.loads(path.read_text(encoding="utf-8"))
+        before = read_json(path)
         changed = [_PLAN_ENTRIES[key] for key in plan if before.get(key) != plan[key]]
         if changed:
             raise ValueError(
@@ -225,6 +235,19 @@ def _claim(folder: Path, splits: Mapping[str, Sequence[Picture]], size: int | No
         raise ValueError(f"--out must be a new folder for each domain. Got {folder}, which holds other files.")
     folder.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(plan), encoding="utf-8")
+
+
+def _is_done(shard: Path, pictures: Sequence[Picture]) -> bool:
+    """Whether a shard is there, whole, of the same bytes as now, and without images that were left out of it."""
+    try:
+        found = pq.read_metadata(shard).metadata or {}
+    except (OSError, pa.ArrowException):
+        return False
+    return found.get(_CONTENTS) == _contents(pictures) and found.get(_UNREADABLE) == b"[]"
+
+
+def _contents(pictures: Sequence[Picture]) -> bytes:
+    return hashlib.sha256("\n".join(picture.content for picture in pictures).encode()).hexdigest().encode()
 
 
 def _label_type(splits: Mapping[str, Sequence[Picture]]) -> str:
@@ -266,8 +289,8 @@ def _write_shard(job: tuple[Path, list[Picture], Read, int | None, pa.Schema]) -
                 unreadable.append((picture.path, " ".join(str(error).split())))
                 continue
             label = [picture.label] if lists and not isinstance(picture.label, list) else picture.label
-            image = {"bytes": data, "path": Path(picture.path).name}
-            rows.append({"image": image, "label": label, "path": picture.path})
+            shown = as_unicode(picture.path)
+            rows.append({"image": {"bytes": data, "path": Path(shown).name}, "label": label, "path": shown})
             sides.append(side)
             # Small row groups, so that neither a writer nor a reader of a few rows holds a shard of photographs.
             if len(rows) == _ROW_GROUP_SIZE:
@@ -275,7 +298,8 @@ def _write_shard(job: tuple[Path, list[Picture], Read, int | None, pa.Schema]) -
                 rows.clear()
         if rows:
             writer.write_table(pa.Table.from_pylist(rows, schema=schema))
-        writer.add_key_value_metadata({_UNREADABLE: json.dumps(unreadable), _SHORTER_SIDES: json.dumps(sides)})
+        facts = {_UNREADABLE: json.dumps(unreadable), _SHORTER_SIDES: json.dumps(sides), _CONTENTS: _contents(pictures)}
+        writer.add_key_value_metadata(facts)
     return len(pictures)
 
 
@@ -292,8 +316,8 @@ def _shrink(data: bytes, size: int | None) -> tuple[bytes, int]:
     return cv2.imencode(form, cv2.cvtColor(shrunk, cv2.COLOR_RGB2BGR), flags)[1].tobytes(), side
 
 
-def _found_by(shard: Path, what: str) -> list[Any]:
-    found: list[Any] = json.loads(pq.read_metadata(shard).metadata[what.encode()])
+def _found_by(shard: Path, what: bytes) -> list[Any]:
+    found: list[Any] = json.loads(pq.read_metadata(shard).metadata[what])
     return found
 
 

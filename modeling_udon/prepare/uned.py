@@ -65,7 +65,9 @@ def compare_with_published(domain: str, num_images: int, num_classes: int) -> st
 
 def _read(path: Path, images: Path) -> list[Picture]:
     try:
-        entries = json.loads(path.read_text(encoding="utf-8"))
+        entries = json.loads(path.read_text(encoding="utf-8-sig"))
+        if not isinstance(entries, list) or not all(isinstance(entry["path"], str) for entry in entries):
+            raise TypeError("it holds no list of entries whose paths are text")
         return [Picture(_on_disk(entry["path"], images), _label(entry["class_id"])) for entry in entries]
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(
@@ -75,8 +77,18 @@ def _read(path: Path, images: Path) -> list[Picture]:
 
 def _label(value: Any) -> int | list[int]:
     if isinstance(value, list):
-        return [int(one) for one in value]
-    return int(value)
+        if not value:
+            raise ValueError("an entry has no class")
+        return [_number(one) for one in value]
+    return _number(value)
+
+
+def _number(value: Any) -> int:
+    """A class as UnED numbers them; a text like 007 would lose its zeros."""
+    number = int(value)
+    if isinstance(value, bool) or str(number) != str(value):
+        raise ValueError(f"the class {value!r} is no whole number")
+    return number
 
 
 def _on_disk(path: str, images: Path) -> str:

@@ -109,3 +109,86 @@ def test_a_relative_path_that_looks_like_a_hub_id_is_recorded_as_local(
         opened = open_domain("a", spec.model_copy(update={"streaming": streaming})).opened_from
         assert opened is not None and opened.hub_id is None
         assert opened.builder == "parquet" and str(opened.path).startswith(str(tmp_path / "data" / "client"))
+
+
+def write_csv(folder: Path, split: str, labels: list[str]) -> str:
+    lines = ["image,label"]
+    for row, label in enumerate(labels):
+        write_png(folder / "pictures" / f"{split}{row}.png", row)
+        lines.append(f"{folder / 'pictures' / f'{split}{row}.png'},{label}")
+    (folder / f"{split}.csv").write_text("\n".join([*lines, ""]))
+    return str(folder / f"{split}.csv")
+
+
+@pytest.mark.parametrize(
+    ("train", "test", "classes"),
+    [
+        (["007", "7", "07", "8"], ["1", "2", "1", "2"], ("007", "07", "7", "8")),
+        (["NA", "null", "nan", "True"], ["a", "b", "a", "b"], ("NA", "True", "nan", "null")),
+        (["1e3", "1000", "1000.0", "1_000"], ["a", "b", "a", "b"], ("1000", "1000.0", "1_000", "1e3")),
+        (["10", "9", "9", "10"], ["1", "2", "1", "2"], (9, 10)),
+    ],
+)
+def test_labels_of_a_csv_are_what_is_written_and_numbers_only_where_all_are_plain(
+    tmp_path: Path, train: list[str], test: list[str], classes: tuple[object, ...]
+) -> None:
+    files = {"train": write_csv(tmp_path, "train", train), "test": write_csv(tmp_path, "test", test)}
+    domain = open_domain("a", spec_of("csv", data_files=files, test_split="test"))
+    assert domain.classes == classes
+    assert [str(domain.classes[label]) for label in domain.labels] == train
+    assert list(map(str, domain.evaluation["test"].query.labels)) == test
+
+
+def test_an_empty_label_is_a_missing_one(tmp_path: Path) -> None:
+    files = {"train": write_csv(tmp_path, "train", ["a", "", "b", "b"])}
+    with pytest.raises(ValueError, match="must hold a label for every image. Got 1 empty ones in 'label', rows 1"):
+        open_domain("a", spec_of("csv", data_files=files))
+
+
+def test_arrow_files_that_number_their_classes_differently_keep_their_own_names(tmp_path: Path) -> None:
+    for number, (names, classes) in enumerate([(NAMES, ["ant", "bee"]), (NAMES[::-1], ["cat", "dog"])]):
+        features = Features({"image": Image(), "label": ClassLabel(names=names)})
+        rows = {"image": [PILImage.fromarray(picture(n)) for n in range(2)], "label": [names.index(c) for c in classes]}
+        Dataset.from_dict(rows, features=features).save_to_disk(tmp_path / f"part{number}")
+    files = sorted(map(str, tmp_path.rglob("*.arrow")))
+    domain = open_domain("a", spec_of("arrow", data_files={"train": files}))
+    assert [domain.classes[label] for label in domain.labels] == ["ant", "bee", "cat", "dog"]
+
+
+def test_a_class_is_one_however_its_accent_was_typed(tmp_path: Path) -> None:
+    for split, names in {
+        "train": ["caf\u00e9", "cafe\u0301", "tea"],
+        "test": ["the\u0301", "eau"],
+        "index": ["th\u00e9", "eau"],
+    }.items():
+        features = Features({"image": Image(), "label": Value("string")})
+        images = [PILImage.fromarray(picture(number)) for number in range(len(names))]
+        Dataset.from_dict({"image": images, "label": names}, features=features).to_parquet(
+            tmp_path / f"{split}.parquet"
+        )
+    files = {split: str(tmp_path / f"{split}.parquet") for split in ("train", "test", "index")}
+    domain = open_domain("a", spec_of("parquet", data_files=files, test_split="test", test_index_split="index"))
+    assert domain.classes == ("caf\u00e9", "tea") and domain.labels.tolist() == [0, 0, 1]
+    assert set(domain.evaluation["test"].query.labels) == set(domain.evaluation["test"].index.labels)
+
+
+def test_queries_whose_classes_the_index_names_differently_are_warned_of(tmp_path: Path) -> None:
+    for split, labels in {"train": ["a", "b"], "test": ["01", "02"], "index": ["1", "2"]}.items():
+        features = Features({"image": Image(), "label": Value("string")})
+        images = [PILImage.fromarray(picture(number)) for number in range(2)]
+        Dataset.from_dict({"image": images, "label": labels}, features=features).to_parquet(
+            tmp_path / f"{split}.parquet"
+        )
+    files = {split: str(tmp_path / f"{split}.parquet") for split in ("train", "test", "index")}
+    domain = open_domain("a", spec_of("parquet", data_files=files, test_split="test", test_index_split="index"))
+    (doubt,) = find_doubts(domain)
+    assert doubt == (
+        "`domains.a`: 2 of 2 queries of test have no image of their class in the index, such as '01' among '1'; "
+        "compare how both name their classes"
+    )
+
+
+def test_a_path_may_start_from_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write_named(tmp_path / "data" / "train.parquet", NAMES, ["ant", "bee"])
+    assert open_domain("a", spec_of("~/data")).classes == ("ant", "bee")

@@ -649,3 +649,44 @@ def test_arrays_of_a_column_keep_their_levels(dtype, shape):
 def test_arrays_that_are_no_pixels_are_refused(shape):
     with pytest.raises(ValueError, match=r"must be numbers of shape \(H, W\), \(H, W, 3\) or \(3, H, W\)"):
         encode_array(np.zeros(shape, np.uint8))
+
+
+def wide_png(pixels: np.ndarray) -> bytes:
+    """A PNG of 16 bits; OpenCV takes blue first."""
+    return cv2.imencode(".png", pixels[:, :, [2, 1, 0, 3][: pixels.shape[2]]].astype(np.uint16))[1].tobytes()
+
+
+@pytest.mark.parametrize("factor", [1, 16, 257], ids=["8 bits", "12 bits", "16 bits"])
+def test_colours_and_grey_of_8_12_and_16_bits_in_16_are_equally_bright(factor: int) -> None:
+    wide = picture(37, 53).astype(int) * factor
+    assert np.abs(decode_image(wide_png(wide)).astype(int) - picture(37, 53)).max() <= 1
+    grey = Image.fromarray(wide[:, :, 0].astype(np.uint16))
+    for file_format in ("PNG", "TIFF"):
+        assert (
+            np.abs(decode_image(encode(grey, file_format)).astype(int)[:, :, 0] - picture(37, 53)[:, :, 0]).max() <= 1
+        )
+
+
+def test_12_bit_colours_keep_their_transparency() -> None:
+    wide = np.dstack([picture(37, 53).astype(int) * 16, np.full((37, 53), 65535)])
+    wide[:10, :, 3] = 0
+    decoded = decode_image(wide_png(wide)).astype(int)
+    assert (decoded[:10] == 255).all() and np.abs(decoded[10:] - picture(37, 53)[10:]).max() <= 1
+
+
+def bitmap(alpha: int, mask: bool) -> bytes:
+    """A BMP of 32 bits a pixel, with a mask for alpha or with a fourth byte of no meaning."""
+    pixels = np.dstack([picture(37, 53)[::-1, :, ::-1], np.full((37, 53), alpha, np.uint8)]).tobytes()
+    header = struct.pack("<IiiHHIIiiII", 108 if mask else 40, 53, 37, 1, 32, 3 if mask else 0, len(pixels), 0, 0, 0, 0)
+    masks = struct.pack("<IIII", 0xFF0000, 0xFF00, 0xFF, 0xFF000000) + bytes(52) if mask else b""
+    start = 14 + len(header) + len(masks)
+    return b"BM" + struct.pack("<IHHI", start + len(pixels), 0, 0, start) + header + masks + pixels
+
+
+@pytest.mark.parametrize("mask", [False, True])
+def test_a_bitmap_with_alpha_is_laid_on_white_and_one_whose_alpha_is_all_zero_has_none(mask: bool) -> None:
+    for alpha in (0, 255):
+        assert np.array_equal(decode_image(bitmap(alpha, mask)), picture(37, 53))
+    white = (picture(37, 53).astype(int) * 128 + 255 * 127) // 255
+    assert np.abs(decode_image(bitmap(128, mask)) - white).max() <= 1
+    assert np.array_equal(decode_image(encode(PICTURE.convert("RGBA"), "BMP")), picture(37, 53))

@@ -3,6 +3,8 @@
 import csv
 import json
 import os
+import subprocess
+import sys
 import zlib
 from collections import Counter
 from collections.abc import Callable
@@ -24,6 +26,7 @@ from modeling_udon.prepare import uned
 from modeling_udon.prepare.own_data import split_by_class
 from modeling_udon.prepare.shards import FolderReader, Picture
 
+ROOT = Path(__file__).parents[2]
 Udon = Callable[..., tuple[int, str, str]]
 
 
@@ -476,3 +479,118 @@ def test_several_classes_of_a_data_set_are_told_in_one_line_and_single_ones_are_
     assert set.union(*labels_of(tmp_path / "d1").values()) == {f"n{c}" for c in range(7)}
     code, _, error = udon("prepare", "hub", tmp_path / "two", "--out", tmp_path / "d2")
     assert code == 2 and error.count("\n") == 1 and "Got ['n0', 'all'] for train/0" in error
+
+
+def folder_of(path: Path, classes: int = 8, images: int = 3) -> Path:
+    for label in range(classes):
+        for copy in range(images):
+            write_image(path / f"c{label}" / f"{copy}.png", 100 * label + copy)
+    return path
+
+
+def test_a_picture_that_was_changed_is_written_again_and_a_damaged_shard_too(udon: Udon, tmp_path: Path) -> None:
+    source, command = folder_of(tmp_path / "pictures"), ["prepare", "folder", tmp_path / "pictures"]
+    command += ["--out", tmp_path / "out", "--num-workers", 0]
+    assert udon(*command)[0] == 0
+    shards = sorted((tmp_path / "out").glob("*.parquet"))
+    before = {shard: shard.stat().st_mtime_ns for shard in shards}
+    assert udon(*command)[0] == 0 and before == {shard: shard.stat().st_mtime_ns for shard in shards}
+    path = pq.read_table(shards[0])["path"][0].as_py()
+    write_image(source / path, 9999)
+    shards[1].write_bytes(shards[1].read_bytes()[:100])
+    assert udon(*command)[0] == 0
+    assert [before[shard] == shard.stat().st_mtime_ns for shard in shards] == [False, False, True]
+    assert pq.read_table(shards[0])["image"][0].as_py()["bytes"] == (source / path).read_bytes()
+
+
+def test_a_split_of_which_nothing_can_be_read_is_an_error_that_names_the_list(udon: Udon, tmp_path: Path) -> None:
+    for picture in sorted(folder_of(tmp_path / "pictures").rglob("*.png")):
+        picture.write_bytes(b"no picture" + picture.parent.name.encode() + picture.name.encode())
+    code, _, said = udon("prepare", "folder", tmp_path / "pictures", "--out", tmp_path / "out", "--num-workers", 0)
+    assert code == 2 and "SOURCE must hold pictures that can be read in train. Got none of 12, named with" in said
+    assert (tmp_path / "out" / "unreadable.txt").is_file()
+
+
+@pytest.mark.parametrize(
+    ("out", "name"), [("data", "data"), ("my shoes.v2", "my-shoes-v2"), ("train", "train-domain"), ("\u978b", "domain")]
+)
+def test_the_printed_config_names_a_domain_that_a_config_takes(udon: Udon, tmp_path: Path, out: str, name: str) -> None:
+    folder_of(tmp_path / "pictures")
+    code, said, _ = udon("prepare", "folder", tmp_path / "pictures", "--out", tmp_path / out, "--num-workers", 0)
+    assert code == 0
+    (domain,) = yaml.safe_load(said[said.index("domains:") :])["domains"].items()
+    assert domain == (name, {"path": str(tmp_path / out)})
+    assert open_domain(*domain[:1], DomainSpec(**domain[1])).name == name
+
+
+def test_a_name_that_a_config_refuses_is_refused_before_any_work(udon: Udon, tmp_path: Path) -> None:
+    folder_of(tmp_path / "pictures")
+    code, _, said = udon("prepare", "folder", tmp_path / "pictures", "--out", tmp_path / "out", "--name", "a.b")
+    assert code == 2 and "`domains` must be named with letters, digits" in said and not (tmp_path / "out").exists()
+
+
+def test_splits_of_one_class_are_refused_where_they_are_prepared(udon: Udon, tmp_path: Path) -> None:
+    folder_of(tmp_path / "pictures")
+    rows = [
+        f"c{label}/{copy}.png,c{label},{'test' if label == 7 else 'train'}" for label in range(8) for copy in range(3)
+    ]
+    (tmp_path / "table.csv").write_text("\n".join(["path,label,split", *rows, ""]))
+    command = ["prepare", "csv", tmp_path / "table.csv", "--images", tmp_path / "pictures", "--out", tmp_path / "out"]
+    code, _, said = udon(*command, "--num-workers", 0)
+    assert (
+        code == 2
+        and "SOURCE must have at least two classes in test; with one every score is 100 %. Got one, 'c7'" in said
+    )
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ('[{"path": 3, "class_id": 1}]', "whose paths are text"),
+        ('[{"path": "a.png", "class_id": []}]', "an entry has no class"),
+        ('[{"path": "a.png", "class_id": "007"}]', "the class '007' is no whole number"),
+        ('{"path": "a.png"}', "no list of entries"),
+        ("[]", "SOURCE must have at least two classes in train; with one every score is 100 %. Got none"),
+        ('[{"path": "a.png", "class_id"', "Expecting"),
+    ],
+)
+def test_an_info_file_of_another_form_is_refused_in_one_line(
+    udon: Udon, tmp_path: Path, content: str, words: str
+) -> None:
+    (tmp_path / "info" / "cars").mkdir(parents=True)
+    (tmp_path / "info" / "cars" / "train.json").write_text(content)
+    code, _, said = udon(
+        "prepare", "uned", "--info-files", tmp_path / "info", "--images", tmp_path, "--out", tmp_path / "u"
+    )
+    assert code == 2 and words in said and said.count("\n") == 1
+
+
+def test_an_info_file_may_begin_with_a_byte_order_mark(
+    uned_files: tuple[Path, Path], udon: Udon, tmp_path: Path
+) -> None:
+    info, images = uned_files
+    for file in info.rglob("*.json"):
+        file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
+    command = ["prepare", "uned", "--info-files", info, "--images", images, "--out", tmp_path / "u", "--num-workers", 0]
+    assert udon(*command)[0] == 0
+
+
+def test_pictures_are_prepared_whatever_the_locale_makes_of_their_names(tmp_path: Path) -> None:
+    folder_of(tmp_path / "pictures")
+    for number in range(8):
+        (tmp_path / "pictures" / f"c{number}").rename(tmp_path / "pictures" / f"\u978b{number}")
+    os.rename(
+        os.fsencode(tmp_path / "pictures" / "\u978b0" / "0.png"),
+        os.fsencode(tmp_path / "pictures" / "\u978b0") + b"/\xe9.png",
+    )
+    command = ["prepare", "folder", str(tmp_path / "pictures"), "--out", str(tmp_path / "out"), "--num-workers", "0"]
+    plain = {"PYTHONUTF8": "0", "LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONPATH": str(ROOT)}
+    program = [sys.executable, "-m", "modeling_udon.cli", *command]
+    done = subprocess.run(program, env=os.environ | plain, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    tables = [pq.read_table(shard) for shard in (tmp_path / "out").glob("*.parquet")]
+    assert {label for table in tables for label in table["label"].to_pylist()} == {
+        f"\u978b{number}" for number in range(8)
+    }
+    paths = {path for table in tables for path in table["path"].to_pylist()}
+    assert len(paths) == 24 and "\u978b0/\\xe9.png" in paths
