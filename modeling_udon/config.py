@@ -10,6 +10,7 @@ from pydantic import Field, field_validator, model_validator
 from modeling_udon.config_sections import (
     AblationConfig,
     DataConfig,
+    FrozenTeacherConfig,
     LossConfig,
     ModelConfig,
     OptimConfig,
@@ -159,9 +160,11 @@ class TrainConfig(Section):
     domains: dict[str, DomainSpec] = Field(min_length=1)
     """Domains by name; a plain string stands for `path`."""
     system: SystemName = "udon"
-    """Which system of the papers is trained: it sets what makes it up in `loss` and `sampling`."""
+    """Which system is trained: it sets what makes it up in `loss`, `sampling` and `frozen_teachers`."""
     teachers: Path | dict[str, Path] | None = None
     """Run, or a run for each domain, whose teachers stand for learning ones; for system `separate_teachers`."""
+    frozen_teachers: tuple[FrozenTeacherConfig, ...] = ()
+    """Models that stay as they are and whose similarities, or class probabilities, the student follows."""
     init: InitConfig | None = None
     """Trained run that this one starts from; the command line's `--init` fills in its settings and domains too."""
     model: ModelConfig
@@ -206,6 +209,22 @@ class TrainConfig(Section):
     def _features_suffice(self) -> "TrainConfig":
         if self.train.heads_only and self.teachers is not None:
             raise ValueError("`train.heads_only` must go without `teachers`, which have to see the images")
+        return self
+
+    @model_validator(mode="after")
+    def _frozen_teachers_fit(self) -> "TrainConfig":
+        if self.frozen_teachers and self.loss.student_classification == 0:
+            raise ValueError("`frozen_teachers` must go with a student: `loss.student_classification` above 0")
+        for number, teacher in enumerate(self.frozen_teachers):
+            if self.train.heads_only and teacher.sees == "crop" and teacher.model != "start":
+                raise ValueError(
+                    f"`frozen_teachers.{number}.sees` must be 'image' with `train.heads_only`, which sees no crops"
+                )
+        if self.loss.retention and (self.train.heads_only or self.train.shard_backbone):
+            raise ValueError(
+                "`loss.retention` must be 0 with `train.heads_only` or `train.shard_backbone`: the backbone's weights "
+                "rest, or are in shards"
+            )
         return self
 
     @model_validator(mode="after")

@@ -4,6 +4,7 @@ A file may name a `base` file, whose values it takes over and overrides; `--sect
 overrides both. Unknown keys, wrong types and values out of range are refused by name before any work starts.
 """
 
+import copy
 import difflib
 import os
 import re
@@ -90,6 +91,9 @@ def with_defaults(saved: Mapping[str, Any]) -> dict[str, Any]:
         kind = field.annotation
         if isinstance(kind, type) and issubclass(kind, Section):
             filled[name] = kind.model_construct().model_dump(mode="json") | filled.get(name, {})
+        elif not field.is_required():
+            default = field.get_default()
+            filled.setdefault(name, list(default) if isinstance(default, tuple) else default)
     filled["domains"] = {
         name: DomainSpec.model_validate(spec).model_dump(mode="json") for name, spec in filled["domains"].items()
     }
@@ -181,14 +185,19 @@ def _apply_system(values: dict[str, Any]) -> None:
     if not isinstance(system, str):
         return  # As above.
     for section, settings in SYSTEMS.get(system, {}).items():
+        if isinstance(settings, list):
+            _fill_in(values, section, settings, section, system)
+            continue
         given = values.setdefault(section, {})
         if not isinstance(given, dict):
             return  # Its type is refused with the others.
         for key, value in settings.items():
-            if given.setdefault(key, value) != value:
-                raise ConfigError(
-                    f"`{section}.{key}` must be {value!r} for system {system!r}. Got {given[key]!r}; leave one out."
-                )
+            _fill_in(given, key, value, f"{section}.{key}", system)
+
+
+def _fill_in(values: dict[str, Any], key: str, value: Any, name: str, system: str) -> None:
+    if values.setdefault(key, copy.deepcopy(value)) != value:
+        raise ConfigError(f"`{name}` must be {value!r} for system {system!r}. Got {values[key]!r}; leave one out.")
 
 
 def _merge(base: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:

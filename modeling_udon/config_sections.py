@@ -92,6 +92,8 @@ class LossConfig(Section):
     """Weight of the distillation of class probabilities."""
     relational_distillation: float = Field(1.0, ge=0)
     """Weight of the distillation of similarities."""
+    retention: float = Field(0.0, ge=0)
+    """Weight of half the squared distance between the backbone's weights and those it started from."""
     gate: Literal["none", "per_image", "per_domain"] = "none"
     """Where logit distillation counts: everywhere, or only for the images, or in the domains, whose teacher classifies
     better than the student."""
@@ -141,6 +143,42 @@ class LossConfig(Section):
             raise ValueError(
                 "`sampled_classes` must be left out for `classifier` 'joint'; `chunk_size` saves memory too"
             )
+        return self
+
+
+class FrozenTeacherConfig(Section):
+    """A model that stays as it is and whose features the student follows."""
+
+    model: str = "start"
+    """`start`, the run's own backbone before training; a folder, a Hub id, a run or `timm:NAME`; or a folder with
+    `NAME.npy` for each domain: features of shape (training images, width), in the order of the data."""
+    relational: float = Field(1.0, ge=0)
+    """Weight of the distillation of its similarities."""
+    logit: float = Field(0.0, ge=0)
+    """Weight of the distillation of the class probabilities that the class means of its features give."""
+    standardise: Literal["none", "mean", "mean_std"] = "none"
+    """Whether the mean of its features is subtracted, and whether they are divided by their standard deviation as well;
+    both are of the first 1,024 training images of each domain."""
+    sees: Literal["image", "crop"] = "image"
+    """`image`: every training image as the evaluation sees it, once, kept on disk; `crop`: the student's own crops, at
+    every step. With `train.heads_only`, `start` sees what the student does in any case."""
+    pooling: Literal["cls", "mean", "pooler"] | None = None
+    """Feature of the model; `null` takes the one it was trained to give."""
+    image_size: int | None = Field(None, gt=0)
+    """Side of the images that it sees, in pixels; `null`: its own."""
+    revision: str | None = None
+    """Commit, tag or branch of `model` on the Hub."""
+    trust_remote_code: bool = False
+    """Whether code that comes with `model` may run."""
+
+    @model_validator(mode="after")
+    def _has_a_say(self) -> "FrozenTeacherConfig":
+        if self.relational + self.logit == 0:
+            raise ValueError("`relational` or `logit` must be above 0, or the teacher has no say; leave it out")
+        if self.logit and self.sees == "crop":
+            raise ValueError("`logit` must go with `sees` 'image'; class means need the features of all images")
+        if self.model == "start" and (self.pooling or self.image_size or self.revision):
+            raise ValueError("`pooling`, `image_size` and `revision` must be left out for the model 'start'")
         return self
 
 

@@ -159,7 +159,10 @@ class Encoder:
         Returns:
             `kind`, and `"teacher"` with a teacher for the domain; unit norm.
         """
-        inputs = self.statistics.normalize(pixels)
+        return self.embed_inputs(self.statistics.normalize(pixels), domain)
+
+    def embed_inputs(self, inputs: torch.Tensor, domain: str | None = None) -> dict[str, torch.Tensor]:
+        """Embeds images that are normalised already, of shape `(batch_size, 3, height, width)`; else as `embed`."""
         if not isinstance(self.network, UdonModel):
             return {self.kind: F.normalize(self.network(inputs).float(), dim=-1)}
         taught = self.kind == "student" and domain is not None and domain in self.network.teacher_heads

@@ -62,6 +62,7 @@ class DomainBatch:
         labels: Classes of shape `(batch_size,)`, int64.
         broken: Images that were drawn and could not be read; others of the domain stand in their places.
         slot: In a worker, the shared memory that holds the pixels.
+        rows: Rows of the images in the domain's data, of shape `(batch_size,)`, int64.
     """
 
     domain: str
@@ -69,6 +70,7 @@ class DomainBatch:
     labels: torch.Tensor
     broken: tuple[BrokenImage, ...] = ()
     slot: torch.Tensor | None = field(default=None, repr=False)
+    rows: np.ndarray | None = None
 
     def pin_memory(self) -> "DomainBatch":
         """Returns the batch in page-locked memory; the DataLoader calls it where a GPU is used."""
@@ -77,7 +79,7 @@ class DomainBatch:
     def __reduce__(self) -> tuple[Any, ...]:
         # Labels travel within the message: in shared memory of their own, they would cost more than they weigh.
         pixels = self.pixels if self.slot is None else (self.slot, self.pixels.shape)
-        return _receive_batch, (self.domain, pixels, self.labels.numpy(), self.broken)
+        return _receive_batch, (self.domain, pixels, self.labels.numpy(), self.broken, self.rows)
 
 
 def _receive_batch(
@@ -85,9 +87,10 @@ def _receive_batch(
     pixels: torch.Tensor | tuple[torch.Tensor, tuple[int, ...]],
     labels: np.ndarray,
     broken: tuple[BrokenImage, ...],
+    rows: np.ndarray | None,
 ) -> DomainBatch:
     received = pixels if isinstance(pixels, torch.Tensor) else receive(*pixels)
-    return DomainBatch(domain, received, torch.from_numpy(labels), broken)
+    return DomainBatch(domain, received, torch.from_numpy(labels), broken, rows=rows)
 
 
 class MultiDomainDataset(TorchDataset[DomainBatch]):
@@ -133,7 +136,7 @@ class MultiDomainDataset(TorchDataset[DomainBatch]):
                 pixels = np.empty(shape, np.uint8) if slot is None else contents(slot, shape).numpy()
             pixels[place] = image
         labels = torch.from_numpy(domain.labels[rows])
-        return DomainBatch(draw.domain, torch.from_numpy(pixels), labels, tuple(broken), slot)
+        return DomainBatch(draw.domain, torch.from_numpy(pixels), labels, tuple(broken), slot, rows)
 
     def _substitute(self, number: int, domain: Domain, position: int, broken: BrokenImage) -> tuple[int, np.ndarray]:
         for row in substitutes(self._seed, number, position, len(domain.images)):

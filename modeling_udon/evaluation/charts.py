@@ -18,6 +18,9 @@ LOSS_TITLES = {
     "logit_distillation": "logit distillation",
     "relational_distillation": "relational distillation",
     "retention": "retention of the old student",
+    "frozen_relational": "relational distillation of frozen teachers",
+    "frozen_logit": "logit distillation of frozen teachers",
+    "weight_retention": "distance of the weights to their start",
 }
 
 Point = tuple[float, float]

@@ -80,7 +80,7 @@ def render_card(
         domains=domains,
         domain_names=", ".join(domain["name"] for domain in domains),
         results=None if results is None or scores is None else _results(results, scores),
-        training=_training(config, sources, results),
+        training=_training(config, sources, results, licences or {}),
         gallery=[{"domain": Path(file).stem, "path": file} for file in gallery if file not in examples],
         calibrated=calibrated,
     )
@@ -194,7 +194,9 @@ def _results(results: Mapping[str, Any], scores: Mapping[str, Any]) -> dict[str,
     }
 
 
-def _training(config: Mapping[str, Any], sources: Sources, results: Mapping[str, Any] | None) -> list[str]:
+def _training(
+    config: Mapping[str, Any], sources: Sources, results: Mapping[str, Any] | None, licences: Mapping[str, str]
+) -> list[str]:
     """The settings that make the run, a line each."""
     model, train = config["model"], config.get("train")
     if train is None:
@@ -224,11 +226,24 @@ def _training(config: Mapping[str, Any], sources: Sources, results: Mapping[str,
         f"Sampling of domains: {sampling['strategy'].replace('_', ' ')}",
         f"System: {config.get('system', 'udon')}; precision: {train['mixed_precision']}",
     ]
+    if frozen := config.get("frozen_teachers"):
+        lines.append(f"Frozen teachers: {'; '.join(_frozen_teacher(spec, sources, licences) for spec in frozen)}")
     if results is not None:
         versions = results["versions"]
         used = [f"{name} {versions[name]}" for name in ("torch", "transformers", "modeling_udon") if name in versions]
         lines.append(f"Versions: {', '.join(used)}")
     return [line.replace("precision: no", "precision: float32") for line in lines]
+
+
+def _frozen_teacher(spec: Mapping[str, Any], sources: Sources, licences: Mapping[str, str]) -> str:
+    name = spec["model"]
+    told = "the backbone as it was before training"
+    if name in sources.teachers:
+        stated = sources.teachers[name]
+        shown = f"`{name}`" if stated is None or ":" in name else "an own folder"
+        known = licences.get(name) if stated is None else stated.replace("unknown", NOT_STATED)
+        told = f"{shown} (licence: {html_text(known or NOT_STATED)})"
+    return f"{told}, relational weight {spec['relational']:g}, logit weight {spec['logit']:g}"
 
 
 def _widget(path: str, revision: str | None, examples: Iterable[str]) -> list[dict[str, str]]:

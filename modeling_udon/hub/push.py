@@ -256,8 +256,9 @@ def _license(student: TrainedStudent, licences: Mapping[str, str], may_ask: bool
 
 
 def _read_licences(api: HfApi, sources: Sources) -> dict[str, str]:
-    """Asks the Hub for the licences of backbone and data sets; one that it does not know or tell is left out."""
+    """Asks the Hub for the licences of backbone, frozen teachers and data sets; what it does not tell is left out."""
     asked: dict[str, Callable[[str], Any]] = {path: api.dataset_info for path in sources.domains.values() if path}
+    asked |= {name: api.model_info for name, stated in sources.teachers.items() if stated is None}
     if sources.backbone is not None:
         asked[sources.backbone] = api.model_info
     licences = {}

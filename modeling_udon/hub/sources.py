@@ -38,12 +38,15 @@ class Sources:
         backbone_license: Licence that the card in a backbone's folder states.
         from_scratch: Whether the weights started from random numbers.
         domains: Hub id of each domain's data set, `None` for data from elsewhere.
+        teachers: Frozen teachers: of those on the Hub their id with `None`, of others what their folder's card states
+            as licence, `"unknown"` where it states none.
     """
 
     backbone: str | None = None
     backbone_license: str | None = None
     from_scratch: bool = False
     domains: Mapping[str, str | None] = field(default_factory=dict)
+    teachers: Mapping[str, str | None] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """The values as `sources.json` keeps them."""
@@ -65,6 +68,11 @@ def find_sources(config: Mapping[str, Any]) -> Sources:
         backbone_license=None if backbone is None or on_hub else stated_license(Path(backbone)),
         from_scratch=backbone is None,
         domains={name: _hub_id(spec["path"]) for name, spec in config["domains"].items()},
+        teachers={
+            name: None if is_hub_id(name) else stated_license(Path(name)) or "unknown"
+            for name in dict.fromkeys(teacher["model"] for teacher in config.get("frozen_teachers", ()))
+            if name != "start"
+        },
     )
 
 
@@ -112,7 +120,8 @@ def derive_license(
     """Derives a model's licence from those of its backbone and its data.
 
     Permissive licences leave the backbone's own, or `apache-2.0` for a model from scratch; one that restricts its users
-    holds for the model as well. Nothing is derived from two of those, or where one is not known.
+    holds for the model as well, also that of a frozen teacher, of which the model holds no weights. Nothing is derived
+    from two of those, or where one is not known.
 
     Returns:
         The licence, or `None` with what is missing.
@@ -121,6 +130,7 @@ def derive_license(
     own = None if sources.from_scratch else sources.backbone_license or licences.get(sources.backbone or "")
     if not sources.from_scratch:
         parts["the backbone"] = own
+    parts |= {f"the frozen teacher {name}": stated or licences.get(name) for name, stated in sources.teachers.items()}
     missing = [f"no licence of {name}" for name, stated in parts.items() if stated in (None, *_UNDECIDED)]
     restricting = sorted({stated for stated in parts.values() if stated and stated.lower() not in _PERMISSIVE})
     if not missing and len(restricting) > 1:

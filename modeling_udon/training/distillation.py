@@ -1,6 +1,6 @@
 """Training model: a `UdonModel` with the prototypes of its classes; returns the loss and its named terms."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
@@ -8,18 +8,16 @@ from torch import nn
 from modeling_udon.config import LossConfig
 from modeling_udon.configuration_udon import UdonConfig
 from modeling_udon.modeling_udon import UdonModel, init_lecun_normal_
+from modeling_udon.training.feature_teachers import FeatureTeachers
 from modeling_udon.training.gates import open_gates, running_means
-from modeling_udon.training.losses import (
-    relational_distillation_block,
-    relational_distillation_loss,
-    retention_loss,
-)
+from modeling_udon.training.losses import retention_loss, squared_distance
 from modeling_udon.training.parts import Cosines, DistillationOutput, Embeddings, Peers, RelationalBank
 from modeling_udon.training.teachers import FrozenTeachers, OldStudent
-from modeling_udon.training.terms import Terms
+from modeling_udon.training.terms import Terms, frozen_weights
 
 TERMS = ("student_classification", "teacher_classification", "logit_distillation", "relational_distillation")
 RETENTION = "retention"
+WEIGHT_RETENTION = "weight_retention"
 GATE_STATE = "gate_means"
 
 
@@ -33,6 +31,7 @@ class UdonForDistillation(nn.Module):
         num_classes: Classes of each domain, where not all have a teacher head.
         frozen_teachers: Trained teachers that stand for the model's own, which learn with it.
         old_student: The student that this one starts from and is held to.
+        feature_teachers: Frozen models whose features the student follows.
         distill_through_backbone: Whether the distillation terms train the backbone too, or only the student's head.
         takes_features: Whether the backbone's features come in place of images, and the backbone is not run.
         peers: The processes of the run, so that the relational term compares the pairs of the whole global batch;
@@ -49,6 +48,7 @@ class UdonForDistillation(nn.Module):
         num_classes: Mapping[str, int] | None = None,
         frozen_teachers: FrozenTeachers | None = None,
         old_student: OldStudent | None = None,
+        feature_teachers: FeatureTeachers | None = None,
         takes_features: bool = False,
         peers: Peers | None = None,
         distill_through_backbone: bool = True,
@@ -59,6 +59,7 @@ class UdonForDistillation(nn.Module):
         self.num_classes = dict(num_classes or config.domains)
         self.frozen_teachers = frozen_teachers
         self.old_student = old_student
+        self.feature_teachers = feature_teachers
         self.takes_features = takes_features
         self.peers = peers
         self._distill_through_backbone = distill_through_backbone
@@ -66,6 +67,9 @@ class UdonForDistillation(nn.Module):
         self.student_prototypes = _make_prototypes(self.num_classes, config.embedding_dim)
         self.teacher_prototypes = _make_prototypes(config.domains, config.teacher_dim)
         self._terms = Terms(self.objective)
+        # Weights of the backbone beside what they were before training; no buffers, since the start is always at hand.
+        self._start: list[tuple[nn.Parameter, torch.Tensor]] = []
+        self.hold_backbone()
         if self.objective.gate == "per_domain":
             # A buffer, so that a checkpoint has it: running confidence of student and teacher of each domain.
             self.register_buffer(GATE_STATE, torch.zeros(len(self.num_classes), 2))
@@ -73,8 +77,7 @@ class UdonForDistillation(nn.Module):
     @property
     def terms(self) -> tuple[str, ...]:
         """Names of the terms that `forward` computes, in its order."""
-        terms = TERMS if self.objective.needs_teachers else TERMS[:1]
-        return terms if self.old_student is None else (*terms, RETENTION)
+        return tuple(self._weights())
 
     def move_frozen(self, device: torch.device) -> None:
         """Brings to the device what is no part of this module: trained teachers and the old student."""
@@ -82,14 +85,24 @@ class UdonForDistillation(nn.Module):
             self.frozen_teachers = self.frozen_teachers.to(device)
         if self.old_student is not None:
             self.old_student = self.old_student.to(device)
+        if self.feature_teachers is not None:
+            self.feature_teachers.to(device)
+        self._start = [(parameter, start.to(device)) for parameter, start in self._start]
 
-    def embed(self, inputs: torch.Tensor, domain: str) -> Embeddings:
+    def hold_backbone(self) -> None:
+        """Keeps the backbone's weights as they are now, for the term that holds it to them."""
+        if self.objective.retention > 0:
+            trained = (parameter for parameter in self.udon.backbone.parameters() if parameter.requires_grad)
+            self._start = [(parameter, parameter.detach().clone()) for parameter in trained]
+
+    def embed(self, inputs: torch.Tensor, domain: str, targets: Sequence[torch.Tensor] = ()) -> Embeddings:
         """Embeds a batch of one domain by student and teacher, if any.
 
         Args:
             inputs: Normalised images of shape `(batch_size, num_channels, height, width)`; where `takes_features`,
                 unit-norm features of the backbone of shape `(batch_size, hidden_size)`.
             domain: Name of the domain.
+            targets: Features that frozen teachers have of these images, as `FeatureTeachers.targets` gives them.
 
         Raises:
             ValueError: If the model does not know the domain.
@@ -97,14 +110,16 @@ class UdonForDistillation(nn.Module):
         if domain not in self.num_classes:
             raise ValueError(f"`domain` must be one of {', '.join(self.num_classes)}. Got {domain!r}.")
         taught = domain in self.config.domains
+        opened = self.feature_teachers is not None and self.feature_teachers.is_open
+        frozen = self.feature_teachers(inputs, targets) if self.feature_teachers is not None and opened else ()
         if self.takes_features:
             teacher = self.udon.teacher_heads[domain](inputs) if taught else None
-            return Embeddings(self.udon.student_head(inputs), inputs, teacher)
+            return Embeddings(self.udon.student_head(inputs), inputs, teacher, frozen)
         output = self.udon(inputs, domain=domain if taught else None)
         teacher = output.teacher_embeds
         if self.frozen_teachers is not None:
             teacher = self.frozen_teachers(inputs, domain)
-        return Embeddings(output.image_embeds, output.backbone_embeds, teacher)
+        return Embeddings(output.image_embeds, output.backbone_embeds, teacher, frozen)
 
     def forward(
         self,
@@ -114,6 +129,7 @@ class UdonForDistillation(nn.Module):
         bank: RelationalBank | None = None,
         distillation_share: float = 1.0,
         sampled_classes: torch.Tensor | None = None,
+        targets: Sequence[torch.Tensor] = (),
     ) -> DistillationOutput:
         """Computes the loss of a batch.
 
@@ -126,22 +142,34 @@ class UdonForDistillation(nn.Module):
             distillation_share: Factor on the weights of both distillation terms, for a ramp.
             sampled_classes: Classes, ascending, of shape `(num_sampled,)`, that the domain is cut down to while its
                 prototypes hold these rows alone (see `sampled_classes.py`); `None` for all classes.
+            targets: As in `embed`.
         """
-        embeds = self.embed(pixel_values, domain)
+        embeds = self.embed(pixel_values, domain, targets)
         old = None if self.old_student is None else self.old_student(pixel_values, self.takes_features)
         if sampled_classes is not None:
             labels = torch.searchsorted(sampled_classes, labels)
         # Half precision would round the cosines to steps of 4e-3, a quarter of what one unit of `scale` can move.
         with torch.autocast(pixel_values.device.type, enabled=False):
+            is_relational = self.objective.needs_teachers or len(embeds.frozen) > 0
+            if bank is None and self.peers is not None and is_relational:
+                position = self.peers.rank * len(embeds.student)
+                bank = RelationalBank.gathered(self.peers.gather, embeds, position)
             student = self._terms.cosines(embeds.student, self._student_prototypes(domain))
             losses = {TERMS[0]: self._terms.classification(student, self._student_labels(labels, domain))}
             teacher = confidences = None
+            own = self._own_cosines(student, domain)
+            distilled = self._distilled(embeds, own)
             if self.objective.needs_teachers:
                 prototypes = self._teacher_prototypes(domain, sampled_classes)
                 teacher = self._terms.cosines(_given(embeds.teacher), prototypes)
-                own = self._own_cosines(student, domain)
                 gates, confidences = self._gates(own, teacher, labels, domain)
-                losses |= self._teach(embeds, own, teacher, labels, gates, bank)
+                losses |= self._teach(distilled, teacher, labels, gates, bank)
+            if embeds.frozen:
+                assert self.feature_teachers is not None, "they gave the embeddings"
+                teachers = self.feature_teachers.teachers
+                losses |= self._terms.of_frozen(teachers, embeds.frozen, distilled, domain, sampled_classes, bank)
+            if self._start:
+                losses[WEIGHT_RETENTION] = squared_distance(self._start)
             if old is not None:
                 losses[RETENTION] = retention_loss(embeds.student, old)
         return DistillationOutput(
@@ -191,19 +219,35 @@ class UdonForDistillation(nn.Module):
 
     def _total(self, losses: Mapping[str, torch.Tensor], distillation_share: float) -> torch.Tensor:
         """The weighted mean of the terms; a term without weight stays out of the graph."""
-        weights = self.objective.weights()
-        if self.old_student is not None:
-            weights[RETENTION] = self.old_student.weight
+        weights = self._weights()
         shares = dict.fromkeys(TERMS[2:], distillation_share)
         weighted = [weights[name] * shares.get(name, 1.0) * loss for name, loss in losses.items() if weights[name]]
         # Never the sum of nothing: the config sees to it that a weight is above 0.
         total: torch.Tensor = sum(weighted)  # type: ignore[assignment]
         return total / sum(weights.values())
 
+    def _weights(self) -> dict[str, float]:
+        """The weight of each term, in the order in which `forward` computes them."""
+        weights = self.objective.weights()
+        if not self.objective.needs_teachers:
+            weights = {TERMS[0]: weights[TERMS[0]]}
+        if self.feature_teachers is not None:
+            weights |= frozen_weights(self.feature_teachers.teachers)
+        if self.objective.retention > 0:
+            weights[WEIGHT_RETENTION] = self.objective.retention
+        if self.old_student is not None:
+            weights[RETENTION] = self.old_student.weight
+        return weights
+
+    def _distilled(self, embeds: Embeddings, own: Cosines) -> Cosines:
+        """The student's cosines with the domain's classes, as distillation trains them."""
+        if self._distill_through_backbone or not (self.objective.needs_teachers or embeds.frozen):
+            return own
+        return self._terms.cosines(self.udon.student_head(embeds.backbone.detach()), own.prototypes)
+
     def _teach(
         self,
-        embeds: Embeddings,
-        own: Cosines,
+        distilled: Cosines,
         teacher: Cosines,
         labels: torch.Tensor,
         gates: torch.Tensor | None,
@@ -212,23 +256,17 @@ class UdonForDistillation(nn.Module):
         """Returns the three terms that a teacher takes part in.
 
         Args:
-            embeds: Embeddings of the batch.
-            own: The student's cosines with the classes of the domain.
+            distilled: The student's cosines with the classes of the domain.
             teacher: The teacher's.
             labels: Classes in the domain, of shape `(batch_size,)`.
             gates: Weight of each image in logit distillation, if it has gates.
             bank: As in `forward`.
         """
-        distilled = own
-        if not self._distill_through_backbone:
-            distilled = self._terms.cosines(self.udon.student_head(embeds.backbone.detach()), own.prototypes)
-        if bank is None and self.peers is not None:
-            banks = self.peers.gather(embeds.student.detach()), self.peers.gather(teacher.embeds.detach())
-            bank = RelationalBank(*banks, position=self.peers.rank * len(distilled.embeds))
+        of_all = None if bank is None else bank.teacher_embeds
         terms = (
             self._terms.classification(teacher, labels),
             self._terms.logit_distillation(distilled, teacher, gates),
-            self._relational_distillation(distilled.embeds, teacher.embeds, bank),
+            self._terms.relational_distillation(distilled.embeds, teacher.embeds, bank, of_all),
         )
         return dict(zip(TERMS[1:], terms, strict=True))
 
@@ -275,14 +313,6 @@ class UdonForDistillation(nn.Module):
         if self.objective.classifier == "separate":
             return labels
         return labels + self._first_class(domain)
-
-    def _relational_distillation(
-        self, student: torch.Tensor, teacher: torch.Tensor, bank: RelationalBank | None
-    ) -> torch.Tensor:
-        if bank is None:
-            return relational_distillation_loss(student, teacher, len(student) / 4)
-        banks, size = (bank.student_embeds, bank.teacher_embeds), len(bank.student_embeds)
-        return relational_distillation_block(student, teacher, *banks, bank.position, size / 4)
 
 
 def _given(teacher_embeds: torch.Tensor | None) -> torch.Tensor:

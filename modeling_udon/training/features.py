@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
+from torch import nn
 from torch.utils.data import Dataset as TorchDataset
 
 from modeling_udon.config import TrainConfig
@@ -27,7 +28,8 @@ from modeling_udon.data.domains import Domain
 from modeling_udon.data.loader import WorkerLoader
 from modeling_udon.data.preprocessing import ChannelStatistics
 from modeling_udon.data.sampling import BatchDraw
-from modeling_udon.data.transforms import EvalTransform, RandomTransform
+from modeling_udon.data.transforms import EvalTransform, ImageTransform, RandomTransform
+from modeling_udon.encoder import Encoder
 from modeling_udon.modeling_udon import UdonModel
 
 # Images of one forward pass and of one checksum, whatever the run's batch size: features must not depend on it.
@@ -72,13 +74,55 @@ class FeatureDataset(TorchDataset[DomainBatch]):
             rows[place] = self._substitute(number, features[first : first + num_images], position, image)
             values[place] = features[first + rows[place]]
         labels = torch.from_numpy(domain.labels[rows])
-        return DomainBatch(draw.domain, torch.from_numpy(values), labels, tuple(broken))
+        return DomainBatch(draw.domain, torch.from_numpy(values), labels, tuple(broken), rows=rows)
 
     def _substitute(self, number: int, view: np.ndarray, position: int, image: BrokenImage) -> int:
         for row in substitutes(self._seed, number, position, len(view)):
             if not np.isnan(view[row, 0]):
                 return int(row)
         raise BrokenImageError(f"{image}; so are all others that were drawn in its place")
+
+
+@dataclass(frozen=True)
+class FeatureSource:
+    """What makes features of pixels.
+
+    Attributes:
+        network: The network, which is in evaluation mode while it makes them.
+        embed: Turns pixels of shape `(batch_size, height, width, 3)`, uint8, into features `(batch_size, dim)`.
+        dim: Width of the features.
+        settings: What decides the features besides images and transforms, as JSON takes it.
+    """
+
+    network: nn.Module
+    embed: Callable[[torch.Tensor], torch.Tensor]
+    dim: int
+    settings: Mapping[str, Any]
+
+
+def backbone_source(model: UdonModel, statistics: ChannelStatistics) -> FeatureSource:
+    """The backbone of a model, whose inputs are normalised by `statistics`."""
+    digest = hashlib.sha256()
+    for name, value in sorted(model.backbone.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().numpy().tobytes())
+    settings = {
+        "backbone": digest.hexdigest(),
+        "backbone_config": model.config.backbone_config.to_dict(),
+        "pooling": model.config.pooling,
+        "channels": [statistics.mean, statistics.std],
+    }
+
+    def embed(pixels: torch.Tensor) -> torch.Tensor:
+        features: torch.Tensor = model(statistics.normalize(pixels)).backbone_embeds
+        return features
+
+    return FeatureSource(model, embed, model.feature_dim, settings)
+
+
+def encoder_source(encoder: Encoder) -> FeatureSource:
+    """Any encoder, with its own preprocessing."""
+    return FeatureSource(encoder.network, encoder, encoder.dim, {"encoder": encoder.fingerprint})
 
 
 @dataclass(frozen=True)
@@ -90,22 +134,20 @@ class FeatureCache:
         num_views: Views of each image.
         transform: The training's random transform, of views after the first.
         plain: The evaluation's transform, of the first view.
-        statistics: Channel statistics that the backbone takes.
         seed: Seed of the random views.
     """
 
     folder: Path
     num_views: int
     transform: RandomTransform
-    plain: EvalTransform
-    statistics: ChannelStatistics
+    plain: ImageTransform
     seed: int
 
     def open(
         self,
         domains: Mapping[str, Domain],
         names: Sequence[str],
-        model: UdonModel,
+        source: FeatureSource,
         accelerator: Accelerator,
         num_workers: int,
         say: Callable[[str], None],
@@ -117,19 +159,19 @@ class FeatureCache:
         Args:
             domains: All opened domains; their order decides random views, as it does in training.
             names: The domains whose features are wanted.
-            model: Its backbone makes the features, in evaluation mode.
+            source: Makes the features.
             accelerator: The processes, which share the work; they must see the same folder.
             num_workers: Processes that decode images, for each process.
             say: Takes lines for the user.
         """
         features = {}
-        settings = self._settings(model, accelerator.mixed_precision)
-        was_training = model.training
-        model.eval()
+        settings = self._settings(source, accelerator.mixed_precision)
+        was_training = source.network.training
+        source.network.eval()
         for name in names:
             domain = domains[name]
             rows = self.num_views * len(domain.labels)
-            width = model.feature_dim
+            width = source.dim
             file = _FeatureFile(self._path(domain, list(domains).index(name), settings), (rows, width))
             if accelerator.is_main_process:
                 file.make()
@@ -142,11 +184,11 @@ class FeatureCache:
                 + (f"{len(missing)} of {file.num_blocks} blocks to compute" if missing else "all there")
             )
             share = missing[accelerator.process_index :: accelerator.num_processes]
-            for block, values in self._compute(domains, name, share, model, accelerator, num_workers):
+            for block, values in self._compute(domains, name, share, source, accelerator, num_workers):
                 file.write(block, values)
             accelerator.wait_for_everyone()
             features[name] = file.read()
-        model.train(was_training)
+        source.network.train(was_training)
         return features
 
     @torch.no_grad()
@@ -155,7 +197,7 @@ class FeatureCache:
         domains: Mapping[str, Domain],
         name: str,
         blocks: Sequence[int],
-        model: UdonModel,
+        source: FeatureSource,
         accelerator: Accelerator,
         num_workers: int,
     ) -> Iterator[tuple[int, np.ndarray]]:
@@ -176,25 +218,15 @@ class FeatureCache:
         )
         for block, (pixels, broken) in zip(blocks, loader, strict=True):
             with accelerator.autocast():
-                inputs = self.statistics.normalize(pixels.to(accelerator.device, non_blocking=True))
-                values = model(inputs).backbone_embeds.float().cpu().numpy()
+                inputs = pixels.to(accelerator.device, non_blocking=True)
+                values = source.embed(inputs).float().cpu().numpy()
             values[broken] = np.nan
             yield block, values
 
-    def _settings(self, model: UdonModel, precision: str) -> dict[str, Any]:
-        digest = hashlib.sha256()
-        for name, value in sorted(model.backbone.state_dict().items()):
-            digest.update(name.encode())
-            digest.update(value.detach().cpu().contiguous().numpy().tobytes())
-        return {
-            "backbone": digest.hexdigest(),
-            "backbone_config": model.config.backbone_config.to_dict(),
-            "pooling": model.config.pooling,
-            "plain": asdict(self.plain),
-            "channels": [self.statistics.mean, self.statistics.std],
-            "precision": precision,
-            "num_views": self.num_views,
-        }
+    def _settings(self, source: FeatureSource, precision: str) -> dict[str, Any]:
+        # Transforms of other kinds are part of an encoder's fingerprint.
+        plain = asdict(self.plain) if isinstance(self.plain, EvalTransform) else None
+        return {**source.settings, "plain": plain, "precision": precision, "num_views": self.num_views}
 
     def _path(self, domain: Domain, number: int, settings: Mapping[str, Any]) -> Path:
         what = {**settings, "fingerprint": domain.fingerprint, "num_images": len(domain.labels)}
@@ -205,18 +237,18 @@ class FeatureCache:
 
 
 def make_feature_cache(
-    config: TrainConfig, transform: RandomTransform, plain: EvalTransform, statistics: ChannelStatistics
+    config: TrainConfig, transform: RandomTransform, plain: ImageTransform, num_views: int
 ) -> FeatureCache:
     """Makes the cache that a config asks for; nothing is computed yet."""
     folder = config.train.feature_cache or config.run_dir / "features"
-    return FeatureCache(folder, config.train.feature_views, transform, plain, statistics, config.seed)
+    return FeatureCache(folder, num_views, transform, plain, config.seed)
 
 
 class _Views(TorchDataset[tuple[torch.Tensor, list[int]]]):
     """The images of a domain, one view after the other, as a draw's positions say; and places of broken ones."""
 
     def __init__(
-        self, domains: Mapping[str, Domain], plain: EvalTransform, transform: RandomTransform, seed: int
+        self, domains: Mapping[str, Domain], plain: ImageTransform, transform: RandomTransform, seed: int
     ) -> None:
         self._sizes = {name: len(domain.labels) for name, domain in domains.items()}
         self._first = MultiDomainDataset(domains, _Plain(plain), seed, replace_broken=True)
@@ -236,7 +268,7 @@ class _Views(TorchDataset[tuple[torch.Tensor, list[int]]]):
 class _Plain:
     """A transform that draws nothing in the place of one that does."""
 
-    transform: EvalTransform
+    transform: ImageTransform
 
     def __call__(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         return self.transform(image)

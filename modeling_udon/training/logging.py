@@ -129,6 +129,9 @@ _SHORT = {
     "logit_distillation": "logit",
     "relational_distillation": "relational",
     "retention": "retention",
+    "frozen_relational": "frozen relational",
+    "frozen_logit": "frozen logit",
+    "weight_retention": "weights",
 }
 
 

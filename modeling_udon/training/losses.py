@@ -4,6 +4,7 @@ Formulas: arXiv 2406.08332, section 4; what the paper leaves open follows number
 """
 
 import math
+from collections.abc import Iterable
 
 import torch
 from torch.nn import functional as F
@@ -155,6 +156,16 @@ def retention_loss(student_embeds: torch.Tensor, old_embeds: torch.Tensor) -> to
         old_embeds: The old student's, of the same shape; they get no gradient.
     """
     return 1 - (student_embeds * old_embeds.detach()).sum(1).mean()
+
+
+def squared_distance(pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
+    """Half the squared distance between weights and those they started from (L2-SP, arXiv 1802.01483).
+
+    Args:
+        pairs: Weights, and the start of the same shape.
+    """
+    distances = [(weights - start).square().sum() for weights, start in pairs]
+    return torch.stack(distances).sum() / 2
 
 
 def _similarities(embeds: torch.Tensor) -> torch.Tensor:

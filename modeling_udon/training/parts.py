@@ -1,6 +1,6 @@
 """Values that the training model works with: embeddings, cosines, what a batch gives, what other processes hold."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -41,11 +41,24 @@ class Embeddings:
         student: Shape `(batch_size, embedding_dim)`, unit norm.
         backbone: The backbone's features of shape `(batch_size, hidden_size)`, unit norm.
         teacher: Shape `(batch_size, teacher_dim)`, unit norm, if there is a teacher.
+        frozen: Those of each frozen teacher of features, of its own width, unit norm.
     """
 
     student: torch.Tensor
     backbone: torch.Tensor
     teacher: torch.Tensor | None
+    frozen: tuple[torch.Tensor, ...] = ()
+
+    @classmethod
+    def joined(cls, parts: Sequence["Embeddings"]) -> "Embeddings":
+        """Puts the parts of a batch together."""
+        teachers = [part.teacher for part in parts if part.teacher is not None]
+        return cls(
+            torch.cat([part.student for part in parts]),
+            torch.cat([part.backbone for part in parts]),
+            torch.cat(teachers) if teachers else None,
+            tuple(torch.cat(of_parts) for of_parts in zip(*(part.frozen for part in parts), strict=True)),
+        )
 
 
 @dataclass(frozen=True)
@@ -84,10 +97,27 @@ class RelationalBank:
 
     Attributes:
         student_embeds: Shape `(global_batch_size, embedding_dim)`.
-        teacher_embeds: Shape `(global_batch_size, teacher_dim)`.
+        teacher_embeds: Shape `(global_batch_size, teacher_dim)`, if there is a teacher.
         position: Row at which the block of the next forward pass starts.
+        frozen_embeds: Those of each frozen teacher of features, of its own width.
     """
 
     student_embeds: torch.Tensor
-    teacher_embeds: torch.Tensor
+    teacher_embeds: torch.Tensor | None
     position: int
+    frozen_embeds: tuple[torch.Tensor, ...] = ()
+
+    @classmethod
+    def gathered(
+        cls, gather: Callable[[torch.Tensor], torch.Tensor], embeds: Embeddings, position: int
+    ) -> "RelationalBank":
+        """Collects the embeddings of all processes.
+
+        Args:
+            gather: Concatenates a tensor of every process along its first dimension.
+            embeds: This process's.
+            position: As above.
+        """
+        teacher = None if embeds.teacher is None else gather(embeds.teacher.detach())
+        frozen = tuple(gather(one) for one in embeds.frozen)
+        return cls(gather(embeds.student.detach()), teacher, position, frozen)

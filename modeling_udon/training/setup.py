@@ -18,11 +18,13 @@ from modeling_udon.configuration_udon import UdonConfig
 from modeling_udon.data.augment import StrongTransform
 from modeling_udon.data.domains import Domain
 from modeling_udon.data.label_maps import label_maps
+from modeling_udon.data.preprocessing import ChannelStatistics
 from modeling_udon.data.sampling import DomainBatchSampler
 from modeling_udon.data.transforms import RandomTransform, TrainTransform
 from modeling_udon.training.backbone import build_udon, channel_statistics, check_backbone
 from modeling_udon.training.distillation import UdonForDistillation
 from modeling_udon.training.extension import load_start, old_student, open_start
+from modeling_udon.training.feature_teachers import open_feature_teachers
 from modeling_udon.training.memory import describe_memory, estimate_prototypes, free_memory
 from modeling_udon.training.parts import Peers
 from modeling_udon.training.processes import make_host_gather
@@ -166,13 +168,15 @@ def build_model(config: TrainConfig, domains: Mapping[str, Domain], accelerator:
             old = old_student(udon, config.init.retain, config.train.heads_only)
     if config.train.heads_only:
         udon.backbone.requires_grad_(False)
+    statistics = channel_statistics(config.data, config.model, udon.config.backbone_config)
     model = UdonForDistillation(
         udon.config,
         config.loss,
         udon,
         num_classes={name: len(domain.classes) for name, domain in domains.items()},
-        frozen_teachers=_frozen_teachers(config, domains, udon),
+        frozen_teachers=_frozen_teachers(config, domains, statistics),
         old_student=old,
+        feature_teachers=open_feature_teachers(config, list(domains), udon, statistics),
         takes_features=config.train.heads_only,
         distill_through_backbone=config.ablation.distill_through_backbone,
         peers=_peers(accelerator) if accelerator.num_processes > 1 else None,
@@ -224,10 +228,11 @@ def make_sampler(config: TrainConfig, domains: Mapping[str, Domain], accelerator
         raise ConfigError(str(error)) from None
 
 
-def _frozen_teachers(config: TrainConfig, domains: Mapping[str, Domain], udon: UdonModel) -> FrozenTeachers | None:
+def _frozen_teachers(
+    config: TrainConfig, domains: Mapping[str, Domain], statistics: ChannelStatistics
+) -> FrozenTeachers | None:
     if not config.teacher_runs:
         return None
-    statistics = channel_statistics(config.data, config.model, udon.config.backbone_config)
     try:
         return load_frozen_teachers(config.teacher_runs, label_maps(domains), statistics)
     except (ValueError, KeyError, OSError) as error:

@@ -2,14 +2,14 @@
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from accelerate import Accelerator
 
 from modeling_udon.data.dataset import DomainBatch
 from modeling_udon.training.optimization import average_gradients, learning_rates, set_learning_rates, with_gradients
-from modeling_udon.training.parts import RelationalBank
+from modeling_udon.training.parts import Embeddings, RelationalBank
 from modeling_udon.training.run import Run
 from modeling_udon.training.sharding import clip_gradients
 from modeling_udon.training.skipped import Judgement, Verdict
@@ -60,7 +60,8 @@ def take_step(run: Run, batch: DomainBatch) -> StepResult:
         inputs = run.statistics.normalize(inputs)
     labels = batch.labels.to(run.accelerator.device, non_blocking=True)
     classes = run.sampled_classes.take(domain, batch.labels, step, run.accelerator.device)
-    loss, losses, confidences = _backward(run, inputs, labels, domain, classes)
+    targets = _targets(run, batch)
+    loss, losses, confidences = _backward(run, inputs, labels, domain, classes, targets)
     judgement = _judge(run, domain, torch.stack([loss, *losses.values()]))
     # AdamW reads on the device whether it may move, see `StepGuard`.
     run.wrapped_optimizer.step()
@@ -100,21 +101,30 @@ def fetch_losses(results: Sequence[StepResult], accelerator: Accelerator) -> lis
 
 
 def _backward(
-    run: Run, inputs: torch.Tensor, labels: torch.Tensor, domain: str, classes: torch.Tensor | None
+    run: Run,
+    inputs: torch.Tensor,
+    labels: torch.Tensor,
+    domain: str,
+    classes: torch.Tensor | None,
+    targets: Sequence[torch.Tensor],
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor], torch.Tensor | None]:
     """Adds up the gradients of the batch's parts; returns loss, terms and confidences, averaged over the parts."""
     parts = run.config.train.accumulation_steps
     input_parts, label_parts = inputs.chunk(parts), labels.chunk(parts)
-    banks = _relational_banks(run, input_parts, domain)
+    # (B, D) of each teacher -> (B / parts, D) of each teacher, for each part
+    target_parts = list(zip(*(target.chunk(parts) for target in targets), strict=True)) or [()] * parts
+    banks = _relational_banks(run, input_parts, target_parts, domain)
     ramp = run.config.ablation.distillation_ramp_steps
     share = min(1.0, (run.step + 1) / ramp) if ramp else 1.0
     loss = torch.zeros((), device=inputs.device)
     losses = {name: torch.zeros((), device=inputs.device) for name in run.model.terms}
     confidences: list[torch.Tensor] = []
-    for number, (part, part_labels, bank) in enumerate(zip(input_parts, label_parts, banks, strict=True)):
+    of_parts = zip(input_parts, label_parts, banks, target_parts, strict=True)
+    for number, (part, part_labels, bank, part_targets) in enumerate(of_parts):
+        values = {"distillation_share": share, "sampled_classes": classes, "targets": part_targets}
         # Gradients cross processes once, with the last part.
         with nullcontext() if number == parts - 1 else run.accelerator.no_sync(run.wrapped):
-            output = run.wrapped(part, part_labels, domain, bank, distillation_share=share, sampled_classes=classes)
+            output = run.wrapped(part, part_labels, domain, bank, **values)
             run.accelerator.backward(output.loss / parts)
         loss += output.loss.detach().float() / parts
         for name, value in output.losses.items():
@@ -137,17 +147,30 @@ def _judge(run: Run, domain: str, losses: torch.Tensor) -> Judgement:
     return run.guard.judge(domain, faulty, norm)
 
 
-def _relational_banks(run: Run, input_parts: tuple[torch.Tensor, ...], domain: str) -> list[RelationalBank | None]:
+def _targets(run: Run, batch: DomainBatch) -> list[torch.Tensor]:
+    teachers = run.model.feature_teachers
+    if teachers is None:
+        return []
+    assert batch.rows is not None, "every batch of training data says which rows it has"
+    return teachers.targets(batch.domain, batch.rows, run.accelerator.device)
+
+
+def _relational_banks(
+    run: Run, input_parts: Sequence[torch.Tensor], target_parts: Sequence[Sequence[torch.Tensor]], domain: str
+) -> list[RelationalBank | None]:
     """Embeds the global batch once more without gradient, so that each accumulated part sees all others' pairs."""
-    if len(input_parts) == 1 or run.config.loss.relational_distillation == 0:
+    teachers = run.model.feature_teachers
+    is_relational = run.config.loss.relational_distillation > 0 or teachers is not None
+    if len(input_parts) == 1 or not is_relational:
         return [None] * len(input_parts)
     with torch.no_grad(), run.accelerator.autocast():
-        embeds = [run.model.embed(part, domain) for part in input_parts]
-    student = run.accelerator.gather(torch.cat([part.student for part in embeds]))
-    teacher = run.accelerator.gather(torch.cat([part.teacher for part in embeds if part.teacher is not None]))
+        of_parts = [
+            run.model.embed(part, domain, targets) for part, targets in zip(input_parts, target_parts, strict=True)
+        ]
     size = len(input_parts[0])
     start = run.accelerator.process_index * size * len(input_parts)
-    return [RelationalBank(student, teacher, start + number * size) for number in range(len(input_parts))]
+    whole = RelationalBank.gathered(run.accelerator.gather, Embeddings.joined(of_parts), start)
+    return [replace(whole, position=start + number * size) for number in range(len(input_parts))]
 
 
 def _clip_gradients(run: Run, max_norm: float) -> torch.Tensor:

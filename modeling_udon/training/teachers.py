@@ -32,23 +32,27 @@ class FrozenTeacher:
     statistics: ChannelStatistics
     image_size: int
 
-    def prepared(self, pixel_values: torch.Tensor, statistics: ChannelStatistics) -> torch.Tensor:
-        """Gives normalised images of another preparation the teacher's own.
 
-        Args:
-            pixel_values: Shape `(batch_size, 3, height, width)`.
-            statistics: Channel statistics that they are normalised by.
-        """
-        if statistics != self.statistics:
-            ours, theirs = (
-                [torch.tensor(values, device=pixel_values.device).view(3, 1, 1) for values in (one.mean, one.std)]
-                for one in (self.statistics, statistics)
-            )
-            pixel_values = (pixel_values * theirs[1] + theirs[0] - ours[0]) / ours[1]
-        if pixel_values.shape[-1] != self.image_size:
-            size = (self.image_size, self.image_size)
-            pixel_values = F.interpolate(pixel_values, size, mode="bilinear", antialias=True)
-        return pixel_values
+def prepared(
+    pixel_values: torch.Tensor, statistics: ChannelStatistics, wanted: ChannelStatistics, image_size: int
+) -> torch.Tensor:
+    """Gives normalised images another preparation.
+
+    Args:
+        pixel_values: Shape `(batch_size, 3, height, width)`.
+        statistics: Channel statistics that they are normalised by.
+        wanted: Channel statistics that they should be normalised by.
+        image_size: Side that they should have, in pixels.
+    """
+    if statistics != wanted:
+        ours, theirs = (
+            [torch.tensor(values, device=pixel_values.device).view(3, 1, 1) for values in (one.mean, one.std)]
+            for one in (wanted, statistics)
+        )
+        pixel_values = (pixel_values * theirs[1] + theirs[0] - ours[0]) / ours[1]
+    if pixel_values.shape[-1] != image_size:
+        pixel_values = F.interpolate(pixel_values, (image_size, image_size), mode="bilinear", antialias=True)
+    return pixel_values
 
 
 class FrozenTeachers:
@@ -87,7 +91,7 @@ class FrozenTeachers:
             Embeddings of shape `(batch_size, teacher_dim)`.
         """
         teacher = self._teachers[domain]
-        inputs = teacher.prepared(pixel_values, self._statistics)
+        inputs = prepared(pixel_values, self._statistics, teacher.statistics, teacher.image_size)
         embeds: torch.Tensor = teacher.model(inputs, domain=domain).teacher_embeds
         return embeds
 

@@ -1,5 +1,6 @@
 """Terms of the objective on embeddings and prototypes: on all cosines at a time, or over chunks of classes."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,9 +11,24 @@ from modeling_udon.training.chunked import (
     chunked_confidence,
     chunked_logit_distillation_loss,
 )
+from modeling_udon.training.feature_teachers import FeatureTeacher
 from modeling_udon.training.gates import confidence
-from modeling_udon.training.losses import classification_loss, cosine_logits, logit_distillation_loss
-from modeling_udon.training.parts import Cosines
+from modeling_udon.training.losses import (
+    classification_loss,
+    cosine_logits,
+    logit_distillation_loss,
+    relational_distillation_block,
+    relational_distillation_loss,
+)
+from modeling_udon.training.parts import Cosines, RelationalBank
+
+FROZEN_TERMS = ("frozen_relational", "frozen_logit")
+
+
+def frozen_weights(teachers: Sequence[FeatureTeacher]) -> dict[str, float]:
+    """The weight of each term of frozen teachers that any of them takes part in: the sum of theirs."""
+    sums = (sum(teacher.spec.relational for teacher in teachers), sum(teacher.spec.logit for teacher in teachers))
+    return {name: weight for name, weight in zip(FROZEN_TERMS, sums, strict=True) if weight > 0}
 
 
 @dataclass(frozen=True)
@@ -52,6 +68,52 @@ class Terms:
             return logit_distillation_loss(student.logits, teacher.logits, *temperatures, gates)
         both = student.embeds, student.prototypes, teacher.embeds, teacher.prototypes
         return chunked_logit_distillation_loss(*both, *temperatures, self._chunk_size, gates)
+
+    def relational_distillation(
+        self,
+        student: torch.Tensor,
+        teacher: torch.Tensor,
+        bank: RelationalBank | None,
+        teacher_bank: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """The distillation of similarities, a scalar, within a batch or with the embeddings of all its blocks."""
+        if bank is None or teacher_bank is None:
+            return relational_distillation_loss(student, teacher, len(student) / 4)
+        banks, size = (bank.student_embeds, teacher_bank), len(bank.student_embeds)
+        return relational_distillation_block(student, teacher, *banks, bank.position, size / 4)
+
+    def of_frozen(
+        self,
+        teachers: Sequence[FeatureTeacher],
+        frozen: Sequence[torch.Tensor],
+        student: Cosines,
+        domain: str,
+        sampled_classes: torch.Tensor | None,
+        bank: RelationalBank | None,
+    ) -> dict[str, torch.Tensor]:
+        """The terms of frozen teachers, each a mean over those by their weights.
+
+        Args:
+            teachers: The teachers.
+            frozen: Embeddings that each has of the batch, of shape `(batch_size, dim)`.
+            student: The student's cosines with the classes of the domain.
+            domain: Name of the domain.
+            sampled_classes: Classes that the student's cosines are cut down to; `None` for all.
+            bank: Embeddings of the global batch, if this is a block of it.
+        """
+        weights = frozen_weights(teachers)
+        losses = {name: torch.zeros((), device=student.embeds.device) for name in weights}
+        for number, (teacher, embeds) in enumerate(zip(teachers, frozen, strict=True)):
+            if teacher.spec.relational:
+                of_all = None if bank is None else bank.frozen_embeds[number]
+                loss = self.relational_distillation(student.embeds, embeds, bank, of_all)
+                losses[FROZEN_TERMS[0]] = losses[FROZEN_TERMS[0]] + teacher.spec.relational * loss
+            if teacher.spec.logit:
+                means = teacher.prototypes[domain]
+                of_classes = self.cosines(embeds, means if sampled_classes is None else means[sampled_classes])
+                loss = self.logit_distillation(student, of_classes, None)
+                losses[FROZEN_TERMS[1]] = losses[FROZEN_TERMS[1]] + teacher.spec.logit * loss
+        return {name: loss / weights[name] for name, loss in losses.items()}
 
     @property
     def _chunk_size(self) -> int:
