@@ -18,6 +18,7 @@ from modeling_udon.training.terms import Terms, frozen_weights
 TERMS = ("student_classification", "teacher_classification", "logit_distillation", "relational_distillation")
 RETENTION = "retention"
 WEIGHT_RETENTION = "weight_retention"
+# A buffer, so that a checkpoint has it: running confidence of student and teacher of each domain.
 GATE_STATE = "gate_means"
 
 
@@ -67,11 +68,8 @@ class UdonForDistillation(nn.Module):
         self.student_prototypes = _make_prototypes(self.num_classes, config.embedding_dim)
         self.teacher_prototypes = _make_prototypes(config.domains, config.teacher_dim)
         self._terms = Terms(self.objective)
-        # Weights of the backbone beside what they were before training; no buffers, since the start is always at hand.
-        self._start: list[tuple[nn.Parameter, torch.Tensor]] = []
-        self.hold_backbone()
+        self._start = _with_copies(self.udon.backbone) if self.objective.retention > 0 else []
         if self.objective.gate == "per_domain":
-            # A buffer, so that a checkpoint has it: running confidence of student and teacher of each domain.
             self.register_buffer(GATE_STATE, torch.zeros(len(self.num_classes), 2))
 
     @property
@@ -88,12 +86,6 @@ class UdonForDistillation(nn.Module):
         if self.feature_teachers is not None:
             self.feature_teachers.to(device)
         self._start = [(parameter, start.to(device)) for parameter, start in self._start]
-
-    def hold_backbone(self) -> None:
-        """Keeps the backbone's weights as they are now, for the term that holds it to them."""
-        if self.objective.retention > 0:
-            trained = (parameter for parameter in self.udon.backbone.parameters() if parameter.requires_grad)
-            self._start = [(parameter, parameter.detach().clone()) for parameter in trained]
 
     def embed(self, inputs: torch.Tensor, domain: str, targets: Sequence[torch.Tensor] = ()) -> Embeddings:
         """Embeds a batch of one domain by student and teacher, if any.
@@ -313,6 +305,12 @@ class UdonForDistillation(nn.Module):
         if self.objective.classifier == "separate":
             return labels
         return labels + self._first_class(domain)
+
+
+def _with_copies(backbone: nn.Module) -> list[tuple[nn.Parameter, torch.Tensor]]:
+    # No buffers that a checkpoint would hold: the start is at hand whenever a run goes on.
+    trained = (parameter for parameter in backbone.parameters() if parameter.requires_grad)
+    return [(parameter, parameter.detach().clone()) for parameter in trained]
 
 
 def _given(teacher_embeds: torch.Tensor | None) -> torch.Tensor:
