@@ -66,7 +66,8 @@ def explain(error: Exception, ways: WaysOut = WaysOut()) -> str | None:  # noqa:
     if isinstance(error, OSError) and error.errno in _NOT_WRITABLE and error.filename:
         return f"{error.filename} must be writable ({error.strerror}): {ways.folder}."
     if isinstance(error, OSError) and error.errno in _BROKEN:
-        return f"the system failed at {error.filename} ({error.strerror}); {ways.go_on}"
+        where = f" at {error.filename}" if error.filename else ""
+        return f"the system failed{where} ({error.strerror}); {ways.go_on}"
     if found := _DEAD_WORKER.search(text):
         return (
             f"a process that decodes images (pid {found[1]}) was killed, often for lack of memory: {ways.workers}; "

@@ -1,7 +1,6 @@
 """Models of a run: its best student as the run evaluates it, with teachers."""
 
-import json
-
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from modeling_udon.backbones import open_processor
@@ -11,6 +10,7 @@ from modeling_udon.data.transforms import EvalTransform
 from modeling_udon.encoder import Encoder, preparation
 from modeling_udon.modeling_udon import UdonModel
 from modeling_udon.run_record import RunRecord
+from modeling_udon.storage import damage_of, read_json
 
 
 def open_run(run: RunRecord) -> Encoder:
@@ -41,13 +41,11 @@ def open_teachers(run: RunRecord) -> UdonModel:
     if not run.weights.is_file():
         raise ValueError(f"the run must still have its checkpoints. Got {run.folder} without {run.weights.name}.")
     student = UdonConfig.from_pretrained(run.folder / "best")
+    with damage_of(run.weights, SafetensorError):
+        saved = load_file(run.weights)
     # The weights of the training model, whose `udon.` is the UdonModel.
-    weights = {
-        name.removeprefix("udon."): tensor
-        for name, tensor in load_file(run.weights).items()
-        if name.startswith("udon.")
-    }
-    classes = json.loads((run.folder / "domains.json").read_text(encoding="utf-8"))
+    weights = {name.removeprefix("udon."): tensor for name, tensor in saved.items() if name.startswith("udon.")}
+    classes = read_json(run.folder / "domains.json")
     taught = {
         name: entry["num_classes"]
         for name, entry in classes.items()

@@ -11,6 +11,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from modeling_udon.faults import OneLineError
+
 # What the C libraries of Linux and macOS call the exchange of two names in one step, and its arguments.
 _AT_FDCWD, _RENAME_EXCHANGE, _RENAME_SWAP = -100, 2, 2
 
@@ -19,7 +21,7 @@ class InUseError(ValueError):
     """A folder that another process is writing to; its message is one line for the user."""
 
 
-class DamagedFileError(ValueError):
+class DamagedFileError(OneLineError, ValueError):
     """A file that was cut off or overwritten; its message is one line for the user."""
 
 

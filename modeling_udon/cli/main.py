@@ -54,6 +54,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _complain(arguments.verb, line, 1)
         if isinstance(error, ValueError):
             return _complain(arguments.verb, error, 2)
+        if isinstance(error, OSError) and error.filename and error.strerror:
+            return _complain(
+                arguments.verb, f"{error.filename} cannot be used ({error.strerror}); name another path", 1
+            )
         if isinstance(error, OSError | ImportError):
             return _complain(arguments.verb, error, 1)
         return _complain(arguments.verb, _unexpected(error), 1)

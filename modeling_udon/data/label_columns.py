@@ -35,6 +35,30 @@ def read_labels(
     return _read_labels(name, spec, rows, files, tables).renamed(_composed)
 
 
+def as_files_say(
+    spec: DomainSpec, rows: Dataset, files: Sequence[str], tables: Sequence[str]
+) -> pa.ChunkedArray | list[str] | None:
+    """A column of classes where its files say something else than `datasets` made of it; `None` where they agree.
+
+    Args:
+        spec: Names the image column and, as `label_column`, the column.
+        rows: The split.
+        files: As in `read_labels`.
+        tables: As in `read_labels`.
+
+    Raises:
+        ValueError: If files number their classes differently, and some do not name them.
+    """
+    if (text := _text_labels(spec, tables, rows)) is not None:
+        return text
+    feature = rows.features[spec.label_column]
+    feature = getattr(feature, "feature", feature)
+    if not isinstance(feature, ClassLabel):
+        return None
+    column = _plain(rows.select_columns([spec.label_column]).with_format("arrow")[:][spec.label_column])
+    return _named_by_file("SOURCE", spec, column, files, feature.names)
+
+
 def _composed(label: Label) -> Label:
     """A label in Unicode's composed form: macOS writes an accent as a character of its own."""
     return unicodedata.normalize("NFC", label) if isinstance(label, str) else label

@@ -1,6 +1,5 @@
 """The classes of a run's domains as `domains.json` keeps them, and their comparison when a run goes on."""
 
-import json
 from collections.abc import Mapping, Sequence
 from itertools import zip_longest
 from pathlib import Path
@@ -8,6 +7,7 @@ from typing import Any
 
 from modeling_udon.data.domains import Domain
 from modeling_udon.data.labels import Label
+from modeling_udon.storage import read_json
 
 
 def label_maps(domains: Mapping[str, Domain]) -> dict[str, Any]:
@@ -40,7 +40,7 @@ def check_label_maps(
     Raises:
         ValueError: If a domain came, went, or has other classes or images.
     """
-    saved, current = json.loads(path.read_text(encoding="utf-8")), label_maps(domains)
+    saved, current = read_json(path), label_maps(domains)
     if list(saved) != list(current):
         raise ValueError(
             f"`domains` must be those the run was started with, {', '.join(saved)}. Got {', '.join(current)}; "

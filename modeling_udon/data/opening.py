@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,14 +64,20 @@ class OpenedData:
         return [file for file in every if os.path.basename(file) == "metadata.csv"]
 
 
-def open_data(spec: DomainSpec, seed: int = 0) -> OpenedData:
+def open_data(spec: DomainSpec, seed: int = 0, labels: Sequence[str] | None = None) -> OpenedData:
     """Opens all splits of a data set.
+
+    Args:
+        spec: Where it is.
+        seed: Seed of the demo domains' images; other data ignores it.
+        labels: Columns of classes, of which a CSV keeps the text; by default `spec.label_column`.
 
     Raises:
         Exception: On damaged data nearly any; see `why_not_opened`.
     """
-    if spec.path.startswith("~"):
-        spec = spec.model_copy(update={"path": os.path.expanduser(spec.path)})
+    if spec.path.startswith("~") or not spec.path.strip("./"):  # `datasets` asks a folder for its name: "." has none
+        spec = spec.model_copy(update={"path": os.path.abspath(os.path.expanduser(spec.path))})
+    labels = (spec.label_column,) if labels is None else labels
     if spec.path.startswith(DEMO_PREFIX) and not spec.streaming:
         name = spec.path.removeprefix(DEMO_PREFIX)
         return OpenedData(build_demo_domain(name, seed), OpenedFrom("demo", path=name), {})
@@ -88,19 +94,16 @@ def open_data(spec: DomainSpec, seed: int = 0) -> OpenedData:
         builder = load_dataset_builder(spec.path, **asked)
         is_csv = builder.name == "csv"
         if is_csv:  # pandas would make 7 of 007, and nothing of NA
-            builder = load_dataset_builder(
-                spec.path, **asked, converters={spec.label_column: str}, keep_default_na=False
-            )
+            as_text = dict.fromkeys(labels, str)
+            builder = load_dataset_builder(spec.path, **asked, converters=as_text, keep_default_na=False)
         files = {str(split): tuple(map(str, found)) for split, found in (builder.config.data_files or {}).items()}
         if isinstance(builder, FolderBasedBuilder):
             _check_all_pictures_are_used(spec, files)
         builder.download_and_prepare()
         splits = builder.as_dataset()
-        return OpenedData(
-            _with_whole_numbers(splits, spec.label_column) if is_csv else splits,
-            _opened_from(spec, builder.name, files),
-            files,
-        )
+        for column in labels if is_csv else ():
+            splits = _with_whole_numbers(splits, column)
+        return OpenedData(splits, _opened_from(spec, builder.name, files), files)
 
 
 def why_not_opened(error: Exception) -> str:

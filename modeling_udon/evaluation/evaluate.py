@@ -1,6 +1,5 @@
 """Evaluation of a run, a model or ready-made embeddings: numbers, `results.json`, `report.html`, calibration."""
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +27,7 @@ from modeling_udon.evaluation.results import RESULTS_FILE, kept_metrics, merge_r
 from modeling_udon.evaluation.tables import format_calibration, format_measurement
 from modeling_udon.run_models import open_run
 from modeling_udon.run_record import RunRecord, read_run
+from modeling_udon.storage import read_json
 
 Say = Callable[[str], None]
 Source: TypeAlias = str | Path | RunRecord | Encoder | EmbeddingFolder
@@ -275,7 +275,7 @@ def _open_subject(source: Source, domains: Domains | None, work: Work) -> Subjec
         check_label_maps(opened, run.folder / "domains.json")
         config = run.config
         path = run.folder / "baseline.json"
-        baseline = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        baseline = read_json(path) if path.is_file() else {}
     return Subject(embed, encoder.kind, opened, config, baseline, encoder)
 
 

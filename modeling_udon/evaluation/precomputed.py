@@ -6,11 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from modeling_udon.data.domains import Domain, ImageSplit
 from modeling_udon.evaluation.neighbours import EmbeddedSplit, domains_with, integer_labels
 from modeling_udon.evaluation.rules import embedded_domain
+from modeling_udon.storage import damage_of
 
 KIND = "precomputed"
 # Paths compared with those of the data, to notice embeddings of other images.
@@ -54,6 +56,8 @@ def _read_images(place: Path, images: ImageSplit) -> np.ndarray:
     """`(num_images, dim)`, float32, unit norm, in the order of the images."""
     table = _read_table(place)
     rows = table["row"].to_numpy() if "row" in table.column_names else np.arange(len(table))
+    if rows.dtype.kind not in "iu":
+        raise ValueError(f"--embeddings must have whole numbers in column 'row', got {table['row'].type} in {place}")
     if not np.array_equal(np.sort(rows), np.arange(len(images))):
         raise ValueError(
             f"--embeddings must hold one for each of the {len(images)} images of {place}, got {len(table)} with "
@@ -61,7 +65,7 @@ def _read_images(place: Path, images: ImageSplit) -> np.ndarray:
         )
     if "path" in table.column_names:
         _check_paths(place, table["path"], rows, images)
-    vectors = np.stack(table["embedding"].to_numpy()).astype(np.float32)
+    vectors = _vectors(table["embedding"], place)
     norms = np.linalg.norm(vectors, axis=1, keepdims=True)
     if not (np.isfinite(norms) & (norms > 0)).all():
         raise ValueError(f"--embeddings must be finite and not zero, got another in {place}")
@@ -70,16 +74,35 @@ def _read_images(place: Path, images: ImageSplit) -> np.ndarray:
     return ordered
 
 
+def _vectors(column: pa.ChunkedArray, place: Path) -> np.ndarray:
+    """`(num_rows, dim)`, float32."""
+    kind = column.type
+    is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+    values = kind.value_type if is_list else None
+    if values is None or not (pa.types.is_floating(values) or pa.types.is_integer(values)):
+        raise ValueError(f"--embeddings must be lists of numbers in column 'embedding', got {kind} in {place}")
+    lengths = set(pc.list_value_length(column).to_pylist())
+    if len(lengths) != 1 or None in lengths or 0 in lengths:
+        shown = ", ".join("none" if length is None else str(length) for length in sorted(lengths, key=str)[:5])
+        raise ValueError(f"--embeddings must all have the same number of dimensions, got {shown} in {place}")
+    return np.stack(column.to_numpy()).astype(np.float32)
+
+
 def _read_table(place: Path) -> pa.Table:
     single = place.with_name(f"{place.name}.parquet")
     files = sorted(place.glob("*.parquet")) if place.is_dir() else [single] if single.is_file() else []
     if not files:
         raise ValueError(f"--embeddings must hold {place}/*.parquet or {single}, got neither; make it with udon embed")
-    names = pq.read_schema(files[0]).names
+    with damage_of(files[0], pa.ArrowException):
+        names = pq.read_schema(files[0]).names
     if "embedding" not in names:
         raise ValueError(f"--embeddings must have a column 'embedding', got {', '.join(names)} in {files[0]}")
     columns = [name for name in ("path", "row", "embedding") if name in names]
-    return pa.concat_tables([pq.read_table(file, columns=columns) for file in files])
+    tables = []
+    for file in files:
+        with damage_of(file, pa.ArrowException):
+            tables.append(pq.read_table(file, columns=columns))
+    return pa.concat_tables(tables)
 
 
 def _check_paths(place: Path, paths: pa.ChunkedArray, rows: np.ndarray, images: ImageSplit) -> None:

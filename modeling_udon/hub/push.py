@@ -12,9 +12,11 @@ from typing import Any
 import yaml
 from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.errors import HTTPError
-from transformers import AutoConfig, AutoImageProcessor
+from safetensors import SafetensorError
+from transformers import AutoConfig
 
 from modeling_udon.auto_classes import UdonModel
+from modeling_udon.backbones import open_processor
 from modeling_udon.calibration import CALIBRATION_FILE
 from modeling_udon.hub.card import evaluation_files, render_card
 from modeling_udon.hub.commit import MAIN_BRANCH, PushError, Target, publish, said_in_one_line
@@ -27,6 +29,7 @@ from modeling_udon.hub.sources import (
     stated_license,
 )
 from modeling_udon.hub.student_folder import CARD_FILE, PROCESSOR_FILE, write_student
+from modeling_udon.storage import damage_of, read_json
 
 __all__ = ["Published", "PushError", "push"]
 
@@ -168,7 +171,10 @@ def find_student(folder: Path) -> TrainedStudent:
     run = above if best.resolve().name == "best" and (above / "config.yaml").is_file() else best
     results, config_path = _read_json(run / RESULTS_FILE), run / "config.yaml"
     if config_path.is_file():
-        config = yaml.safe_load(config_path.read_text(encoding="utf-8"))
+        with damage_of(config_path, yaml.YAMLError):
+            config = yaml.safe_load(config_path.read_text(encoding="utf-8"))
+            if not isinstance(config, dict):
+                raise TypeError("it holds no keys with values")
     elif results is not None and "train" in results["config"]:
         config = results["config"]
     else:
@@ -235,8 +241,9 @@ def stage(
             license=license,
         )
 
-    model = UdonModel.from_pretrained(student.folder, dtype="auto")
-    write_student(folder, model, AutoImageProcessor.from_pretrained(student.folder), card, files=files)
+    with damage_of(student.folder / "model.safetensors", SafetensorError):
+        model = UdonModel.from_pretrained(student.folder, dtype="auto")
+    write_student(folder, model, open_processor(str(student.folder)), card, files=files)
     return tag
 
 
@@ -295,7 +302,7 @@ def _without_local_paths(value: Any) -> Any:
 
 
 def _read_json(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    return read_json(path) if path.is_file() else None
 
 
 def _list_files(folder: Path) -> dict[str, Path]:

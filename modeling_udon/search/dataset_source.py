@@ -12,10 +12,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from datasets import ClassLabel, Dataset, DatasetDict, Image, load_dataset, load_from_disk
+from datasets import ClassLabel, Dataset, Image, concatenate_datasets, load_from_disk
 
 from modeling_udon.data.demo import build_demo_domain
-from modeling_udon.data.opening import DEMO_PREFIX, why_not_opened
+from modeling_udon.data.label_columns import as_files_say
+from modeling_udon.data.opening import DEMO_PREFIX, OpenedData, open_data, why_not_opened
+from modeling_udon.domain_spec import DomainSpec
 from modeling_udon.search.file_source import read_image_file
 from modeling_udon.search.source_spec import Read, ReadImage, SourceSpec, with_domain
 
@@ -89,7 +91,7 @@ def open_dataset(spec: SourceSpec, path: Path) -> tuple[DatasetSource, dict[str,
     """
     if spec.domain_from_folder:
         raise ValueError(f"`source` must be a folder of images where folders name the domains. Got {spec.source!r}.")
-    dataset = _load(spec, path)
+    dataset, opened = _load(spec, path)
     image_column = _image_column(spec, dataset)
     for column in spec.columns:
         if column not in dataset.column_names or column in (image_column, *OWN_COLUMNS):
@@ -99,7 +101,7 @@ def open_dataset(spec: SourceSpec, path: Path) -> tuple[DatasetSource, dict[str,
         raise ValueError(f"`domain` must be left out where `columns` has the domain. Got {spec.domain!r}.")
     images = dataset.select_columns([image_column]).cast_column(image_column, Image(decode=False))
     title = "/".join(part for part in (spec.source, spec.name, spec.split) if part)
-    source = DatasetSource(images, dataset.select_columns(list(spec.columns)), title, spec.domain)
+    source = DatasetSource(images, _columns_to_keep(spec, dataset, opened, image_column), title, spec.domain)
     _check_types(source.describe(0, min(len(images), 1)))
     identity = {
         "kind": "data set",
@@ -112,6 +114,23 @@ def open_dataset(spec: SourceSpec, path: Path) -> tuple[DatasetSource, dict[str,
     return source, identity
 
 
+def _columns_to_keep(spec: SourceSpec, dataset: Dataset, opened: OpenedData | None, image_column: str) -> Dataset:
+    """The columns that were asked for, with classes as each file names them."""
+    kept = dataset.select_columns(list(spec.columns))
+    if opened is None:
+        return kept
+    files = opened.files.get(spec.split or next(iter(opened.splits)), ())
+    for column in spec.columns:
+        of_column = DomainSpec(path=spec.source, image_column=image_column, label_column=column)
+        values = as_files_say(of_column, dataset, files, opened.metadata_tables)
+        if values is not None:
+            named = values if isinstance(values, list) else values.to_pylist()
+            written = Dataset.from_dict({column: named})
+            others = kept.remove_columns(column)
+            kept = concatenate_datasets([others, written], axis=1) if others.column_names else written
+    return kept
+
+
 def is_dataset_folder(path: Path) -> bool:
     """Whether a folder is one of `save_to_disk` or of Parquet files."""
     return _is_saved(path) or next(path.glob("*.parquet"), None) is not None
@@ -121,27 +140,34 @@ def _is_saved(path: Path) -> bool:
     return any((path / name).is_file() for name in ("dataset_info.json", "dataset_dict.json"))
 
 
-def _load(spec: SourceSpec, path: Path) -> Dataset:
+def _load(spec: SourceSpec, path: Path) -> tuple[Dataset, OpenedData | None]:
+    """The split, and the data set as it was opened where that was read from files."""
     looks_like_hub = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", spec.source) is not None
     if not path.exists() and not spec.source.startswith(DEMO_PREFIX) and not looks_like_hub:
         raise ValueError(f"`source` must exist, or be a data set on the Hub, as in owner/name. Got {spec.source!r}.")
+    opened = None
     try:
         if spec.source.startswith(DEMO_PREFIX):
             found = build_demo_domain(spec.source.removeprefix(DEMO_PREFIX))
-        elif path.is_file():
-            found = load_dataset("parquet", data_files=str(path))
         elif _is_saved(path):
             found = load_from_disk(str(path))
         else:
-            found = load_dataset(spec.source, spec.name, revision=spec.data_revision)
+            opened = open_data(_where(spec, path), labels=spec.columns)
+            found = opened.splits
     except Exception as error:  # See `why_not_opened`.
         raise ValueError(
             f"`source` must be files or a data set that opens. Got {spec.source!r}: {why_not_opened(error)}"
         ) from error
-    return _split(spec, found)
+    return _split(spec, found), opened
 
 
-def _split(spec: SourceSpec, found: Dataset | DatasetDict) -> Dataset:
+def _where(spec: SourceSpec, path: Path) -> DomainSpec:
+    if path.is_file():
+        return DomainSpec(path="parquet", data_files=str(path))
+    return DomainSpec(path=spec.source, name=spec.name, revision=spec.data_revision)
+
+
+def _split(spec: SourceSpec, found: Any) -> Dataset:
     if isinstance(found, Dataset):
         if spec.split is not None:
             raise ValueError(f"`split` must be left out for a data set without splits. Got {spec.split!r}.")

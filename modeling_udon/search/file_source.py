@@ -12,8 +12,10 @@ import pyarrow as pa
 
 from modeling_udon.data.files import lies_in, read_file
 from modeling_udon.search.source_spec import Read, ReadImage, with_domain
+from modeling_udon.text import as_unicode
 
-_LISTING = pa.schema([("path", pa.string()), ("num_bytes", pa.int64()), ("mtime", pa.int64())])
+# Paths as the disk has them: bytes, which need be no UTF-8.
+_LISTING = pa.schema([("path", pa.binary()), ("num_bytes", pa.int64()), ("mtime", pa.int64())])
 _QUOTES = ('"', "'")
 
 
@@ -41,7 +43,7 @@ class FileSource:
 
     def describe(self, start: int, stop: int) -> pa.Table:
         """See `ImageSource`."""
-        paths = self._paths(start, stop)
+        paths = [as_unicode(path) for path in self._paths(start, stop)]
         table = pa.table({"path": pa.array(paths, pa.string()), "row": pa.array(range(start, stop), pa.int64())})
         if self.domain_from_folder:
             folders = [path.split("/", 1)[0] if "/" in path else "" for path in paths]
@@ -57,8 +59,7 @@ class FileSource:
         shard, first = divmod(start, self.shard_size)
         with pa.memory_map(str(self.listing)) as file:
             batch = pa.ipc.open_file(file).get_batch(shard)
-            paths: list[str] = batch.column("path").slice(first, stop - start).to_pylist()
-        return paths
+            return [os.fsdecode(path) for path in batch.column("path").slice(first, stop - start).to_pylist()]
 
 
 def read_image_file(path: str | os.PathLike[str], root: str | None = None) -> ReadImage:
@@ -107,15 +108,14 @@ def read_list(file: Path, root: str, confined: bool) -> Iterator[str]:
 def write_listing(paths: Iterable[str], listing: Path, shard_size: int, root: str) -> int:
     """Writes paths with the sizes and times of their files, in batches of `shard_size`; returns how many there are.
 
-    A path that is not valid Unicode is kept in an escaped form, under which no file will be found.
+    A path that the disk cannot have is kept in an escaped form, under which no file will be found.
     """
     remaining, num_paths = iter(paths), 0
     with pa.ipc.new_file(str(listing), _LISTING) as writer:
         while block := list(islice(remaining, shard_size)):
             facts = [_facts(os.path.join(root, path)) for path in block]
-            readable = [path.encode("utf-8", "backslashreplace").decode() for path in block]
             sizes, times = zip(*facts, strict=True)
-            writer.write_batch(pa.record_batch([readable, list(sizes), list(times)], schema=_LISTING))
+            writer.write_batch(pa.record_batch([list(map(_bytes, block)), list(sizes), list(times)], schema=_LISTING))
             num_paths += len(block)
     return num_paths
 
@@ -142,6 +142,13 @@ def what_changed(then: Path, now: Path) -> str:
         "removed": len(old.keys() - new.keys()),
     }
     return ", ".join(f"{count:,} {what}" for what, count in counts.items() if count) or "another order"
+
+
+def _bytes(path: str) -> bytes:
+    try:
+        return os.fsencode(path)
+    except UnicodeEncodeError:
+        return path.encode("utf-8", "backslashreplace")
 
 
 def _facts(path: str) -> tuple[int, int]:

@@ -15,7 +15,7 @@ import torch
 
 from modeling_udon.calibration import Calibration
 from modeling_udon.data.files import read_file
-from modeling_udon.data.folders import walk_images
+from modeling_udon.data.folders import describe_passed_over, walk_images
 from modeling_udon.data.images import decode_image
 from modeling_udon.encoder import Encoder
 from modeling_udon.search.image_index import ImageIndex
@@ -133,7 +133,7 @@ def search_images(
         k: Neighbours a query.
         domain: Search among the images of this domain only.
         batch_size: Images of one forward pass.
-        warn: Called with a line for each query that cannot be read.
+        warn: Called with a line for each query that cannot be read, and for each folder with what was passed over.
 
     Raises:
         ValueError: If a query or the domain does not exist, the index is of another model, or no query can be read.
@@ -142,7 +142,7 @@ def search_images(
     if domain is not None and domain not in opened.domains():
         known = ", ".join(opened.domains()) or "none, since its images were embedded without"
         raise ValueError(f"`domain` must be one of the index: {known}. Got {domain!r}.")
-    files = list(_query_files(queries))
+    files = list(_query_files(queries, warn))
     loaded = model if isinstance(model, Encoder) else model()
     check_model(opened, loaded)
     results: list[QueryResult] = []
@@ -193,11 +193,14 @@ def format_results(results: SearchResults) -> str:
     return "\n".join(lines).rstrip()
 
 
-def _query_files(queries: Sequence[str | os.PathLike[str]]) -> Iterator[Path]:
+def _query_files(queries: Sequence[str | os.PathLike[str]], warn: Callable[[str], None]) -> Iterator[Path]:
     for query in queries:
         path = Path(query)
         if path.is_dir():
-            files = [path / name for name in walk_images(path)]
+            walk = walk_images(path)
+            files = [path / name for name in walk]
+            if walk.passed_over:
+                warn(f"passed over: {describe_passed_over(walk.passed_over)}")
             if not files:
                 raise ValueError(f"`queries` must be images or folders that hold some. Got {str(query)!r} with none.")
             yield from files

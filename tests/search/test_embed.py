@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from datasets import Dataset, Features, Value
+from datasets import ClassLabel, Dataset, Features, Value
 from datasets import Image as ImageFeature
 from PIL import Image
 from transformers import AutoImageProcessor
@@ -252,3 +252,59 @@ def test_another_preprocessing_than_ours_is_done_by_the_models_own_processor(mak
     with torch.no_grad():
         embedding = model(torch.from_numpy(model.transform(image))[None])[0].numpy()
     np.testing.assert_allclose(embedding, embed_by_hand(folder, pictures / "cats" / "0.png"), atol=1e-5)
+
+
+def test_columns_keep_what_their_files_say(udon, student, png, tmp_path) -> None:
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for row in range(4):
+        (pictures / f"{row}.png").write_bytes(png(row))
+    (pictures / "metadata.csv").write_text("file_name,label\n0.png,007\n1.png,7\n2.png,07\n3.png,NA\n")
+    lines = [f"{pictures / f'{row}.png'},{label}" for row, label in enumerate(["007", "7", "1e3", "NA"])]
+    (tmp_path / "table").mkdir()
+    (tmp_path / "table" / "train.csv").write_text("\n".join(["image,label", *lines, ""]))
+    named = tmp_path / "named"
+    for number, names in enumerate((["ant", "bee"], ["bee", "ant"])):
+        features = Features({"image": ImageFeature(), "label": ClassLabel(names=names)})
+        rows = {"image": [{"bytes": png(number * 2 + row), "path": None} for row in range(2)], "label": [0, 1]}
+        Dataset.from_dict(rows, features=features).to_parquet(named / f"train-{number}.parquet")
+    for source, labels, column in (
+        (pictures, ["007", "7", "07", "NA"], ()),
+        (tmp_path / "table", ["007", "7", "1e3", "NA"], ("--image-column", "image")),
+        (named, ["ant", "bee", "bee", "ant"], ()),
+    ):
+        out = tmp_path / f"out-{source.name}"
+        command = ["embed", source, "--columns", "label", *column, "--model", student, "--out", out, "--num-workers", 0]
+        done = udon(*command)
+        assert done.code == 0, done.err
+        assert pq.read_table(out / "part-00000.parquet")["label"].to_pylist() == labels
+
+
+def test_a_folder_of_which_a_split_is_a_part_is_refused_with_both_counts(udon, student, png, tmp_path) -> None:
+    for row, name in enumerate(("train", "car", "bus")):
+        (tmp_path / "vehicles" / name).mkdir(parents=True)
+        (tmp_path / "vehicles" / name / "0.png").write_bytes(png(row))
+    done = udon("embed", tmp_path / "vehicles", "--split", "train", "--model", student, "--out", tmp_path / "out")
+    assert done.code == 2 and "only 1 of its 3 pictures lie in what `datasets` takes for splits" in done.err
+
+
+def test_a_data_set_is_embedded_where_one_stands(udon, student, png, tmp_path, monkeypatch) -> None:
+    rows = {"image": [{"bytes": png(row), "path": None} for row in range(2)]}
+    Dataset.from_dict(rows, features=Features({"image": ImageFeature()})).to_parquet(
+        tmp_path / "data" / "train.parquet"
+    )
+    monkeypatch.chdir(tmp_path / "data")
+    assert udon("embed", ".", "--model", student, "--out", "../out", "--num-workers", 0).code == 0
+
+
+def test_pictures_are_embedded_whatever_the_locale_makes_of_their_names(student, png, tmp_path) -> None:
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for row, name in enumerate(("\u978b.png".encode(), b"caf\xe9.png")):
+        (folder / os.fsdecode(name)).write_bytes(png(row))
+    command = ["embed", str(folder), "--model", str(student), "--out", str(tmp_path / "out"), "--num-workers", "0"]
+    plain = {"PYTHONUTF8": "0", "LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONPATH": str(Path(__file__).parents[2])}
+    program = [sys.executable, "-m", "modeling_udon.cli", *command]
+    done = subprocess.run(program, env=os.environ | plain, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert pq.read_table(tmp_path / "out" / "part-00000.parquet")["path"].to_pylist() == ["caf\\xe9.png", "\u978b.png"]
