@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.utils import get_int_from_env, parse_flag_from_env
+from torch import distributed
 from transformers.utils import logging as transformers_logging
 
 from modeling_udon.auto_classes import UdonModel
@@ -33,6 +34,10 @@ from modeling_udon.training.teachers import FrozenTeachers, OldStudent, load_fro
 # How long one process may keep the others waiting: a process that has died is noticed at once, one that hangs after
 # this. The main process alone writes checkpoints and reports, which takes minutes at the most.
 SILENCE = timedelta(minutes=10)
+# Process groups of this process, for as long as it lives. The destructor of one joins threads that may wait for
+# Python's lock; it gives the lock free when Python's own object goes last, but DDP's reducer holds the group too, and
+# would destroy it with the lock in its hand, and wait for ever.
+_GROUPS: list[Any] = []
 _OF_THE_LAUNCHER = ("ACCELERATE_", "FSDP_", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES")
 
 
@@ -71,6 +76,8 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
             f"`accelerate launch` must start processes that find each other. Got {started}, of which each is alone; "
             "without GPUs set ACCELERATE_USE_CPU=true."
         )
+    if distributed.is_initialized():
+        _GROUPS.append(distributed.group.WORLD)
     return accelerator
 
 
