@@ -1,5 +1,6 @@
 """Sections of the training configuration that make up the method: model, data, loss, sampling, optimiser, ablations."""
 
+from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, field_validator, model_validator
@@ -185,12 +186,36 @@ class FrozenTeacherConfig(Section):
 class SamplingConfig(Section):
     """Which domain each step takes."""
 
-    strategy: Literal["dynamic", "round_robin", "balanced", "dataset_size", "fixed"] = "dynamic"
-    """`dynamic` gives more steps to domains whose loss is higher."""
+    strategy: Literal[
+        "dynamic",
+        "loss_over_log_c",
+        "excess_loss",
+        "learning_progress",
+        "validation_gain",
+        "round_robin",
+        "balanced",
+        "dataset_size",
+        "fixed",
+    ] = "dynamic"
+    """`dynamic` gives more steps to domains whose loss is higher; the next four to those that can still learn: by the
+    loss over the logarithm of their classes, above a reference run's, by its expected fall, by their score's gain."""
     update_every: int = Field(1000, gt=0)
     """Steps between two updates of the weights, over which steps are shared out exactly."""
     weights: dict[str, float] | None = None
     """Weight of each domain, for `fixed` alone."""
+    reference: Path | dict[str, float] | None = None
+    """For `excess_loss`: a reference loss of each domain, or the folder of a run that has had them."""
+    uniform_share: float | None = Field(None, ge=0, le=1)
+    """Share of the steps that all domains get equally, where weights change; `null`: 0 for `dynamic`, else 0.2."""
+    images_per_class: PositiveInt | None = None
+    """Images of a class that come side by side, with every class as often as any other; `null` takes every image once
+    an epoch."""
+
+    @model_validator(mode="after")
+    def _reference_is_asked_for(self) -> "SamplingConfig":
+        if (self.reference is not None) != (self.strategy == "excess_loss"):
+            raise ValueError("`reference` must be given for strategy 'excess_loss' and for no other")
+        return self
 
 
 class OptimConfig(Section):

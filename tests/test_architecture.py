@@ -67,6 +67,8 @@ LEAVES = {
     f"{PACKAGE}.data.transforms",
     f"{PACKAGE}.data.sampling",
     f"{PACKAGE}.data.weights",
+    f"{PACKAGE}.data.learnable",
+    f"{PACKAGE}.data.class_draws",
     f"{PACKAGE}.data.windows",
     f"{PACKAGE}.training.losses",
     f"{PACKAGE}.evaluation.metrics",

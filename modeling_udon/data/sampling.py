@@ -12,10 +12,13 @@ from typing import Any
 import numpy as np
 from torch.utils.data import Sampler
 
+from modeling_udon.data.class_draws import ClassDraws
 from modeling_udon.data.weights import DynamicWeights, allocate_steps, start_weights
 from modeling_udon.data.windows import ORDER_OF_DOMAINS, ORDER_OF_IMAGES, RowGroups, WindowShuffle, generator_for
 
-STRATEGIES = ("dynamic", "round_robin", "balanced", "dataset_size", "fixed")
+# Those whose weights change: they go round-robin before the first update.
+ADAPTIVE = ("dynamic", "loss_over_log_c", "excess_loss", "learning_progress", "validation_gain")
+STRATEGIES = (*ADAPTIVE, "round_robin", "balanced", "dataset_size", "fixed")
 
 
 @dataclass(frozen=True)
@@ -47,14 +50,16 @@ class DomainBatchSampler(Sampler[BatchDraw]):
         sizes: Number of training images of each domain.
         num_steps: Number of steps of the whole run.
         batch_size: Images of one step over all processes.
-        strategy: `"dynamic"` (by the losses given to `observe`; round-robin before the first update),
-            `"round_robin"`, `"balanced"` (equal weights, shuffled), `"dataset_size"` or `"fixed"`.
+        strategy: One of `ADAPTIVE` (by what is given to `observe` and `observe_score`; round-robin before the first
+            update), `"round_robin"`, `"balanced"` (equal weights, shuffled), `"dataset_size"` or `"fixed"`.
         update_every: Steps of an interval.
         seed: Seed of all draws.
         weights: Weight of each domain for strategy `"fixed"`.
         rank: This process's number.
         world_size: Number of processes, which share each batch equally.
         row_groups: Of the domains that are streamed, how their rows lie; the others are shuffled as a whole.
+        adaptive: Sets the weights of an adaptive strategy; left out for `"dynamic"`.
+        class_draws: Of domains whose images are drawn by class, their order; the others give each image once an epoch.
 
     Raises:
         ValueError: If the batch cannot be shared equally, or weights are missing, not positive, or given for a strategy
@@ -73,6 +78,8 @@ class DomainBatchSampler(Sampler[BatchDraw]):
         rank: int = 0,
         world_size: int = 1,
         row_groups: Mapping[str, RowGroups] | None = None,
+        adaptive: DynamicWeights | None = None,
+        class_draws: Mapping[str, ClassDraws] | None = None,
     ) -> None:
         if batch_size % world_size:
             raise ValueError(
@@ -84,10 +91,9 @@ class DomainBatchSampler(Sampler[BatchDraw]):
         self._batch_size, self._seed = batch_size, seed
         self._strategy, self._update_every = strategy, update_every
         self._slice = slice(rank * batch_size // world_size, (rank + 1) * batch_size // world_size)
-        self._dynamic = DynamicWeights(len(self.names))
-        self._dynamic.weights = start_weights(self.names, self._sizes, strategy, weights)
+        self._dynamic = (adaptive or DynamicWeights(len(self.names))).at(start_weights(sizes, strategy, weights))
         self._owed, self._batches_drawn = np.zeros(len(self.names)), np.zeros(len(self.names), dtype=np.int64)
-        self._row_groups = row_groups or {}
+        self._row_groups, self._class_draws = row_groups or {}, class_draws or {}
         self._orders: dict[int, tuple[int, Callable[[np.ndarray], np.ndarray]]] = {}
         self._plan_interval()
 
@@ -129,6 +135,17 @@ class DomainBatchSampler(Sampler[BatchDraw]):
         """Adds the mean loss of a batch to those that decide the next dynamic weights."""
         self._dynamic.observe(self.names.index(domain), loss)
 
+    def observe_score(self, domain: str, score: float) -> None:
+        """Takes a domain's score on the validation split; domains that are not trained on do not count."""
+        if domain in self.names:
+            self._dynamic.observe_score(self.names.index(domain), score)
+
+    @property
+    def last_losses(self) -> dict[str, float]:
+        """Mean of the observed losses of each domain over the last interval, of those that had steps in it."""
+        means = zip(self.names, self._dynamic.last_means.tolist(), strict=True)
+        return {name: mean for name, mean in means if mean == mean}
+
     def advance(self) -> bool:
         """Counts one trained step; all losses up to it must have been observed where `ends_interval`.
 
@@ -143,8 +160,10 @@ class DomainBatchSampler(Sampler[BatchDraw]):
         return True
 
     def _begin_interval(self) -> None:
-        if self._strategy == "dynamic":
+        if self._strategy in ADAPTIVE:
             self._dynamic.update()
+        else:
+            self._dynamic.forget()
         self._batches_drawn += np.bincount(self._order, minlength=len(self.names))
         self._owed = self._owed_next
         self._plan_interval()
@@ -176,7 +195,7 @@ class DomainBatchSampler(Sampler[BatchDraw]):
         """Sets the order of domains of the interval that begins at the current step."""
         interval, num_steps = self.step // self._update_every, self._update_every
         self._interval_step = 0
-        if self._strategy == "round_robin" or (self._strategy == "dynamic" and interval == 0):
+        if self._strategy == "round_robin" or (self._strategy in ADAPTIVE and interval == 0):
             self._order = (self.step + np.arange(num_steps)) % len(self.names)
             self._owed_next = self._owed
             return
@@ -187,6 +206,9 @@ class DomainBatchSampler(Sampler[BatchDraw]):
     def _draw(self, domain: int, batches_before: int, part: slice) -> BatchDraw:
         start = batches_before * self._batch_size
         positions = np.arange(start + part.start, start + part.stop)
+        by_class = self._class_draws.get(self.names[domain])
+        if by_class is not None:
+            return BatchDraw(self.names[domain], by_class.rows(positions), positions)
         epochs, offsets = np.divmod(positions, self._sizes[domain])
         rows = np.empty_like(positions)
         for epoch in np.unique(epochs):

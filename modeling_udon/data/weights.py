@@ -1,6 +1,7 @@
 """Weights of domains, and how many steps of an interval each domain gets by them."""
 
 from collections.abc import Mapping
+from typing import Any, Self
 
 import numpy as np
 
@@ -41,32 +42,60 @@ class DynamicWeights:
 
     Args:
         num_domains: Number of domains.
+        uniform_share: Share of the steps that all domains get equally, whatever their losses.
 
     Attributes:
         weights: Current weights of shape `(num_domains,)`, summing to 1.
+        last_means: Mean loss of each domain between the last two updates, NaN where it was not seen.
     """
 
-    def __init__(self, num_domains: int) -> None:
+    def __init__(self, num_domains: int, uniform_share: float = 0.0) -> None:
         self.weights = np.full(num_domains, 1 / num_domains)
+        self.last_means = np.full(num_domains, np.nan)
+        self._uniform_share = uniform_share
         self._loss_sums = np.zeros(num_domains)
         self._loss_counts = np.zeros(num_domains, dtype=np.int64)
+
+    def at(self, weights: np.ndarray) -> Self:
+        """Sets the weights that it begins with, and returns it."""
+        self.weights = weights
+        return self
 
     def observe(self, domain: int, loss: float) -> None:
         """Adds the mean loss of one batch of a domain."""
         self._loss_sums[domain] += loss
         self._loss_counts[domain] += 1
 
+    def observe_score(self, domain: int, score: float) -> None:
+        """Takes a domain's score on the validation split, for those who go by it."""
+
     def update(self) -> None:
         """Sets the weights from the losses observed and forgets those."""
         seen = self._loss_counts > 0
         means = self._loss_sums / np.maximum(self._loss_counts, 1)
-        if means[seen].sum() > 0:
-            self.weights = np.where(seen, means / means[seen].sum(), self.weights)
-            self.weights = self.weights / self.weights.sum()
+        worth = self._worth(means, seen)
+        if worth[seen].sum() > 0:
+            weights = np.where(seen, worth / worth[seen].sum(), self.weights)
+            weights = weights / weights.sum()
+            self.weights = (1 - self._uniform_share) * weights + self._uniform_share / len(weights)
+        self.forget()
+
+    def forget(self) -> None:
+        """Keeps the mean losses for reading, and begins anew."""
+        self.last_means = np.where(self._loss_counts > 0, self._loss_sums / np.maximum(self._loss_counts, 1), np.nan)
         self._loss_sums[:] = 0
         self._loss_counts[:] = 0
 
-    def state_dict(self) -> dict[str, list[float]]:
+    def _worth(self, means: np.ndarray, seen: np.ndarray) -> np.ndarray:
+        """What the weights are in proportion to; nothing changes where all of it is 0.
+
+        Args:
+            means: Mean loss of each domain since the last update, of shape `(num_domains,)`.
+            seen: Whether it had any.
+        """
+        return means
+
+    def state_dict(self) -> dict[str, Any]:
         """Returns weights and losses as JSON takes them; floats survive it exactly."""
         return {
             "weights": self.weights.tolist(),
@@ -74,16 +103,14 @@ class DynamicWeights:
             "loss_counts": self._loss_counts.tolist(),
         }
 
-    def load_state_dict(self, state: Mapping[str, list[float]]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restores what `state_dict` gave."""
         self.weights = np.asarray(state["weights"], dtype=np.float64)
         self._loss_sums = np.asarray(state["loss_sums"], dtype=np.float64)
         self._loss_counts = np.asarray(state["loss_counts"], dtype=np.int64)
 
 
-def start_weights(
-    names: tuple[str, ...], sizes: np.ndarray, strategy: str, weights: Mapping[str, float] | None
-) -> np.ndarray:
+def start_weights(sizes: Mapping[str, int], strategy: str, weights: Mapping[str, float] | None) -> np.ndarray:
     """Weights of shape `(num_domains,)` that a strategy begins with, summing to 1.
 
     Raises:
@@ -94,6 +121,7 @@ def start_weights(
             f"`sampling.weights` must be given for strategy 'fixed' and for no other. "
             f"Got {dict(weights) if weights is not None else None} with {strategy!r}."
         )
+    names = tuple(sizes)
     if weights is not None:
         if set(weights) != set(names) or min(weights.values()) <= 0:
             raise ValueError(
@@ -101,7 +129,7 @@ def start_weights(
             )
         values = np.asarray([weights[name] for name in names], dtype=np.float64)
     elif strategy == "dataset_size":
-        values = sizes.astype(np.float64)
+        values = np.asarray(list(sizes.values()), dtype=np.float64)
     else:
         values = np.ones(len(names))
     return values / values.sum()

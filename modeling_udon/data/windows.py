@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-# Purposes that keep generators apart: domains, images, row groups, images inside a window.
-ORDER_OF_DOMAINS, ORDER_OF_IMAGES, ORDER_OF_GROUPS, ORDER_IN_WINDOW = 0, 1, 2, 3
+# Purposes that keep generators apart: domains, images, row groups, images inside a window, classes, images of a class.
+ORDER_OF_DOMAINS, ORDER_OF_IMAGES, ORDER_OF_GROUPS, ORDER_IN_WINDOW, ORDER_OF_CLASSES, ORDER_IN_CLASS = range(6)
 
 
 def generator_for(purpose: int, seed: int, *position: int) -> np.random.Generator:

@@ -24,6 +24,7 @@ from modeling_udon.data.sampling import DomainBatchSampler
 from modeling_udon.data.transforms import RandomTransform, TrainTransform
 from modeling_udon.training.backbone import build_udon, channel_statistics, check_backbone
 from modeling_udon.training.distillation import UdonForDistillation
+from modeling_udon.training.domain_weights import make_class_draws, make_weights
 from modeling_udon.training.extension import load_start, old_student, open_start
 from modeling_udon.training.feature_teachers import open_feature_teachers
 from modeling_udon.training.memory import describe_memory, estimate_prototypes, free_memory
@@ -230,6 +231,8 @@ def make_sampler(config: TrainConfig, domains: Mapping[str, Domain], accelerator
             rank=accelerator.process_index,
             world_size=accelerator.num_processes,
             row_groups={name: domain.row_groups for name, domain in domains.items() if domain.row_groups is not None},
+            adaptive=make_weights(config, domains),
+            class_draws=make_class_draws(config, domains),
         )
     except ValueError as error:
         raise ConfigError(str(error)) from None

@@ -174,9 +174,9 @@ class Trainer:
         new_interval = self.run.sampler.advance()
         self.reporter.count_step()
         if new_interval:
-            self.reporter.record(
-                self.step, next_weights=self.run.sampler.weights, steps_by_domain=self.run.sampler.steps_by_domain
-            )
+            sampler = self.run.sampler
+            told = {"next_weights": sampler.weights, "steps_by_domain": sampler.steps_by_domain}
+            self.reporter.record(self.step, **told, signal_losses=sampler.last_losses)
 
     def log(self) -> None:
         """Tells the mean losses since the last time."""
@@ -211,6 +211,8 @@ class Trainer:
                 better = self.step > 0 and (self.best is None or quality > self.best[metric])
                 self.reporter.say(format_validation(self.step, scores, metric, better))
                 self.reporter.record(self.step, validation=scores.as_dict())
+                for name, values in scores.merged["domains"].items():
+                    self.run.sampler.observe_score(name, values[metric])
             else:
                 quality, better = math.nan, self.step == self.run.num_steps
             if better:

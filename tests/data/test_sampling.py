@@ -6,6 +6,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
+from modeling_udon.data.learnable import ExcessLoss, LearningProgress, LossOverLogClasses, ValidationGain
 from modeling_udon.data.sampling import STRATEGIES, DomainBatchSampler
 from modeling_udon.data.weights import DynamicWeights, allocate_steps
 
@@ -20,7 +21,15 @@ def make_sampler(strategy="dynamic", **options):
     values = {"num_steps": 47, "batch_size": 8, "update_every": 10, "seed": 5} | options
     if strategy == "fixed":
         values.setdefault("weights", WEIGHTS)
-    return DomainBatchSampler(values.pop("sizes", SIZES), strategy=strategy, **values)
+    sizes = values.pop("sizes", SIZES)
+    adaptive = {
+        "loss_over_log_c": lambda: LossOverLogClasses([10] * len(sizes), 0.2),
+        "excess_loss": lambda: ExcessLoss([0.5] * len(sizes), 0.2),
+        "learning_progress": lambda: LearningProgress(len(sizes), 0.2),
+        "validation_gain": lambda: ValidationGain(len(sizes), 0.2),
+    }
+    weights = adaptive[strategy]() if strategy in adaptive else None
+    return DomainBatchSampler(sizes, strategy=strategy, adaptive=weights, **values)
 
 
 def train(sampler, num_steps=None, log_every=None):
@@ -30,6 +39,8 @@ def train(sampler, num_steps=None, log_every=None):
         for draw in sampler:
             draws.append(draw)
             sampler.observe(draw.domain, LOSSES[draw.domain] + 0.01 * sampler.step)
+            if sampler.step % 7 == 0:
+                sampler.observe_score(draw.domain, sampler.step / 50 / LOSSES[draw.domain])
             if log_every and sampler.step % log_every == 0:
                 assert sampler.weights and sampler.steps_by_domain and sampler.state_dict()
             sampler.advance()
