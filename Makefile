@@ -12,7 +12,7 @@ LAUNCH_ARGS = --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_b
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test test-faults lint types docs test-oldest test-matrix clean
+.PHONY: help demo test test-faults lint types docs test-oldest test-matrix test-javascript clean
 
 help:  ## Show this list
 	@awk -F ':.*  ## ' '/^[a-z-]+:.*  ## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -55,6 +55,10 @@ test-matrix: $(VENV)/.dev-installed $(VENV_OLDEST)/.dev-installed  ## Push and l
 	@$(VENV_OLDEST)/bin/python -m pytest -W default --disable-warnings tests/hub $(PYTEST_ARGS)
 	@$(VENV)/bin/python -c "import transformers; print('transformers', transformers.__version__)"
 	@$(VENV)/bin/python -m pytest tests/hub $(PYTEST_ARGS)
+
+test-javascript: $(VENV)/.dev-installed  ## Load and run an exported student in Node (needs Node 20 and npm)
+	@cd tests/javascript && npm ci --ignore-scripts --no-audit --no-fund --silent
+	@$(VENV)/bin/python -m pytest tests/hub/test_javascript.py -rs $(PYTEST_ARGS)
 
 clean:  ## Remove environments, builds and caches; runs/ stays
 	rm -rf $(VENV) $(VENV_OLDEST) build dist modeling_udon.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache

@@ -14,6 +14,8 @@ def export(
     revision: Commit | None = None,
     force: bool = False,
     int8: bool = False,
+    fp16: bool = False,
+    with_preprocessing: bool = False,
     config: File | None = None,
     split: Literal["test", "validation"] = "validation",
     batch_size: Positive = 64,
@@ -27,7 +29,9 @@ def export(
         out: Folder of the result.
         revision: Commit, tag or branch of the model on the Hub.
         force: Replace the model in FOLDER.
-        int8: With onnx, weights in int8; the loss in R@1 is printed.
+        int8: With onnx, a graph with weights in int8 as well; the loss in R@1 is printed.
+        fp16: With onnx, a graph in float16 as well.
+        with_preprocessing: With onnx, resize, crop and normalisation in the graphs, which take pictures of any size.
         config: With --int8, the YAML file of a run that names the domains to measure on; a run has its own.
         split: With --int8, the split to measure on.
         batch_size: With --int8, images of one forward pass.
@@ -48,6 +52,8 @@ def export(
         out,
         revision=revision,
         int8=int8,
+        fp16=fp16,
+        with_preprocessing=with_preprocessing,
         specs=specs,
         data_seed=seed,
         split=split,

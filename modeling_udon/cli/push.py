@@ -15,6 +15,7 @@ def push(
     tag: Name | None = None,
     create_pr: bool = False,
     gallery: bool = False,
+    onnx: bool = False,
     license: Name | None = None,
     dry_run: bool = False,
 ) -> None:
@@ -28,6 +29,7 @@ def push(
         tag: Tag of the commit, which the card pins; by default a digest of the files.
         create_pr: Open a pull request instead.
         gallery: Show small pictures of the test split in the card.
+        onnx: Publish ONNX graphs for JavaScript with it.
         license: Licence of the model; by default derived from those of its backbone and data.
         dry_run: List files and sizes, and do nothing.
 
@@ -48,6 +50,7 @@ def push(
         tag=tag,
         create_pr=create_pr,
         gallery=gallery,
+        onnx=onnx,
         license=license,
         dry_run=dry_run,
         say=say,

@@ -91,6 +91,13 @@ def image_processor(image_size: int, statistics: ChannelStatistics) -> BaseImage
     )
 
 
+def idle_processor() -> BaseImageProcessor:
+    """Builds an image processor that gives pixels as they are, planes from 0 to 255: a graph prepares them itself."""
+    return PillowImageProcessor(
+        do_resize=False, do_center_crop=False, do_rescale=False, do_normalize=False, do_convert_rgb=True
+    )
+
+
 @dataclass(frozen=True)
 class ProcessorTransform:
     """Resizes and crops as an image processor does, for one that `EvalTransform` cannot reproduce."""

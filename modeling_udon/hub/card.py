@@ -37,6 +37,7 @@ def render_card(
     licences: Mapping[str, str] | None = None,
     gallery: Sequence[str] = (),
     calibrated: bool = False,
+    javascript: bool = False,
     license: str | None = None,
 ) -> ModelCard:
     """Renders the card of a student.
@@ -51,6 +52,7 @@ def render_card(
         licences: Licences of data sets by their Hub id, as far as they are known.
         gallery: Files of the failure gallery, each named after its domain; those in a folder `examples` hold one query.
         calibrated: Whether `calibration.json` goes along.
+        javascript: Whether ONNX graphs go along.
         license: The model's own; `None` leaves it out.
     """
     scores = None if results is None else results["splits"].get("test")
@@ -83,6 +85,7 @@ def render_card(
         training=_training(config, sources, results, licences or {}),
         gallery=[{"domain": Path(file).stem, "path": file} for file in gallery if file not in examples],
         calibrated=calibrated,
+        javascript=javascript,
     )
 
 

@@ -13,6 +13,8 @@ from transformers.image_processing_utils import BaseImageProcessor
 
 from modeling_udon.auto_classes import UdonModel
 from modeling_udon.data.domains import open_domain
+from modeling_udon.data.preprocessing import idle_processor
+from modeling_udon.data.transforms import EvalTransform
 from modeling_udon.domain_spec import DomainSpec
 from modeling_udon.encoder import Encoder
 from modeling_udon.evaluation.measure import encode_with
@@ -20,7 +22,18 @@ from modeling_udon.evaluation.neighbours import choose_kind, domains_with
 from modeling_udon.evaluation.protocol import score_merged
 from modeling_udon.evaluation.tables import align
 from modeling_udon.hub.modules_format import embed_with_modules, write_modules
-from modeling_udon.hub.onnx_format import FLOAT_FILE, INT8_FILE, OnnxModel, open_onnx, quantise, write_onnx
+from modeling_udon.hub.onnx_format import (
+    FLOAT_FILE,
+    HALF_FILE,
+    INT8_FILE,
+    OnnxModel,
+    halve,
+    open_onnx,
+    quantise,
+    write_onnx,
+    write_settings,
+)
+from modeling_udon.hub.onnx_pixels import PIXELS_FILE, prepare_inside
 from modeling_udon.hub.student_folder import PROCESSOR_FILE
 from modeling_udon.run_record import read_run
 from modeling_udon.storage import check_out, replaced_folder
@@ -29,6 +42,8 @@ FORMATS = ("sentence-transformers", "onnx")
 # Float32 noise; another activation or epsilon would show as 1e-5 and more. Of ONNX's own kernels, somewhat more.
 TOLERANCE = 2e-6
 ONNX_TOLERANCE = 1e-5
+# Of resizes that differ by a grey level here and there, and of 11 bits instead of 24.
+PIXELS_COSINE, HALF_COSINE = 0.9999, 0.999
 _PROBE_SIZES = ((48, 64), (200, 150), (301, 97), (64, 64), (33, 240), (120, 90))
 
 Say = Callable[[str], None]
@@ -41,6 +56,8 @@ def export(
     *,
     revision: str | None = None,
     int8: bool = False,
+    fp16: bool = False,
+    with_preprocessing: bool = False,
     specs: Mapping[str, DomainSpec] | None = None,
     data_seed: int = 0,
     split: str = "validation",
@@ -56,7 +73,9 @@ def export(
         format: One of `FORMATS`.
         out: Folder to write.
         revision: Commit, tag or branch of the model on the Hub.
-        int8: Whether the weights of an ONNX graph become int8.
+        int8: Whether there is an ONNX graph with weights in int8 as well.
+        fp16: Whether there is one in float16 as well.
+        with_preprocessing: Whether the graphs take pictures of any size, as pixels from 0 to 255.
         specs: The domains on which the loss of int8 is measured; by default those of the run.
         data_seed: Seed of the demo domains' images.
         split: The split on which the loss of int8 is measured.
@@ -75,8 +94,9 @@ def export(
     """
     if format not in FORMATS:
         raise ValueError(f"`format` must be one of {', '.join(FORMATS)}. Got {format!r}.")
-    if int8 and format != "onnx":
-        raise ValueError(f"--int8 must go with --format onnx. Got {format}.")
+    for option, wanted in (("--int8", int8), ("--fp16", fp16), ("--with-preprocessing", with_preprocessing)):
+        if wanted and format != "onnx":
+            raise ValueError(f"{option} must go with --format onnx. Got {format}.")
     folder = Path(out)
     check_out(folder, PROCESSOR_FILE, "of a model to replace", "a model", force)
     student = Encoder.open(model, revision=revision)
@@ -87,11 +107,17 @@ def export(
         specs, data_seed = _run_domains(student)
     with replaced_folder(folder) as draft:
         if format == "onnx":
-            write_onnx(network, processor, student.image_size, draft)
+            write_onnx(network, student.image_size, draft)
             _check_onnx(draft / FLOAT_FILE, network, processor, say)
+            if fp16:
+                halve(draft)
+                _check_half(draft, processor, say)
             if specs is not None and int8:
                 loading = batch_size, num_workers
                 _export_int8(student, draft, specs, split, data_seed, loading, say)
+            if with_preprocessing:
+                processor = _put_preprocessing_inside(student, draft, say)
+            write_settings(network, processor, draft, None if int8 else "fp32")
         else:
             write_modules(network, processor, draft)
             expected = _embed_as_published(network, _prepared(processor))
@@ -118,6 +144,63 @@ def _check_onnx(graph_file: Path, network: UdonModel, processor: BaseImageProces
     # One image and several: the batch is free.
     single = np.concatenate([graph(pixels[row : row + 1]) for row in range(len(pixels))])
     _check(np.concatenate([graph(pixels), single]), np.concatenate([expected] * 2), ONNX_TOLERANCE, "onnxruntime", say)
+
+
+def _check_half(folder: Path, processor: BaseImageProcessor, say: Say) -> None:
+    pixels = _prepared(processor).numpy()
+    cosines = (open_onnx(folder / FLOAT_FILE)(pixels) * open_onnx(folder / HALF_FILE)(pixels)).sum(1)
+    if not cosines.min() >= HALF_COSINE:
+        raise ValueError(
+            f"--fp16 must give the student's own embeddings up to a cosine of {HALF_COSINE:g}. "
+            f"Got {cosines.min():.4f}, a model that float16 cannot hold; leave it out."
+        )
+    say(f"checked in onnxruntime: smallest cosine of float16 to float32 {cosines.min():.6f}")
+
+
+def write_graphs(student: Encoder, folder: Path, say: Say = lambda text: None) -> None:
+    """Writes `FLOAT_FILE`, which takes prepared pixels, and `PIXELS_FILE`, which takes pictures; both are checked.
+
+    Args:
+        student: A student.
+        folder: Folder to write to.
+        say: Called with lines for the user.
+
+    Raises:
+        ValueError: If one of them embeds otherwise than the student.
+        ImportError: If a package of the extra `export` is missing.
+    """
+    if not isinstance(student.network, UdonModel) or student.processor is None:
+        raise ValueError(f"`model` must be a UDON student. Got {student.name!r}, a model of another kind.")
+    write_onnx(student.network, student.image_size, folder)
+    _check_onnx(folder / FLOAT_FILE, student.network, student.processor, say)
+    _write_pixels_graph(student, folder, say)
+
+
+def _write_pixels_graph(student: Encoder, folder: Path, say: Say) -> None:
+    if not isinstance(student.transform, EvalTransform):
+        raise ValueError(
+            "--with-preprocessing must find images resized and cut as a student's are. Got another image processor; "
+            "leave it out."
+        )
+    prepare_inside(folder / FLOAT_FILE, folder / PIXELS_FILE, student.transform.image_size, student.statistics, "uint8")
+    graph = open_onnx(folder / PIXELS_FILE)
+    for image, expected in zip(_probes(), student.encode(_probes()).embeddings, strict=True):
+        cosine = float(graph(np.asarray(image)[None])[0] @ expected)
+        if not cosine >= PIXELS_COSINE:
+            raise ValueError(
+                f"--with-preprocessing must agree with Pillow up to a cosine of {PIXELS_COSINE:g}. "
+                f"Got {cosine:.5f} for an image of {image.width} x {image.height} pixels; leave it out."
+            )
+    say(f"checked in onnxruntime: pictures in, cosine of at least {PIXELS_COSINE:g} to the student's embeddings")
+
+
+def _put_preprocessing_inside(student: Encoder, folder: Path, say: Say) -> BaseImageProcessor:
+    """Has all graphs prepare their images, writes `PIXELS_FILE`, and gives the processor that leaves it to them."""
+    _write_pixels_graph(student, folder, say)
+    for name in (FLOAT_FILE, HALF_FILE, INT8_FILE):
+        if (folder / name).is_file():
+            prepare_inside(folder / name, folder / name, student.image_size, student.statistics, "planes")
+    return idle_processor()
 
 
 def _probes() -> list[Image.Image]:

@@ -1,10 +1,12 @@
-"""The student as an ONNX graph from `pixel_values` to `image_embeds`, in float32 or int8, for batches of any size."""
+"""The student as ONNX graphs in the layout of transformers.js: float32, float16, int8, for batches of any size."""
 
+import json
 import logging
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,9 +16,11 @@ from transformers.image_processing_utils import BaseImageProcessor
 from modeling_udon.faults import require
 from modeling_udon.modeling_udon import UdonModel
 
-FLOAT_FILE = "model.onnx"
-INT8_FILE = "model_int8.onnx"
-INPUT, OUTPUT = "pixel_values", "image_embeds"
+ONNX_FOLDER = "onnx"
+# Where transformers.js looks for them, by the `dtype` it is asked for: fp32, fp16, q8.
+FLOAT_FILE, HALF_FILE, INT8_FILE = (f"{ONNX_FOLDER}/model{kind}.onnx" for kind in ("", "_fp16", "_quantized"))
+# `pooler_output` is the same once more, under the name that its pipeline asks for with `pool: true`.
+INPUT, OUTPUT, POOLED = "pixel_values", "image_embeds", "pooler_output"
 
 _OPSET = 18
 # A protobuf file holds at most 2 GiB; what is more goes into a file of its own beside it.
@@ -36,12 +40,11 @@ class _Embed(nn.Module):
         return self.model(pixel_values).image_embeds
 
 
-def write_onnx(model: UdonModel, processor: BaseImageProcessor, image_size: int, folder: Path) -> None:
-    """Writes the graph with its weights in float32, and the image processor.
+def write_onnx(model: UdonModel, image_size: int, folder: Path) -> None:
+    """Writes the graph from normalised pixels to embeddings with its weights in float32, as `FLOAT_FILE`.
 
     Args:
         model: The student.
-        processor: Its image processor.
         image_size: Side in pixels of its images.
         folder: Folder to write to.
 
@@ -50,12 +53,14 @@ def write_onnx(model: UdonModel, processor: BaseImageProcessor, image_size: int,
     """
     require("onnxscript", "export")
     num_bytes = sum(value.nbytes for value in model.state_dict().values())
+    path = folder / FLOAT_FILE
+    path.parent.mkdir(parents=True, exist_ok=True)
     # Two images: torch.export takes a dimension of one for fixed.
     with _without_notes():
         torch.onnx.export(
             _Embed(model).eval(),
             (torch.zeros(2, model.config.backbone_config.num_channels, image_size, image_size),),
-            str(folder / FLOAT_FILE),
+            str(path),
             input_names=[INPUT],
             output_names=[OUTPUT],
             dynamic_shapes=({0: torch.export.Dim("batch")},),
@@ -64,12 +69,27 @@ def write_onnx(model: UdonModel, processor: BaseImageProcessor, image_size: int,
             external_data=num_bytes > _MOST_BYTES,
             verbose=False,
         )
-    _strip_traces(folder / FLOAT_FILE)
+    _finish(path)
+
+
+def write_settings(model: UdonModel, processor: BaseImageProcessor, folder: Path, default: str | None) -> None:
+    """Writes the `config.json` that transformers.js asks for, and the image processor.
+
+    Args:
+        model: The student.
+        processor: What prepares the images that the graphs take.
+        folder: Folder to write to.
+        default: The `dtype` that is loaded where none is asked for; `None` leaves the choice to the library.
+    """
+    config: dict[str, Any] = {"model_type": model.config.model_type, "embedding_dim": model.config.embedding_dim}
+    if default is not None:
+        config["transformers.js_config"] = {"dtype": default}
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     processor.save_pretrained(folder)
 
 
 def quantise(folder: Path) -> None:
-    """Puts a graph with int8 weights in the place of the float32 one; activations are quantised as they come.
+    """Writes `INT8_FILE`, the float32 graph with weights in int8; activations are quantised as they come.
 
     Weights have a scale for each output and use 7 bits, which 8-bit products cannot overflow on processors without
     VNNI.
@@ -77,12 +97,9 @@ def quantise(folder: Path) -> None:
     Raises:
         ValueError: If the weights do not lie in the graph's own file.
     """
-    if (folder / f"{FLOAT_FILE}.data").is_file():
-        raise ValueError(
-            "--int8 must go with weights of at most 2 GiB. Got more; leave it out, or export a smaller model."
-        )
+    _check_in_one_file(folder, "--int8")
     quantization = require("onnxruntime.quantization", "export")
-    prepared = folder / f"prepared-{FLOAT_FILE}"
+    prepared = folder / f"{FLOAT_FILE}.prepared"
     # Shapes are known but for the batch, so the search for symbolic ones finds nothing more.
     quantization.quant_pre_process(folder / FLOAT_FILE, prepared, skip_symbolic_shape=True)
     _forget_shapes(prepared)
@@ -93,8 +110,23 @@ def quantise(folder: Path) -> None:
         per_channel=True,
         reduce_range=True,
     )
-    for path in folder.glob(f"*{FLOAT_FILE}*"):
-        path.unlink()
+    prepared.unlink()
+
+
+def halve(folder: Path) -> None:
+    """Writes `HALF_FILE`, the float32 graph in float16, whose input and outputs stay float32.
+
+    Raises:
+        ValueError: If the weights do not lie in the graph's own file.
+    """
+    _check_in_one_file(folder, "--fp16")
+    converter = require("onnxruntime.transformers.float16", "export")
+    onnx = require("onnx", "export")
+    with warnings.catch_warnings():
+        # It tells of each number that float16 cannot hold and rounds it.
+        warnings.filterwarnings("ignore", message="the float32 number .* will be truncated")
+        half = converter.convert_float_to_float16(onnx.load(folder / FLOAT_FILE), keep_io_types=True)
+    onnx.save(half, folder / HALF_FILE)
 
 
 def open_onnx(path: Path) -> OnnxModel:
@@ -107,13 +139,34 @@ def open_onnx(path: Path) -> OnnxModel:
     return lambda pixel_values: session.run([OUTPUT], {INPUT: pixel_values})[0]
 
 
-def _strip_traces(path: Path) -> None:
-    """Takes out what the exporter noted at each node: a third of a small graph, and paths of this machine."""
+def _finish(path: Path) -> None:
+    """Takes out what the exporter noted at each node, a third of a small graph, with paths of this machine.
+
+    Adds the second name of the output, and calls a file of weights as transformers.js does.
+    """
     onnx = require("onnx", "export")
     model = onnx.load(path, load_external_data=False)
     for node in model.graph.node:
         node.ClearField("metadata_props")
+    (output,) = model.graph.output
+    model.graph.node.append(onnx.helper.make_node("Identity", [output.name], [POOLED], name=POOLED))
+    pooled = model.graph.output.add()
+    pooled.CopyFrom(output)
+    pooled.name = POOLED
+    data = path.with_name(f"{path.name}.data")
+    if data.is_file():
+        data.rename(path.with_name(f"{path.name}_data"))
+        for entry in (entry for tensor in model.graph.initializer for entry in tensor.external_data):
+            if entry.key == "location":
+                entry.value = f"{path.name}_data"
     onnx.save(model, path)
+
+
+def _check_in_one_file(folder: Path, option: str) -> None:
+    if (folder / f"{FLOAT_FILE}_data").is_file():
+        raise ValueError(
+            f"{option} must go with weights of at most 2 GiB. Got more; leave it out, or export a smaller model."
+        )
 
 
 def _forget_shapes(path: Path) -> None:

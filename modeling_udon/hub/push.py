@@ -18,8 +18,11 @@ from transformers import AutoConfig
 from modeling_udon.auto_classes import UdonModel
 from modeling_udon.backbones import open_processor
 from modeling_udon.calibration import CALIBRATION_FILE
+from modeling_udon.encoder import Encoder
 from modeling_udon.hub.card import evaluation_files, render_card
 from modeling_udon.hub.commit import MAIN_BRANCH, PushError, Target, publish, said_in_one_line
+from modeling_udon.hub.export import write_graphs
+from modeling_udon.hub.onnx_format import ONNX_FOLDER
 from modeling_udon.hub.sources import (
     NO_LICENSE,
     SOURCES_FILE,
@@ -44,6 +47,7 @@ OWN_FILES = (
     RESULTS_FILE,
     CALIBRATION_FILE,
     f"{GALLERY_FOLDER}/*",
+    f"{ONNX_FOLDER}/*",
     ".eval_results/udon-*",
 )
 
@@ -79,6 +83,7 @@ class TrainedStudent:
         license: The licence that the card of a student without its run states.
         calibration: Its `calibration.json`, if there is one.
         gallery: Folder of pictures of the test split, if there is one.
+        onnx: Whether graphs for JavaScript are made of it.
     """
 
     folder: Path
@@ -88,6 +93,7 @@ class TrainedStudent:
     license: str | None
     calibration: Path | None
     gallery: Path | None
+    onnx: bool = False
 
 
 def push(
@@ -99,6 +105,7 @@ def push(
     tag: str | None = None,
     create_pr: bool = False,
     gallery: bool = False,
+    onnx: bool = False,
     license: str | None = None,
     dry_run: bool = False,
     say: Say = lambda text: None,
@@ -117,6 +124,7 @@ def push(
         tag: Tag of the commit, which the card's snippets pin; `None` makes one of the files' contents.
         create_pr: Whether the commit goes into a pull request.
         gallery: Whether small pictures of the test split are published with the card.
+        onnx: Whether graphs for JavaScript are published with it; needs the extra `export`.
         license: Licence of the model; `None` derives it from those of its backbone and data.
         dry_run: Only says which files would be published, and asks the Hub nothing.
         say: Called with lines for the user.
@@ -135,7 +143,9 @@ def push(
         )
     if not gallery:
         student = replace(student, gallery=None)
-    command = _command(folder, target, gallery, license)
+    if onnx:
+        student = replace(student, onnx=True)
+    command = _command(folder, target, gallery, onnx, license)
     with tempfile.TemporaryDirectory(prefix="udon-push-") as temporary, said_in_one_line(repo, folder, command):
         client = None if dry_run else api or HfApi()
         licences = {} if client is None else _read_licences(client, student.sources)
@@ -238,12 +248,17 @@ def stage(
             licences=licences,
             gallery=[path for path in _list_files(draft) if path.startswith(f"{GALLERY_FOLDER}/")],
             calibrated=student.calibration is not None,
+            javascript=student.onnx,
             license=license,
         )
 
     with damage_of(student.folder / "model.safetensors", SafetensorError):
         model = UdonModel.from_pretrained(student.folder, dtype="auto")
-    write_student(folder, model, open_processor(str(student.folder)), card, files=files)
+    with tempfile.TemporaryDirectory(prefix="udon-onnx-") as graphs:
+        if student.onnx:
+            write_graphs(Encoder.open(student.folder), Path(graphs))
+            files[ONNX_FOLDER] = Path(graphs) / ONNX_FOLDER
+        write_student(folder, model, open_processor(str(student.folder)), card, files=files)
     return tag
 
 
@@ -280,10 +295,10 @@ def _read_licences(api: HfApi, sources: Sources) -> dict[str, str]:
     return licences
 
 
-def _command(folder: Path, target: Target, gallery: bool, license: str | None) -> str:
+def _command(folder: Path, target: Target, gallery: bool, onnx: bool, license: str | None) -> str:
     """The command that pushes again."""
     words = ["udon", "push", str(folder), "--repo", target.repo]
-    flags = {"--private": target.private, "--create-pr": target.create_pr, "--gallery": gallery}
+    flags = {"--private": target.private, "--create-pr": target.create_pr, "--gallery": gallery, "--onnx": onnx}
     words += [flag for flag, given in flags.items() if given]
     values = {"--revision": target.revision, "--tag": target.tag, "--license": license}
     words += [word for option, value in values.items() if value is not None for word in (option, value)]

@@ -1,5 +1,6 @@
 """`udon export` through its command: each form embeds as the student does, or is refused with the reason."""
 
+import json
 import sys
 from collections import Counter
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from modeling_udon.data.dataset import read_images
 from modeling_udon.data.domains import open_domain
 from modeling_udon.data.preprocessing import IMAGENET_STANDARD, ChannelStatistics, image_processor
 from modeling_udon.domain_spec import DomainSpec
+from modeling_udon.encoder import Encoder
 from modeling_udon.hub import export as formats
 from modeling_udon.hub.student_folder import write_student
 
@@ -69,6 +71,10 @@ def embeds_of(student: Path, images: list[Image.Image]) -> np.ndarray:
     return UdonModel.from_pretrained(student).eval()(pixels_of(student, images)).image_embeds.numpy()
 
 
+def files_in(folder: Path) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+
+
 def tensors_in(folder: Path) -> list[bytes]:
     """The bytes of each weight matrix in all safetensors files of a folder."""
     files = [load_file(path) for path in folder.rglob("*.safetensors")]
@@ -108,7 +114,7 @@ def test_a_head_with_hidden_layers_is_refused_for_sentence_transformers_and_exac
     assert refused.code == 2
     assert "must have a linear head: its Dense takes" in refused.err
     assert udon("export", student, "--format", "onnx", "--out", tmp_path / "out").code == 0
-    session = onnxruntime.InferenceSession(tmp_path / "out" / "model.onnx", providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(tmp_path / "out" / "onnx" / "model.onnx", providers=["CPUExecutionProvider"])
     embeds = session.run(["image_embeds"], {"pixel_values": pixels_of(student, images).numpy()})[0]
     np.testing.assert_allclose(embeds, embeds_of(student, images), atol=1e-5)
 
@@ -127,16 +133,16 @@ def test_onnx_embeds_batches_of_any_size_as_the_student_and_names_no_file_of_thi
     done = udon("export", student, "--format", "onnx", "--out", out)
     assert done.code == 0, done.err
     assert "checked in onnxruntime: largest difference" in done.out
-    session = onnxruntime.InferenceSession(out / "model.onnx", providers=["CPUExecutionProvider"])
-    assert [output.name for output in session.get_outputs()] == ["image_embeds"]
+    session = onnxruntime.InferenceSession(out / "onnx" / "model.onnx", providers=["CPUExecutionProvider"])
+    assert [output.name for output in session.get_outputs()] == ["image_embeds", "pooler_output"]
     expected = embeds_of(student, images)
     for size in (1, 2, 3):
         pixels = pixels_of(out, images[:size]).numpy()
-        embeds = session.run(None, {"pixel_values": pixels})[0]
-        assert embeds.shape == (size, 8)
+        embeds, pooled = session.run(None, {"pixel_values": pixels})
+        assert embeds.shape == (size, 8) and np.array_equal(embeds, pooled)
         np.testing.assert_allclose(embeds, expected[:size], atol=1e-5)
-    assert {path.name for path in out.iterdir()} == {"model.onnx", "preprocessor_config.json"}
-    assert b".py" not in (out / "model.onnx").read_bytes()
+    assert files_in(out) == {"config.json", "onnx/model.onnx", "preprocessor_config.json"}
+    assert b".py" not in (out / "onnx" / "model.onnx").read_bytes()
 
 
 def test_a_model_that_outgrows_one_file_keeps_its_weights_beside_the_graph(
@@ -150,12 +156,69 @@ def test_a_model_that_outgrows_one_file_keeps_its_weights_beside_the_graph(
     monkeypatch.setattr("modeling_udon.hub.onnx_format._MOST_BYTES", 1000)
     done = udon("export", make_student(), "--format", "onnx", "--out", tmp_path / "out")
     assert done.code == 0, done.err
-    graph, weights = (tmp_path / "out" / name for name in ("model.onnx", "model.onnx.data"))
+    graph, weights = (tmp_path / "out" / "onnx" / name for name in ("model.onnx", "model.onnx_data"))
     assert (
         graph.stat().st_size + weights.stat().st_size
         < 1.5 * (tmp_path / "student/model.safetensors").stat().st_size + 60_000
     )
     assert weights.stat().st_size > 0
+
+
+def pictures() -> list[Image.Image]:
+    """Smooth pictures of many sizes, among them some that are far longer than wide."""
+    rng = np.random.default_rng(3)
+    sizes = [
+        (500, 375),
+        (97, 301),
+        (16, 16),
+        (17, 16),
+        (3, 240),
+        (10, 900),
+        (1200, 800),
+        *rng.integers(8, 400, (30, 2)),
+    ]
+    return [
+        Image.fromarray(rng.integers(0, 256, (4, 5, 3), dtype=np.uint8)).resize(size, Image.Resampling.BICUBIC)
+        for size in sizes
+    ]
+
+
+def test_graphs_with_preprocessing_take_pictures_of_any_size_and_agree_with_python(
+    udon: Callable[..., Any], make_student: Callable[..., Path], tmp_path: Path
+) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    student, out = make_student(), tmp_path / "out"
+    done = udon("export", student, "--format", "onnx", "--with-preprocessing", "--fp16", "--out", out)
+    assert done.code == 0, done.err
+    assert "pictures in, cosine of at least 0.9999" in done.out
+    names = {path.name for path in (out / "onnx").iterdir()}
+    assert names == {"model.onnx", "model_fp16.onnx", "model_pixels.onnx"}
+    expected = Encoder.open(student).encode(pictures()).embeddings
+    idle = AutoImageProcessor.from_pretrained(out)
+    cosines: dict[str, list[float]] = {name: [] for name in names}
+    for name in names:
+        session = onnxruntime.InferenceSession(out / "onnx" / name, providers=["CPUExecutionProvider"])
+        for picture, vector in zip(pictures(), expected, strict=True):
+            planes = idle(picture, return_tensors="np")["pixel_values"].astype(np.float32)
+            pixels = np.asarray(picture)[None] if name == "model_pixels.onnx" else planes
+            cosines[name].append(float(session.run(None, {"pixel_values": pixels})[0][0] @ vector))
+    assert min(cosines["model.onnx"]) > 0.9999 and min(cosines["model_fp16.onnx"]) > 0.999
+    assert cosines["model_pixels.onnx"] == pytest.approx(cosines["model.onnx"], abs=1e-6)
+
+
+def test_preprocessing_that_the_graph_cannot_do_is_refused(
+    udon: Callable[..., Any], make_student: Callable[..., Path], tmp_path: Path
+) -> None:
+    pytest.importorskip("onnxscript")
+    student = make_student()
+    settings = json.loads((student / "preprocessor_config.json").read_text())
+    (student / "preprocessor_config.json").write_text(json.dumps(settings | {"resample": 3}))
+    refused = udon("export", student, "--format", "onnx", "--with-preprocessing", "--out", tmp_path / "out")
+    assert refused.code == 2 and not (tmp_path / "out").exists()
+    assert "--with-preprocessing must find images resized and cut as a student's are" in refused.err
+    refused = udon("export", student, "--format", SENTENCES, "--fp16", "--out", tmp_path / "out")
+    assert refused.code == 2 and "--fp16 must go with --format onnx" in refused.err
 
 
 @pytest.fixture(scope="module")
@@ -169,8 +232,10 @@ def test_int8_prints_its_loss_on_the_domains_of_the_run(udon: Callable[..., Any]
     out = tmp_path / "out"
     done = udon("export", run, "--format", "onnx", "--int8", "--out", out, "--num-workers", 0)
     assert done.code == 0, done.err
-    assert {path.name for path in out.iterdir()} == {"model_int8.onnx", "preprocessor_config.json"}
-    session = onnxruntime.InferenceSession(out / "model_int8.onnx", providers=["CPUExecutionProvider"])
+    assert files_in(out) == {
+        "config.json", "onnx/model.onnx", "onnx/model_quantized.onnx", "preprocessor_config.json"
+    }  # fmt: skip
+    session = onnxruntime.InferenceSession(out / "onnx/model_quantized.onnx", providers=["CPUExecutionProvider"])
     lines = [line.split() for line in done.out.splitlines()]
     printed = {line[0]: line[1:] for line in lines if len(line) == 4}
 

@@ -8,15 +8,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 from huggingface_hub import HfApi
 from loopback import CUT, READ_TOKEN, WRITE_TOKEN, Fault, LoopbackHub
+from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load as load_tensors
 
 from modeling_udon.cli.train import train_and_publish
 from modeling_udon.config_file import load_config
+from modeling_udon.encoder import Encoder
 from modeling_udon.hub.commit import MAX_TRIES, MAX_WAIT, PushError
 from modeling_udon.hub.push import push as push_student
 
@@ -133,6 +136,25 @@ def test_a_dry_run_lists_the_files_with_their_sizes_and_asks_the_hub_nothing(
     listed = {name: int(size.replace(",", "")) for name, size in re.findall(r"^  (\S+) +([\d,]+)$", say.text, re.M)}
     push(run, REPO, say=say, api=api)
     assert listed == {name: len(content) for name, content in hub.files(REPO).items() if name != ".gitattributes"}
+
+
+def test_graphs_for_javascript_go_along_and_leave_with_the_next_push(
+    run: Path, hub: LoopbackHub, api: HfApi, say: Told
+) -> None:
+    pytest.importorskip("onnxscript")
+    onnxruntime = pytest.importorskip("onnxruntime")
+    push(run, REPO, onnx=True, say=say, api=api)
+    files = hub.files(REPO)
+    assert {name for name in files if name.startswith("onnx/")} == {"onnx/model.onnx", "onnx/model_pixels.onnx"}
+    assert 'model_file_name: "model_pixels"' in files["README.md"].decode()
+    session = onnxruntime.InferenceSession(files["onnx/model_pixels.onnx"], providers=["CPUExecutionProvider"])
+    picture = Image.linear_gradient("L").convert("RGB").resize((70, 41))
+    (expected,) = Encoder.open(run / "best").encode([picture]).embeddings
+    assert session.run(None, {"pixel_values": np.asarray(picture)[None]})[0][0] @ expected > 0.9999
+    push(run, REPO, say=say, api=api)
+    files = hub.files(REPO)
+    assert not [name for name in files if name.startswith("onnx/")]
+    assert "JavaScript" not in files["README.md"].decode()
 
 
 def test_the_tag_names_the_commit_and_the_card_pins_it(run: Path, hub: LoopbackHub, api: HfApi, say: Told) -> None:

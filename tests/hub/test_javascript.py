@@ -1,0 +1,62 @@
+"""A student that JavaScript loads embeds pictures as Python does; run by `make test-javascript`."""
+
+import json
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from PIL import Image
+
+from modeling_udon import Encoder, UdonConfig, UdonModel
+from modeling_udon.data.preprocessing import IMAGENET_DEFAULT, image_processor
+from modeling_udon.hub.student_folder import write_student
+
+FOLDER = Path(__file__).parents[1] / "javascript"
+NUM_PICTURES = 60
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> list[Path]:
+    """Photographs stand in: smooth, of many sizes, as PNG and JPEG."""
+    rng, paths = np.random.default_rng(1), []
+    for number in range(NUM_PICTURES):
+        small = Image.fromarray(rng.integers(0, 256, (6, 7, 3), dtype=np.uint8))
+        width, height = rng.integers(40, 500, 2)
+        path = tmp_path / f"{number:02d} picture.{('png', 'jpg')[number % 2]}"
+        small.resize((int(width), int(height)), Image.Resampling.BICUBIC).save(path, quality=92)
+        paths.append(path)
+    return paths
+
+
+def test_node_embeds_as_python_does_through_the_pipeline_and_from_pixels(
+    udon: Callable[..., Any], pictures: list[Path], tmp_path: Path
+) -> None:
+    pytest.importorskip("onnxscript")
+    pytest.importorskip("onnxruntime")
+    node = shutil.which("node")
+    if node is None or not (FOLDER / "node_modules" / "@huggingface").is_dir():
+        pytest.skip("needs Node and its packages: make test-javascript")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    backbone = {"model_type": "vit", "image_size": 96, "patch_size": 16, "initializer_range": 0.2, **sizes}
+    model = UdonModel(UdonConfig(backbone_config=backbone, embedding_dim=16)).eval()
+    write_student(tmp_path / "student", model, image_processor(96, IMAGENET_DEFAULT), ModelCard("---\n---\n"))
+    out = tmp_path / "models" / "udon"
+    done = udon("export", tmp_path / "student", "--format", "onnx", "--with-preprocessing", "--out", out)
+    assert done.code == 0, done.err
+    command = [node, FOLDER / "embed.mjs", f"{out.parent}/", "udon", *pictures]
+    said = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300).stdout
+    expected = Encoder.open(tmp_path / "student").encode(pictures).embeddings
+    among = expected @ expected.T - 9 * np.eye(NUM_PICTURES)
+    for way in ("pipeline", "pixels"):
+        found = np.asarray([embedded[way] for embedded in json.loads(said)], np.float32)
+        cosines = (found * expected).sum(1)
+        same = (found @ expected.T - 9 * np.eye(NUM_PICTURES)).argmax(1) == among.argmax(1)
+        print(f"{way}: smallest cosine to Python {cosines.min():.6f}, same first neighbour {100 * same.mean():.1f} %")
+        assert cosines.min() > 0.9999 and same.mean() > 0.99
