@@ -23,15 +23,43 @@ class InUseError(ValueError):
 
 class DamagedFileError(OneLineError, ValueError):
     """A file that was cut off or overwritten; its message is one line for the user."""
+class DamagedError(ValueError):
+    """A file that is not as it was written; its message is one line for the user."""
 
 
 @contextmanager
-def locked(folder: Path, shared: bool = False) -> Iterator[None]:
+def damage_named(argument: str, file: Path, way_out: str, *kinds: type[Exception]) -> Iterator[None]:
+    """Turns what libraries raise of a damaged file into one line with its name.
+
+    Args:
+        argument: The user's argument that led to the file.
+        file: The file.
+        way_out: What the user can do.
+        kinds: Further errors of the library that reads it.
+
+    Raises:
+        DamagedError: If reading it fails.
+    """
+    caught: tuple[type[Exception], ...] = (OSError, LookupError, TypeError, ValueError, RuntimeError, *kinds)
+    try:
+        yield
+    except caught as error:
+        if isinstance(error, DamagedError):
+            raise
+        raise DamagedError(
+            f"`{argument}` must be whole. Got {str(file)!r}, which is damaged ({' '.join(str(error).split())[:200]}); "
+            f"{way_out}."
+        ) from error
+
+
+@contextmanager
+def locked(folder: Path, shared: bool = False, argument: str = "out") -> Iterator[None]:
     """Holds a lock on a folder, which the system takes back from a process that ends, however it ends.
 
     Args:
         folder: An existing folder. Where its file system has no such locks, none is held.
         shared: Whether others may hold the lock at the same time, for reading.
+        argument: The user's argument that named the folder.
 
     Raises:
         InUseError: If another process holds it.
@@ -40,8 +68,8 @@ def locked(folder: Path, shared: bool = False) -> Iterator[None]:
     try:
         if not _lock(descriptor, fcntl.LOCK_SH if shared else fcntl.LOCK_EX):
             raise InUseError(
-                f"`out` must be a folder that no other process is using. Got {str(folder)!r}, which another udon "
-                "command uses; wait for it to end, or name another folder."
+                f"`{argument}` must be a folder that no other process is using. Got {str(folder)!r}, which another "
+                "udon command uses; wait for it to end, or name another folder."
             )
         yield
     finally:
@@ -184,6 +212,12 @@ def recover_folder(folder: Path) -> None:
     for name in names:
         if name.startswith(prefix) and name.endswith(".new") and "." not in name[len(prefix) : -len(".new")]:
             _remove_if_left_behind(folder.with_name(name))
+
+
+def standing_folder(folder: Path) -> Path:
+    """The folder, or what a `replaced_folder` that was killed between two names has left of it."""
+    old = _old(Path(os.path.abspath(folder)))
+    return old if old.is_dir() and not folder.exists() else folder
 
 
 def sync(path: Path) -> None:

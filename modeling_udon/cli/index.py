@@ -21,7 +21,7 @@ def index(
         embeddings: Folders that `udon embed` wrote.
         out: Folder of the index.
         kind: Kind of index; auto chooses by the number of images.
-        recall: Target recall@10 of ivf and hnsw.
+        recall: Target recall@10; ivf and hnsw aim at it, and any kind that misses it is told of.
         force: Replace the index in FOLDER.
 
     Example:

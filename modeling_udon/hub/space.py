@@ -228,7 +228,6 @@ def _copy_index(index: ImageIndex, target: Path, title: str, say: Say) -> None:
     shutil.copyfile(index.folder / INDEX_FILE, target / INDEX_FILE)
     sources = [{"folder": "", "root": "", "start": source["start"]} for source in index.about.sources]
     about = replace(index.about, model=title, sources=sources)
-    write_about(target, about)
     table = open_metadata(index.folder)
     kept = table.drop_columns([name for name in ("path", "thumbnail") if name in table.column_names])
     schema = kept.schema.append(pa.field("path", pa.string())).append(pa.field("thumbnail", pa.binary()))
@@ -247,6 +246,7 @@ def _copy_index(index: ImageIndex, target: Path, title: str, say: Say) -> None:
             writer.write_table(block)
             num_missing += thumbnails.count(None)
             progress.update(len(rows))
+    write_about(target, about)
     if num_missing:
         say(
             f"{num_missing:,} of {len(table):,} images of {index.folder} will be shown without a picture: their files "

@@ -1,5 +1,6 @@
 """FAISS indexes: the kinds that `udon index` builds, and how each is searched."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import faiss
@@ -9,6 +10,12 @@ KINDS = ("flat", "ivf", "hnsw", "pq", "ivfpq", "sq8", "binary")
 # Up to here exact search answers in a few milliseconds on one core; beyond the next one, vectors are compressed.
 FLAT_UP_TO = 200_000
 IVF_UP_TO = 10_000_000
+# So many rows of a filter are compared one by one: that takes no longer than finding the best lists among them.
+_FEW_ROWS = 2_000
+# What it takes to begin with a list of an index, in rows.
+_LIST_COST = 150
+# Up to this share of an index, the rows of a filter are copied: scattered over their lists they are slow to look at.
+_COPIED_SHARE = 0.3
 
 
 def choose_kind(num_images: int) -> str:
@@ -86,3 +93,161 @@ def efforts_of(index: Any) -> tuple[list[int], str]:
             f"{index.nlist} lists"
         )
     return [0], ""
+
+
+@dataclass(frozen=True)
+class RowFilter:
+    """Rows that a search may find.
+
+    Attributes:
+        rows: Them, ascending, int64.
+        selector: The same as FAISS takes it.
+        lists: The inverted lists that hold some of them, for an index with lists.
+    """
+
+    rows: np.ndarray
+    selector: Any
+    lists: "_FilteredLists | None" = None
+
+
+@dataclass(frozen=True)
+class _FilteredLists:
+    """The inverted lists of a filter.
+
+    Attributes:
+        numbers: Those that hold rows of the filter.
+        counts: How many each holds.
+        centroids: Their centroids, of shape `(num_lists, dim)`.
+        index: An index of the filter's rows alone under the same list numbers, `None` where they are too many to copy.
+    """
+
+    numbers: np.ndarray
+    counts: np.ndarray
+    centroids: np.ndarray
+    index: Any
+
+
+def make_filter(index: Any, allowed: np.ndarray) -> RowFilter:
+    """Makes a filter of an index.
+
+    Args:
+        index: The index.
+        allowed: Of shape `(num_images,)`: whether a search may find a row.
+    """
+    selector = faiss.IDSelectorBitmap(np.packbits(allowed, bitorder="little"))  # type: ignore[arg-type, call-arg]
+    rows = np.flatnonzero(allowed)
+    if not isinstance(index, faiss.IndexIVF):
+        return RowFilter(rows, selector)
+    part = _empty_part(index) if len(rows) <= _COPIED_SHARE * index.ntotal else None
+    counts = np.zeros(index.nlist, dtype=np.int64)
+    lists: Any = index.invlists
+    for number in range(index.nlist):
+        size = lists.list_size(number)
+        if size:
+            ids = faiss.rev_swig_ptr(lists.get_ids(number), size)
+            kept = np.flatnonzero(allowed[ids])
+            counts[number] = len(kept)
+            if part is not None and len(kept):
+                codes = faiss.rev_swig_ptr(lists.get_codes(number), size * index.code_size).reshape(size, -1)
+                entries = np.ascontiguousarray(ids[kept]), np.ascontiguousarray(codes[kept])
+                part.invlists.add_entries(number, len(kept), *map(faiss.swig_ptr, entries))
+    numbers = np.flatnonzero(counts)
+    centroids = index.quantizer.reconstruct_n(0, index.nlist)[numbers]
+    return RowFilter(rows, selector, _FilteredLists(numbers, counts[numbers], centroids, part))
+
+
+def search_filtered(
+    index: Any, queries: np.ndarray, k: int, effort: int, chosen: RowFilter
+) -> tuple[np.ndarray, np.ndarray]:
+    """Searches among the rows of a filter, which are looked for and not picked out of what was found.
+
+    More of them are looked at than an unfiltered search looks at rows: the nearest of a tenth of all rows are farther
+    away than the nearest of all, and harder to find.
+
+    Args:
+        index: The index.
+        queries: Of shape `(num_queries, dim)`, float32.
+        k: Neighbours of each query, at most as many as the filter has rows.
+        effort: The index's own.
+        chosen: The filter.
+    """
+    if chosen.lists is not None:
+        cost = 3 * (effort or index.nlist) * (index.ntotal // index.nlist + _LIST_COST)
+        return _search_lists(index, queries, k, cost, chosen, chosen.lists)
+    if isinstance(index, faiss.IndexHNSW):
+        storage = faiss.downcast_index(index.storage)
+        if len(chosen.rows) <= _FEW_ROWS:
+            return _search_rows(storage, queries, k, chosen.rows)
+        # The graph is walked through rows of both kinds, and more of it where few of its rows count.
+        width = max(2 * effort, -(-k * index.ntotal // len(chosen.rows)))
+        scores, rows = search_faiss(index, queries, k, width, chosen.selector)
+        short = np.flatnonzero(rows[:, -1] < 0)
+        if len(short):
+            scores[short], rows[short] = search_faiss(storage, queries[short], k, None, chosen.selector)
+        return scores, rows
+    if isinstance(index, faiss.IndexFlat) and len(chosen.rows) <= _FEW_ROWS:
+        return _search_rows(index, queries, k, chosen.rows)
+    return search_faiss(index, queries, k, None, chosen.selector)
+
+
+def _empty_part(index: Any) -> Any:
+    """An empty index with the lists and codes of another."""
+    shape = index.quantizer, index.d, index.nlist
+    if isinstance(index, faiss.IndexIVFPQ):
+        part: Any = faiss.IndexIVFPQ(*shape, index.pq.M, index.pq.nbits, index.metric_type)
+        part.pq, part.by_residual = index.pq, index.by_residual
+    else:
+        part = faiss.IndexIVFFlat(*shape, index.metric_type)
+    part.is_trained = True
+    return part
+
+
+def _search_rows(flat: Any, queries: np.ndarray, k: int, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Exact search among a few rows of an index that holds the vectors themselves."""
+    scores, places = faiss.knn(queries, flat.reconstruct_batch(rows), k, faiss.METRIC_INNER_PRODUCT)
+    return scores, rows[places]
+
+
+def _search_lists(
+    index: Any, queries: np.ndarray, k: int, cost: int, chosen: RowFilter, held: _FilteredLists
+) -> tuple[np.ndarray, np.ndarray]:
+    """Searches the lists nearest to each query that hold rows of the filter, as many as the cost allows.
+
+    The cost is counted in rows; a list costs `_LIST_COST` of them besides its own.
+    """
+    num_rows, num_lists = len(chosen.rows), len(held.numbers)
+    least = min(max(_FEW_ROWS, k), num_rows)
+    products = queries @ held.centroids.T  # (num_queries, num_lists)
+    # The nearest few are told from the others before they are ordered; twice the mean is nearly always enough.
+    mean = num_rows / num_lists
+    few = int(2 * max(cost / (mean + _LIST_COST), least / mean)) + 16
+    for number in (min(few, num_lists), num_lists):
+        order = _nearest(products, number)
+        rows_so_far = np.cumsum(held.counts[order], axis=1)
+        paid = rows_so_far + _LIST_COST * np.arange(1, number + 1) >= cost
+        enough = (paid & (rows_so_far >= least)) | (rows_so_far == num_rows)
+        if enough[:, -1].all():
+            break
+    last = enough.argmax(axis=1)
+    order = order[:, : last.max() + 1]
+    unused = np.arange(order.shape[1]) > last[:, None]
+    lists = np.where(unused, -1, held.numbers[order])
+    distances = np.take_along_axis(products, order, axis=1)
+    scores, rows = np.empty((len(queries), k), np.float32), np.empty((len(queries), k), np.int64)
+    selected = {} if held.index is not None else {"sel": chosen.selector}
+    parameters = faiss.SearchParametersIVF(nprobe=order.shape[1], **selected)  # type: ignore[call-arg]
+    # The wrapper of FAISS takes no parameters.
+    arrays = [np.ascontiguousarray(array) for array in (lists, distances)]
+    pointers = [faiss.swig_ptr(array) for array in (*arrays, scores, rows)]
+    searched = index if held.index is None else held.index
+    searched.search_preassigned_c(len(queries), faiss.swig_ptr(queries), k, *pointers, False, parameters)
+    return scores, rows
+
+
+def _nearest(products: np.ndarray, number: int) -> np.ndarray:
+    """Columns of the largest products of each row, largest first: `(num_queries, number)`."""
+    if number < products.shape[1]:
+        columns = np.argpartition(-products, number - 1, axis=1)[:, :number]
+        order = np.argsort(-np.take_along_axis(products, columns, axis=1), axis=1, kind="stable")
+        return np.take_along_axis(columns, order, axis=1)
+    return np.argsort(-products, axis=1, kind="stable")

@@ -4,13 +4,15 @@ import os
 from pathlib import Path
 from typing import Any
 
-import faiss
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from modeling_udon.search.faiss_index import search_faiss
-from modeling_udon.search.index_folder import INDEX_FILE, open_metadata, read_about
+from modeling_udon.search.faiss_index import RowFilter, make_filter, search_faiss, search_filtered
+from modeling_udon.search.index_folder import open_index
+
+# Of domains that were searched last; each may hold a copy of its rows.
+_MOST_FILTERS = 4
 
 
 class ImageIndex:
@@ -20,19 +22,18 @@ class ImageIndex:
         folder: Folder that `build_index` wrote.
 
     Raises:
-        ValueError: If it is none.
+        ValueError: If it is none, or a file of it is damaged.
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         self.folder = Path(folder)
-        self.about = read_about(self.folder)
-        self._faiss = faiss.read_index(str(self.folder / INDEX_FILE), faiss.IO_FLAG_MMAP_IFC)
-        self._metadata = open_metadata(self.folder)
+        self.about, self._faiss, self._metadata = open_index(self.folder)
+        self._filters: dict[str, RowFilter] = {}
 
     def search(self, queries: np.ndarray, k: int, domain: str | None = None) -> tuple[np.ndarray, np.ndarray]:
         """The rows with the largest inner product with each query.
 
-        With a domain, all of its images are looked at, whatever the kind of the index.
+        With a domain, as many of its images are looked at as of all without one, and all of a small one.
 
         Args:
             queries: Of shape `(num_queries, dim)`, unit norm.
@@ -54,10 +55,9 @@ class ImageIndex:
         queries = np.ascontiguousarray(queries, dtype=np.float32)
         num_found = min(k, self.about.num_images)
         if domain is not None:
-            allowed = self._rows_of(domain)
-            selector = faiss.IDSelectorBitmap(np.packbits(allowed, bitorder="little"))  # type: ignore[arg-type, call-arg]
-            num_found = min(k, int(allowed.sum()))
-            scores, rows = search_faiss(self._faiss, queries, num_found, effort=None, selector=selector)
+            chosen = self._filter(domain)
+            num_found = min(k, len(chosen.rows))
+            scores, rows = search_filtered(self._faiss, queries, num_found, self.about.effort, chosen)
         else:
             scores, rows = search_faiss(self._faiss, queries, num_found, effort=self.about.effort or None)
             short = np.flatnonzero(rows[:, -1] < 0)
@@ -89,6 +89,13 @@ class ImageIndex:
         if "domain" not in self._metadata.column_names:
             return []
         return sorted(filter(None, self._metadata["domain"].unique().to_pylist()))
+
+    def _filter(self, domain: str) -> RowFilter:
+        if domain not in self._filters:
+            while len(self._filters) >= _MOST_FILTERS:
+                del self._filters[next(iter(self._filters))]
+            self._filters[domain] = make_filter(self._faiss, self._rows_of(domain))
+        return self._filters[domain]
 
     def _rows_of(self, domain: str) -> np.ndarray:
         if domain not in self.domains():

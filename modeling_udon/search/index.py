@@ -5,6 +5,7 @@ An approximate index is compared with exact search when it is built, and its eff
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from modeling_udon.search.exact_search import exact_search
 from modeling_udon.search.faiss_index import choose_kind, efforts_of, empty_index, num_training_rows, search_faiss
 from modeling_udon.search.index_folder import ABOUT_FILE, INDEX_FILE, IndexAbout, write_about, write_metadata
 from modeling_udon.search.shards import Embeddings, open_embeddings
-from modeling_udon.storage import check_out, replaced_folder
+from modeling_udon.storage import check_out, locked, replaced_folder
 
 RECALL_AT = 10
 _NUM_RECALL_QUERIES = 500
@@ -40,7 +41,8 @@ def build_index(
         embeddings: Folders that `udon embed` wrote, all with the same model.
         out: Folder of the index; it appears whole or not at all.
         kind: One of `KINDS`, or `"auto"`.
-        target_recall: Recall@10 that `ivf`, `ivfpq` and `hnsw` aim at: their effort is doubled until it is reached.
+        target_recall: Recall@10 that `ivf`, `ivfpq` and `hnsw` aim at: their effort is doubled until it is reached. An
+            index of any kind that misses it is told of.
         force: Whether to replace an index in `out`.
         say: Called with lines for the user.
 
@@ -48,34 +50,49 @@ def build_index(
         ValueError: If folders do not hold embeddings of one model, there are too few images for the kind, or `out`
             exists.
     """
-    opened = [open_embeddings(Path(folder)) for folder in embeddings]
+    check_out(Path(out), ABOUT_FILE, "that udon index wrote", "an index", force)
+    with ExitStack() as held:
+        opened = [open_embeddings(Path(folder)) for folder in embeddings]
+        for part in opened:
+            held.enter_context(locked(part.folder, shared=True, argument="embeddings"))
+        # Once more, now that no `udon embed` can replace a shard between its vectors and its other columns.
+        opened = [open_embeddings(part.folder) for part in opened]
+        with replaced_folder(Path(out), replace=force) as draft:
+            result = _build(opened, draft, kind, target_recall, say)
+    if result.recall is not None and result.recall < target_recall:
+        better = "build it with --kind ivf, hnsw or flat, or ask for less"
+        say(f"WARNING: recall {100 * result.recall:.1f} % misses the {100 * target_recall:g} % of --recall; {better}")
+    say(f"{result.bytes_per_image:,.1f} bytes an image, index in {out}")
+    return result
+
+
+def _build(
+    opened: Sequence[Embeddings], draft: Path, kind: str, target_recall: float, say: Callable[[str], None]
+) -> IndexAbout:
     about = _same_model(opened)
     num_images, dim = sum(part.num_rows for part in opened), about["dim"]
     chosen = choose_kind(num_images) if kind == "auto" else kind
-    check_out(Path(out), ABOUT_FILE, "that udon index wrote", "an index", force)
     say(f"{num_images:,} embeddings of {dim} dimensions by {about['model']}, kind {chosen}")
-    with replaced_folder(Path(out)) as draft:
-        index = empty_index(chosen, dim, num_images)
-        if not index.is_trained:
-            index.train(read_rows(opened, _sample(num_images, num_training_rows(index))))
-        for vectors in _vectors(opened):
-            index.add(vectors)
-        write_metadata(draft, opened)
-        faiss.write_index(index, str(draft / INDEX_FILE))
-        effort, recall = _measure(index, opened, num_images, target_recall, say)
-        result = IndexAbout(
-            kind=chosen,
-            dim=dim,
-            num_images=num_images,
-            model=about["model"],
-            fingerprint=about["fingerprint"],
-            effort=effort,
-            recall=recall,
-            sources=_sources(opened),
-            bytes_per_image=(draft / INDEX_FILE).stat().st_size / num_images,
-        )
-        write_about(draft, result)
-    say(f"{result.bytes_per_image:,.1f} bytes an image, index in {out}")
+    index = empty_index(chosen, dim, num_images)
+    if not index.is_trained:
+        index.train(read_rows(opened, _sample(num_images, num_training_rows(index))))
+    for vectors in _vectors(opened):
+        index.add(vectors)
+    write_metadata(draft, opened)
+    faiss.write_index(index, str(draft / INDEX_FILE))
+    effort, recall = _measure(index, opened, num_images, target_recall, say)
+    result = IndexAbout(
+        kind=chosen,
+        dim=dim,
+        num_images=num_images,
+        model=about["model"],
+        fingerprint=about["fingerprint"],
+        effort=effort,
+        recall=recall,
+        sources=_sources(opened),
+        bytes_per_image=(draft / INDEX_FILE).stat().st_size / num_images,
+    )
+    write_about(draft, result)
     return result
 
 

@@ -3,7 +3,7 @@
 import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from modeling_udon.storage import replaced_file, write_json, write_text
+from modeling_udon.storage import DamagedError, damage_named, replaced_file, write_json, write_text
 from modeling_udon.text import printable, table_cell
 
 # What readers of Parquet folders take for data does not begin with a dot.
@@ -23,10 +23,6 @@ LISTING_FILE = "listing.arrow"
 SKIPPED_FILE = "_skipped.log"
 METADATA_KEY = b"udon"
 SCHEMA = 2
-
-
-class DamagedError(ValueError):
-    """Embeddings that cannot be read; its message is one line for the user."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +55,7 @@ class ShardFolder:
         log = "".join(f"{table_cell(path)}\t{printable(reason)}\n" for path, reason in skipped)
         write_text(self._skipped(shard), log)
         with replaced_file(self.part(shard)) as draft:
-            pq.write_table(table, draft, row_group_size=self.shard_size)
+            pq.write_table(table, draft, row_group_size=self.shard_size, write_page_checksum=True)
 
     def collect_skipped(self) -> list[str]:
         """Writes the log of skipped paths, if there are any; returns its lines."""
@@ -99,8 +95,8 @@ class Embeddings:
     def blocks(self, columns: bool = True) -> Iterator[tuple[np.ndarray, pa.Table]]:
         """Reads a shard at a time: embeddings of shape `(num_rows, dim)` and a table of the other columns."""
         for part in self.parts:
-            with _damage_of(part):
-                file = pq.ParquetFile(part)
+            with damage_of(part):
+                file = pq.ParquetFile(part, page_checksum_verification=True)
                 for batch in file.iter_batches(batch_size=65_536, columns=None if columns else ["embedding"]):
                     table = pa.Table.from_batches([batch])
                     vectors = batch.column("embedding").flatten().to_numpy().reshape(-1, self.about["dim"])
@@ -140,6 +136,8 @@ def start_or_resume(folder: Path, identity: Mapping[str, Any], force: bool) -> b
     elif force:
         for path in (*folder.glob("part-*.parquet"), folder / SKIPPED_FILE):
             path.unlink(missing_ok=True)
+        # First: without its listing, a manifest would promise what can no longer be completed.
+        manifest.unlink()
         shutil.rmtree(folder / WORK_FOLDER)
     else:
         _check_identity(folder, _read_manifest(folder)["identity"], identity)
@@ -181,7 +179,7 @@ def open_embeddings(folder: Path) -> Embeddings:
     parts = [shards.part(shard) for shard in range(shards.num_shards)]
     num_rows, schemas = 0, []
     for part in parts:
-        with _damage_of(part):
+        with damage_of(part):
             file = pq.ParquetFile(part)
             num_rows += file.metadata.num_rows
             schemas.append(file.schema_arrow)
@@ -212,7 +210,7 @@ def _check_identity(folder: Path, saved: Mapping[str, Any], wanted: Mapping[str,
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
     file = folder / WORK_FOLDER / MANIFEST_FILE
-    with _damage_of(file):
+    with damage_of(file):
         content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         schema = content["schema"]
     if schema != SCHEMA:
@@ -223,18 +221,9 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     return content
 
 
-@contextmanager
-def _damage_of(file: Path) -> Iterator[None]:
-    """Turns what libraries raise of a damaged file into one line with its name."""
-    try:
-        yield
-    except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
-        if isinstance(error, DamagedError):
-            raise
-        raise DamagedError(
-            f"`embeddings` must be whole. Got {str(file)!r}, which is damaged ({' '.join(str(error).split())[:200]}); "
-            "delete it and run its udon embed again."
-        ) from error
+def damage_of(file: Path) -> AbstractContextManager[None]:
+    """Turns what libraries raise of a damaged file of embeddings into one line with its name."""
+    return damage_named("embeddings", file, "delete it and run its udon embed again", pa.ArrowException)
 
 
 def _check_vectors(vectors: np.ndarray, part: Path) -> None:
