@@ -226,6 +226,11 @@ class Encoder:
         )
 
 
+def fastest_device() -> torch.device:
+    """The first GPU where there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def _raw_pixels(pooling: str | None) -> Encoder:
     if pooling is not None:
         raise ValueError(f"--pooling must be left out for {RAW_PIXELS}, which are no tokens. Got {pooling}.")

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from json import dumps
 
 from modeling_udon.cli.models import open_model
-from modeling_udon.cli.options import Commit, File, Folder, Name, Positive
+from modeling_udon.cli.options import Commit, File, Folder, Name, Natural, Positive
 from modeling_udon.cli.terminal import say, warn
 
 
@@ -20,6 +20,7 @@ def search(
     json: bool = False,
     html: File | None = None,
     batch_size: Positive = 32,
+    num_workers: Natural | None = None,
     force: bool = False,
 ) -> None:
     """Find the images of an index that are most like a given one.
@@ -35,6 +36,7 @@ def search(
         json: Print JSON instead of a table.
         html: Write a page with thumbnails.
         batch_size: Queries of one forward pass.
+        num_workers: Processes that decode; by default the cores but one, and no more than there are batches.
         force: Replace the page in FILE.
 
     Example:
@@ -53,6 +55,8 @@ def search(
         k=k,
         domain=domain,
         batch_size=batch_size,
+        num_workers=num_workers,
+        thumbnails=html is not None,
         warn=warn,
     )
     say(dumps(results.to_json(), indent=2) if json else format_results(results))

@@ -14,10 +14,10 @@ from gradio.utils import get_upload_folder
 from modeling_udon.data.files import lies_in, read_file
 from modeling_udon.data.folders import walk_images
 from modeling_udon.data.images import decode_image
-from modeling_udon.encoder import Encoder
+from modeling_udon.encoder import Encoder, fastest_device
 from modeling_udon.search.image_index import ImageIndex
 from modeling_udon.search.limits import Middleware, NoAddresses, RateLimit
-from modeling_udon.search.query import QueryResult, check_model, search_decoded
+from modeling_udon.search.query import QueryResult, check_model, neighbours_of
 from modeling_udon.search.results_page import html_text, neighbour_list
 from modeling_udon.text import printable
 
@@ -58,8 +58,8 @@ _STYLE = """
   background: var(--background-fill-secondary); color: var(--quiet); font-size: .8rem; }
 .udon-results .picture img { width: 100%; height: 100%; object-fit: contain; margin: 0; }
 .udon-results .score { font-weight: 650; font-variant-numeric: tabular-nums; }
-.udon-results .low { opacity: .5; }
-.udon-results .mark { color: var(--mark); display: inline; margin-left: .4em; }
+.udon-results .divider { grid-column: 1 / -1; border-top: 2px solid var(--mark); color: var(--mark); font-size: .8rem;
+  padding-top: .3rem; }
 .udon-note { border-left: 3px solid #d97706; background: var(--background-fill-secondary); border-radius: 4px;
   padding: .6rem .8rem; margin: 0; overflow-wrap: anywhere; }
 .udon-note b { display: block; }
@@ -102,7 +102,7 @@ def open_side(index: str | os.PathLike[str], load: Callable[[], Encoder], title:
         ValueError: If the index is none, or was made with another model.
     """
     opened = ImageIndex(index)
-    model = load()
+    model = load().to(fastest_device())
     check_model(opened, model)
     if title is None:
         folder = Path(model.name)
@@ -292,17 +292,22 @@ def _section(side: Side, image: np.ndarray, domain: str | None, k: int, titled: 
     head = f'<h2>{html_text(side.title)}</h2><p class="about">{about.num_images:,} images</p>' if titled else ""
     if domain is not None and domain not in side.index.domains():
         return f"<section>{head}{_note('No such domain.', f'This index has no images of {domain}.')}</section>"
-    found = search_decoded(side.index, side.model, [("", image)], k, domain)[0]
+    encoded = side.model.encode([image])
+    if encoded.unreadable:
+        return f"<section>{head}{_note('This picture cannot be searched for.', encoded.unreadable[0].reason)}</section>"
+    neighbours = neighbours_of(side.index, side.model, encoded.embeddings, k, domain, thumbnails=True)
+    found = QueryResult("", neighbours[0])
     return f"<section>{head}{_verdict(side, found)}{neighbour_list(found)}</section>"
 
 
 def _verdict(side: Side, found: QueryResult) -> str:
-    if found.is_known or side.model.calibration is None:
+    calibration = side.model.calibration
+    if found.is_known or calibration is None:
         return ""
-    threshold = side.model.calibration.threshold
-    return _note(
-        "Not in the index.", f"No image comes up to {threshold:.3f}, from where on a neighbour can be believed."
-    )
+    needed = [calibration.threshold_of(neighbour.domain) for neighbour in found.neighbours]
+    least, most = f"{min(needed):.3f}", f"{max(needed):.3f}"
+    reached = least if least == most else f"the {least} to {most} of its domain"
+    return _note("Not in the index.", f"No image comes up to {reached}, from where on a neighbour can be believed.")
 
 
 def _note(what: str, more: str) -> str:
@@ -311,5 +316,6 @@ def _note(what: str, more: str) -> str:
 
 def _head(sides: Sequence[Side], domains: Sequence[str]) -> str:
     numbers = " and ".join(f"{side.index.about.num_images:,} images by {side.title}" for side in sides)
+    told = "".join(f"<p>{html_text(side.model.calibration.describe())}</p>" for side in sides if side.model.calibration)
     within = f" · {len(domains)} domains: {', '.join(domains)}" if domains else ""
-    return f'<div class="udon-head"><h1>Nearest images</h1><p>{html_text(numbers + within)}</p></div>'
+    return f'<div class="udon-head"><h1>Nearest images</h1><p>{html_text(numbers + within)}</p>{told}</div>'

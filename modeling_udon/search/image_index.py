@@ -11,6 +11,8 @@ import pyarrow.compute as pc
 from modeling_udon.search.faiss_index import RowFilter, make_filter, search_faiss, search_filtered
 from modeling_udon.search.index_folder import open_index
 
+# Columns of an index that are not the user's.
+OWN_COLUMNS = ("path", "row", "id", "sha256", "num_bytes", "mtime", "domain", "thumbnail")
 # Of domains that were searched last; each may hold a copy of its rows.
 _MOST_FILTERS = 4
 
@@ -66,23 +68,26 @@ class ImageIndex:
         padding = ((0, 0), (0, k - num_found))
         return np.pad(scores, padding, constant_values=-np.inf), np.pad(rows, padding, constant_values=-1)
 
-    def describe(self, row: int) -> dict[str, Any]:
-        """The columns of a row, and `file`: where the image lies, `None` where that is not known."""
-        values = self.columns_of(row)
+    def describe(self, row: int, thumbnail: bool = True) -> dict[str, Any]:
+        """What is known of the image of a row.
+
+        Args:
+            row: The row.
+            thumbnail: Whether its thumbnail is read, if one was kept.
+
+        Returns:
+            Those of `OWN_COLUMNS` that were kept; `file`, where the image lies, `None` where that is not known; and
+            `columns`, the others that are not empty. A time that Python cannot hold is given as text.
+        """
+        line = self._metadata.slice(row, 1)
+        values = {name: _value(line[name]) for name in line.column_names if thumbnail or name != "thumbnail"}
         source = next(source for source in reversed(self.about.sources) if source["start"] <= row)
         # Bytes in a data set have no time of change, and their path names no file, whatever may lie there.
         is_file = values.get("mtime", 0) is not None and (source["root"] or os.path.isabs(values["path"]))
-        return values | {"file": os.path.join(source["root"], values["path"]) if is_file else None}
-
-    def columns_of(self, row: int) -> dict[str, Any]:
-        """The columns of a row as they were kept; a time that Python cannot hold is given as text."""
-        line, values = self._metadata.slice(row, 1), {}
-        for name in line.column_names:
-            try:
-                values[name] = line[name].to_pylist()[0]
-            except (ValueError, OverflowError):
-                values[name] = str(line[name].cast(pa.string())[0]) if line[name].type != pa.null() else None
-        return values
+        own = {name: value for name, value in values.items() if name in OWN_COLUMNS}
+        others = {name: value for name, value in values.items() if name not in OWN_COLUMNS and value is not None}
+        file = os.path.join(source["root"], values["path"]) if is_file else None
+        return own | {"file": file, "columns": others}
 
     def domains(self) -> list[str]:
         """The domains of its images."""
@@ -102,3 +107,10 @@ class ImageIndex:
             known = ", ".join(self.domains()) or "none, since they were embedded without"
             raise ValueError(f"`domain` must be one of the index: {known}. Got {domain!r}.")
         return np.asarray(pc.equal(self._metadata["domain"], domain).fill_null(False))
+
+
+def _value(column: pa.ChunkedArray) -> Any:
+    try:
+        return column.to_pylist()[0]
+    except (ValueError, OverflowError):
+        return str(column.cast(pa.string())[0]) if column.type != pa.null() else None

@@ -6,26 +6,20 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import date, time
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from modeling_udon.calibration import Calibration
-from modeling_udon.data.files import read_file
 from modeling_udon.data.folders import describe_passed_over, walk_images
-from modeling_udon.data.images import decode_image
-from modeling_udon.encoder import Encoder
+from modeling_udon.encoder import Encoder, fastest_device
 from modeling_udon.search.image_index import ImageIndex
-from modeling_udon.search.thumbnails import make_thumbnail
+from modeling_udon.search.loading import num_cores
 from modeling_udon.text import printable
 
 # Of the JSON: 1 had the columns of the data beside our own, which they could replace.
 SCHEMA = 2
-# Columns that are shown by themselves, or not at all.
-_OWN_COLUMNS = ("path", "row", "id", "sha256", "num_bytes", "mtime", "domain", "thumbnail")
 
 
 @dataclass(frozen=True)
@@ -41,7 +35,7 @@ class FoundImage:
         file: Where it lies, if that is known.
         domain: Its domain, if the index knows it.
         columns: Other columns that were kept and are not empty.
-        thumbnail: A JPEG, if one was kept.
+        thumbnail: A JPEG, if one was kept and is to be shown.
         accepted: Whether the score reaches the model's threshold; `None` for a model without one.
     """
 
@@ -59,10 +53,9 @@ class FoundImage:
 
 @dataclass(frozen=True)
 class QueryResult:
-    """A query image with a thumbnail, a JPEG, and its neighbours, best first."""
+    """A query image and its neighbours, best first."""
 
     path: str
-    thumbnail: bytes
     neighbours: list[FoundImage]
 
     @property
@@ -122,6 +115,8 @@ def search_images(
     k: int = 5,
     domain: str | None = None,
     batch_size: int = 32,
+    num_workers: int | None = None,
+    thumbnails: bool = False,
     warn: Callable[[str], None] = lambda text: None,
 ) -> SearchResults:
     """Searches an index for the images most like each query.
@@ -129,10 +124,13 @@ def search_images(
     Args:
         queries: Image files, or folders of them.
         index: Folder that `udon index` wrote.
-        model: The model that the index was made with, or what loads it once the rest is known to be right.
+        model: The model that the index was made with, or what loads it once the rest is known to be right. It goes to
+            the GPU, if there is one.
         k: Neighbours a query.
         domain: Search among the images of this domain only.
         batch_size: Images of one forward pass.
+        num_workers: Processes that decode; `None`: the cores but one, and no more than there are batches.
+        thumbnails: Whether neighbours come with the thumbnails that were kept.
         warn: Called with a line for each query that cannot be read, and for each folder with what was passed over.
 
     Raises:
@@ -145,12 +143,19 @@ def search_images(
     files = list(_query_files(queries, warn))
     loaded = model if isinstance(model, Encoder) else model()
     check_model(opened, loaded)
-    results: list[QueryResult] = []
-    readable = _readable(files, warn)
-    while batch := list(islice(readable, batch_size)):
-        results += search_decoded(opened, loaded, batch, k, domain)
-    if not results:
+    if num_workers is None:
+        num_workers = min(num_cores() - 1, len(files) // batch_size)
+    encoded = loaded.to(fastest_device()).encode(files, batch_size=batch_size, num_workers=num_workers)
+    for image in encoded.unreadable:
+        warn(f"skipped {printable(image.path)}: {printable(image.reason)}")
+    rows = sorted(set(range(len(files))) - {image.row for image in encoded.unreadable})
+    if not rows:
         raise ValueError(f"`queries` must hold an image that can be read. Got none in {len(files)} file(s).")
+    results: list[QueryResult] = []
+    for start in range(0, len(rows), batch_size):
+        batch = rows[start : start + batch_size]
+        found = neighbours_of(opened, loaded, encoded.embeddings[batch], k, domain, thumbnails)
+        results += [QueryResult(str(files[row]), of) for row, of in zip(batch, found, strict=True)]
     about = opened.about
     return SearchResults(results, str(index), about.kind, about.num_images, loaded.name, domain, loaded.calibration)
 
@@ -186,10 +191,7 @@ def format_results(results: SearchResults) -> str:
         ]
         lines.append("")
     if results.calibration is not None:
-        lines.append(
-            f"below {results.calibration.threshold:.3f} a neighbour is no match (false accepts: "
-            f"{100 * results.calibration.false_accept_rate:.1f} %)"
-        )
+        lines.append(results.calibration.describe())
     return "\n".join(lines).rstrip()
 
 
@@ -210,41 +212,32 @@ def _query_files(queries: Sequence[str | os.PathLike[str]], warn: Callable[[str]
             raise ValueError(f"`queries` must be images or folders of images. Got {str(query)!r}, which is not there.")
 
 
-def _readable(files: Sequence[Path], warn: Callable[[str], None]) -> Iterator[tuple[str, np.ndarray]]:
-    for file in files:
-        try:
-            yield str(file), decode_image(read_file(file))
-        except (ValueError, OSError) as error:
-            warn(f"skipped {printable(str(file))}: {printable(str(error))}")
-
-
-@torch.inference_mode()
-def search_decoded(
-    index: ImageIndex, model: Encoder, batch: Sequence[tuple[str, np.ndarray]], k: int, domain: str | None
-) -> list[QueryResult]:
-    """Searches an opened index for the images most like each of a batch.
+def neighbours_of(
+    index: ImageIndex, model: Encoder, embeddings: np.ndarray, k: int, domain: str | None, thumbnails: bool
+) -> list[list[FoundImage]]:
+    """Searches an opened index for the images most like each query, best first.
 
     Args:
         index: The index.
         model: The model that it was made with; see `check_model`.
-        batch: What to call each query, and its pixels, of shape `(height, width, 3)`, uint8.
-        k: Neighbours a query.
+        embeddings: Those of the queries, of shape `(num_queries, dim)`.
+        k: Neighbours of each query.
         domain: Search among the images of this domain of the index only.
+        thumbnails: Whether neighbours come with the thumbnails that were kept.
     """
-    pixels = torch.stack([torch.from_numpy(model.transform(image)) for _, image in batch])
-    scores, rows = index.search(model(pixels).numpy(), k, domain)
+    scores, rows = index.search(embeddings, k, domain)
     return [
-        QueryResult(
-            path,
-            make_thumbnail(image),
-            [_found(index, model, int(row), float(score)) for score, row in zip(*found, strict=True) if row >= 0],
-        )
-        for (path, image), *found in zip(batch, scores, rows, strict=True)
+        [
+            _found(index, model, int(row), float(score), thumbnails)
+            for score, row in zip(*found, strict=True)
+            if row >= 0
+        ]
+        for found in zip(scores, rows, strict=True)
     ]
 
 
-def _found(index: ImageIndex, model: Encoder, row: int, score: float) -> FoundImage:
-    values = index.describe(row)
+def _found(index: ImageIndex, model: Encoder, row: int, score: float, thumbnail: bool) -> FoundImage:
+    values = index.describe(row, thumbnail)
     return FoundImage(
         row,
         values.get("id"),
@@ -253,11 +246,7 @@ def _found(index: ImageIndex, model: Encoder, row: int, score: float) -> FoundIm
         path=values["path"],
         file=values["file"],
         domain=values.get("domain"),
-        columns={
-            name: value
-            for name, value in index.columns_of(row).items()
-            if name not in _OWN_COLUMNS and value is not None
-        },
+        columns=values["columns"],
         thumbnail=values.get("thumbnail"),
         accepted=None if model.calibration is None else score >= model.calibration.threshold_of(values.get("domain")),
     )

@@ -25,7 +25,8 @@ figcaption { font-size: .8rem; overflow-wrap: anywhere; margin-top: .3rem; }
 .picture img { width: 100%; height: 100%; object-fit: contain; }
 .query .picture { outline: 2px solid var(--accent); }
 .score { font-weight: 600; font-variant-numeric: tabular-nums; }
-.low { opacity: .55; }
+.divider { grid-column: 1 / -1; border-top: 2px solid var(--low); color: var(--low); font-size: .8rem;
+  padding-top: .3rem; }
 .mark { color: var(--low); font-weight: 600; }
 .muted { color: var(--muted); }
 @media (max-width: 40rem) {
@@ -61,10 +62,7 @@ def render_page(results: SearchResults) -> str:
     if results.domain is not None:
         where += f"; domain {results.domain} only"
     if results.calibration is not None:
-        where += (
-            f"; below {results.calibration.threshold:.3f} a neighbour is no match "
-            f"(false accepts: {100 * results.calibration.false_accept_rate:.1f} %)"
-        )
+        where += f"; {results.calibration.describe()}"
     sections = "\n".join(map(_section, results.queries))
     return f"""<!doctype html>
 <html lang="en">
@@ -84,9 +82,15 @@ def render_page(results: SearchResults) -> str:
 
 
 def neighbour_list(query: QueryResult) -> str:
-    """The neighbours of a query as an HTML list: pictures, scores, and escaped names."""
-    found = "\n".join(_item(rank, neighbour) for rank, neighbour in enumerate(query.neighbours, 1))
-    return f"<ol>\n{found}\n</ol>"
+    """The neighbours of a query as an HTML list: pictures, scores, and escaped names.
+
+    One line divides those that reach the threshold of their domain from the others.
+    """
+    ranked = list(enumerate(query.neighbours, 1))
+    matches = [_item(rank, found) for rank, found in ranked if found.accepted is not False]
+    others = [_item(rank, found) for rank, found in ranked if found.accepted is False]
+    divider = ['<li class="divider">no match from here on</li>'] if others else []
+    return "<ol>\n" + "\n".join(matches + divider + others) + "\n</ol>"
 
 
 def html_text(text: str) -> str:
@@ -98,21 +102,18 @@ def _section(query: QueryResult) -> str:
     mark = "" if query.is_known else '<div class="mark">not in the index</div>'
     caption = f"<figcaption>{html_text(query.path)}{mark}</figcaption>"
     return f"""<section>
-<div class="query"><figure>{_picture(query.thumbnail)}{caption}</figure></div>
+<div class="query"><figure>{_picture(find_thumbnail(None, query.path))}{caption}</figure></div>
 {neighbour_list(query)}
 </section>"""
 
 
 def _item(rank: int, found: FoundImage) -> str:
-    low = found.accepted is False
     details = [found.domain or "", *(f"{name}: {value}" for name, value in found.columns.items())]
     lines = "".join(f'<div class="muted">{html_text(detail)}</div>' for detail in details if detail)
-    mark = '<div class="mark">no match</div>' if low else ""
     picture = _picture(find_thumbnail(found.thumbnail, found.file, found.sha256))
     return (
-        f"<li><figure><div{' class=low' if low else ''}>{picture}</div>"
-        f'<figcaption><span class="muted">{rank}</span> <span class="score">{found.score:.3f}</span>{mark}'
-        f"<div>{html_text(found.path)}</div>{lines}</figcaption></figure></li>"
+        f'<li><figure>{picture}<figcaption><span class="muted">{rank}</span> '
+        f'<span class="score">{found.score:.3f}</span><div>{html_text(found.path)}</div>{lines}</figcaption></figure></li>'
     )
 
 

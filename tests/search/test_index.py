@@ -136,8 +136,8 @@ def test_several_folders_make_one_index_that_keeps_all_columns_and_knows_where_f
     index = ImageIndex(tmp_path / "i")
     rows = index.search(unit_vectors(1, 30), 1)[1][:, 0]
     assert rows.tolist() == list(range(20, 50))
-    assert index.describe(3) == {"path": "3.png", "domain": "cars", "label": 3, "file": "/photos/3.png"}
-    assert index.describe(24) == {"path": "4.png", "domain": "cats", "label": None, "file": None}
+    assert index.describe(3) == {"path": "3.png", "domain": "cars", "file": "/photos/3.png", "columns": {"label": 3}}
+    assert index.describe(24) == {"path": "4.png", "domain": "cats", "file": None, "columns": {}}
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/maps")

@@ -11,7 +11,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from datasets import Dataset, Features, Image, Value
+
+from modeling_udon.encoder import Encoder
+from modeling_udon.search import query
 
 
 @pytest.fixture
@@ -94,7 +98,30 @@ def test_results_below_the_models_threshold_are_marked_as_not_in_the_index(
     page = tmp_path / "page.html"
     assert udon(*arguments, "--html", page).code == 0
     marks = page.read_text().count
-    assert (marks('<div class="mark">not in the index</div>'), marks('<div class="mark">no match</div>')) == (1, 4)
+    assert (marks('<div class="mark">not in the index</div>'), marks('<li class="divider">')) == (1, 1)
+    assert [part.count('class="score"') for part in page.read_text().split('<li class="divider">')] == [0, 4]
+
+
+def test_one_line_divides_matches_by_their_domains_thresholds_and_a_small_accepted_share_is_warned_of(
+    udon, index, student, embedded, pictures, tmp_path
+):
+    found = cosines(embedded, "cats/3.png")
+    cats = [score for score, path in found if path.startswith("cats")]
+    model, page = shutil.copytree(student, tmp_path / "model"), tmp_path / "page.html"
+    # Every car is a match, of the cats only the query itself.
+    domains = {"cars": (-1.0, 0.4), "cats": ((cats[0] + cats[1]) / 2, 0.2)}
+    rows = {name: {"threshold": of, "own_thresholds": {"accept_rate": share}} for name, (of, share) in domains.items()}
+    calibration = {"threshold": 1.01, "false_accept_rate": 0.05, "domains": rows}
+    (model / "calibration.json").write_text(json.dumps(calibration))
+    done = udon("search", pictures / "cats" / "3.png", "--index", index, "--model", model, "-k", 12, "--html", page)
+    last = done.out.splitlines()[-1]
+    assert "accepted answers: 30.0 %" in last and "WARNING: most right answers lie below it" in last
+    matches, others = (
+        re.findall(r'muted">(\d+)</span> .*<div>(cats|cars)/', part) for part in page.read_text().split('"divider">')
+    )
+    assert sorted(domain for _, domain in matches) == ["cars"] * 5 + ["cats"] and {d for _, d in others} == {"cats"}
+    assert sorted(int(rank) for rank, _ in matches + others) == list(range(1, 13))
+    assert "opacity" not in page.read_text()
 
 
 def test_without_a_calibration_nothing_is_said_about_it(search, pictures):
@@ -275,3 +302,30 @@ def test_the_page_does_not_show_a_file_that_is_another_by_now(udon, student, png
     arguments = ("--index", tmp_path / "i", "--model", student, "--html", tmp_path / "p.html")
     udon("search", tmp_path / "in" / "0.png", *arguments)
     assert (tmp_path / "p.html").read_text().count("no picture") == 1
+
+
+def test_queries_are_decoded_in_other_processes_and_on_the_device_of_the_model(
+    udon, index, student, pictures, monkeypatch
+):
+    encode, seen = Encoder.encode, []
+
+    def watch(self, images, **values):
+        seen.append((next(self.network.parameters()).device, values["num_workers"]))
+        return encode(self, images, **values)
+
+    monkeypatch.setattr(Encoder, "encode", watch)
+    monkeypatch.setattr(query, "fastest_device", lambda: torch.device("cpu", 0))
+    monkeypatch.setattr(query, "num_cores", lambda: 3)
+    arguments = ("--index", index, "--model", student, "--json")
+    whole = json.loads(udon("search", pictures / "cats", *arguments).out)
+    assert json.loads(udon("search", pictures / "cats", *arguments, "--batch-size", 2).out) == whole
+    assert [workers for _, workers in seen] == [0, 2]
+
+
+def test_thumbnails_are_read_only_where_they_are_shown(udon, student, pictures, tmp_path):
+    out = (tmp_path / "e", tmp_path / "i")
+    udon("embed", pictures / "cars", "--model", student, "--out", out[0], "--num-workers", 0, "--thumbnails")
+    udon("index", out[0], "--out", out[1])
+    picture, encoder = pictures / "cars" / "0.jpg", Encoder.open(student)
+    found = [query.search_images([picture], out[1], encoder, thumbnails=shown).queries[0] for shown in (False, True)]
+    assert [{one.thumbnail is None for one in of.neighbours} for of in found] == [{True}, {False}]
