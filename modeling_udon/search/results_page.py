@@ -111,10 +111,9 @@ def _item(rank: int, found: FoundImage) -> str:
     details = [found.domain or "", *(f"{name}: {value}" for name, value in found.columns.items())]
     lines = "".join(f'<div class="muted">{html_text(detail)}</div>' for detail in details if detail)
     picture = _picture(find_thumbnail(found.thumbnail, found.file, found.sha256))
-    return (
-        f'<li><figure>{picture}<figcaption><span class="muted">{rank}</span> '
-        f'<span class="score">{found.score:.3f}</span><div>{html_text(found.path)}</div>{lines}</figcaption></figure></li>'
-    )
+    score = f'<span class="muted">{rank}</span> <span class="score">{found.score:.3f}</span>'
+    caption = f"<figcaption>{score}<div>{html_text(found.path)}</div>{lines}</figcaption>"
+    return f"<li><figure>{picture}{caption}</figure></li>"
 
 
 def _picture(thumbnail: bytes | None) -> str:

@@ -10,7 +10,7 @@ import faiss
 import numpy as np
 import pyarrow as pa
 import pytest
-from test_index import unit_vectors, write_embeddings
+from made_embeddings import unit_vectors, write_embeddings
 
 from modeling_udon import storage
 from modeling_udon.search import index as building
