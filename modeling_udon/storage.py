@@ -161,11 +161,8 @@ def replaced_folder(folder: Path, replace: bool = True) -> Iterator[Path]:
     folder = Path(os.path.abspath(folder))  # "." has no name beside which a draft could lie
     folder.parent.mkdir(parents=True, exist_ok=True)
     recover_folder(folder)
-    draft = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.new")
-    draft.mkdir()
-    descriptor = os.open(draft, os.O_RDONLY)
+    draft, descriptor = _locked_draft(folder)
     try:
-        _lock(descriptor, fcntl.LOCK_EX)  # tells a draft in work from one that a killed process left behind
         yield draft
         for path in (*draft.rglob("*"), draft):
             sync(path)
@@ -227,6 +224,19 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _locked_draft(folder: Path) -> tuple[Path, int]:
+    """Makes an empty draft; the lock tells it from one that a killed process left behind."""
+    while True:
+        draft = folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.new")
+        draft.mkdir()
+        # Before the lock is held, another writer may take the draft for one left behind, and remove it.
+        with suppress(FileNotFoundError):
+            descriptor = os.open(draft, os.O_RDONLY)
+            if _lock(descriptor, fcntl.LOCK_EX) and draft.exists():
+                return draft, descriptor
+            os.close(descriptor)
 
 
 def _put_in_place(draft: Path, folder: Path) -> None:

@@ -62,6 +62,20 @@ def test_a_writer_killed_at_any_moment_leaves_a_whole_folder(tmp_path: Path) -> 
     assert os.listdir(tmp_path) == ["x"]
 
 
+def test_a_draft_that_another_writer_removes_before_it_is_locked_is_made_again(tmp_path: Path, monkeypatch) -> None:
+    opened, removed = os.open, []
+
+    def remove_first(path, flags, *more):
+        if str(path).endswith(".new") and not removed:
+            removed.append(path)
+            os.rmdir(path)
+        return opened(path, flags, *more)
+
+    monkeypatch.setattr(storage.os, "open", remove_first)
+    fill(tmp_path / "x", "a")
+    assert len(removed) == 1 and values(tmp_path / "x") == {"a"} and os.listdir(tmp_path) == ["x"]
+
+
 def test_a_draft_in_work_is_left_alone_and_one_left_behind_is_removed(tmp_path: Path) -> None:
     (tmp_path / ".x.0badcafe.new").mkdir()
     with replaced_folder(tmp_path / "x") as draft:

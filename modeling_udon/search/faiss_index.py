@@ -103,11 +103,14 @@ class RowFilter:
         rows: Them, ascending, int64.
         selector: The same as FAISS takes it.
         lists: The inverted lists that hold some of them, for an index with lists.
+        vectors: Their vectors, of shape `(num_rows, dim)`, for an index that holds these without lists; `None` where
+            they are too many to copy.
     """
 
     rows: np.ndarray
     selector: Any
     lists: "_FilteredLists | None" = None
+    vectors: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -136,9 +139,13 @@ def make_filter(index: Any, allowed: np.ndarray) -> RowFilter:
     """
     selector = faiss.IDSelectorBitmap(np.packbits(allowed, bitorder="little"))  # type: ignore[arg-type, call-arg]
     rows = np.flatnonzero(allowed)
+    is_copied = len(rows) <= _COPIED_SHARE * index.ntotal
     if not isinstance(index, faiss.IndexIVF):
-        return RowFilter(rows, selector)
-    part = _empty_part(index) if len(rows) <= _COPIED_SHARE * index.ntotal else None
+        # A graph leads to what is near, and where that is of other domains, never to rows of this one.
+        flat = faiss.downcast_index(index.storage) if isinstance(index, faiss.IndexHNSW) else index
+        is_copied = is_copied and isinstance(flat, faiss.IndexFlat)
+        return RowFilter(rows, selector, vectors=flat.reconstruct_batch(rows) if is_copied else None)
+    part = _empty_part(index) if is_copied else None
     counts = np.zeros(index.nlist, dtype=np.int64)
     lists: Any = index.invlists
     for number in range(index.nlist):
@@ -161,8 +168,8 @@ def search_filtered(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Searches among the rows of a filter, which are looked for and not picked out of what was found.
 
-    More of them are looked at than an unfiltered search looks at rows: the nearest of a tenth of all rows are farther
-    away than the nearest of all, and harder to find.
+    Of an index with lists, more of them are looked at than an unfiltered search looks at rows: the nearest of a tenth
+    of all rows are farther away than the nearest of all, and harder to find. Of the other kinds, all are.
 
     Args:
         index: The index.
@@ -174,19 +181,9 @@ def search_filtered(
     if chosen.lists is not None:
         cost = 3 * (effort or index.nlist) * (index.ntotal // index.nlist + _LIST_COST)
         return _search_lists(index, queries, k, cost, chosen, chosen.lists)
-    if isinstance(index, faiss.IndexHNSW):
-        storage = faiss.downcast_index(index.storage)
-        if len(chosen.rows) <= _FEW_ROWS:
-            return _search_rows(storage, queries, k, chosen.rows)
-        # The graph is walked through rows of both kinds, and more of it where few of its rows count.
-        width = max(2 * effort, -(-k * index.ntotal // len(chosen.rows)))
-        scores, rows = search_faiss(index, queries, k, width, chosen.selector)
-        short = np.flatnonzero(rows[:, -1] < 0)
-        if len(short):
-            scores[short], rows[short] = search_faiss(storage, queries[short], k, None, chosen.selector)
-        return scores, rows
-    if isinstance(index, faiss.IndexFlat) and len(chosen.rows) <= _FEW_ROWS:
-        return _search_rows(index, queries, k, chosen.rows)
+    if chosen.vectors is not None:
+        scores, places = faiss.knn(queries, chosen.vectors, k, faiss.METRIC_INNER_PRODUCT)
+        return scores, chosen.rows[places]
     return search_faiss(index, queries, k, None, chosen.selector)
 
 
@@ -200,12 +197,6 @@ def _empty_part(index: Any) -> Any:
         part = faiss.IndexIVFFlat(*shape, index.metric_type)
     part.is_trained = True
     return part
-
-
-def _search_rows(flat: Any, queries: np.ndarray, k: int, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Exact search among a few rows of an index that holds the vectors themselves."""
-    scores, places = faiss.knn(queries, flat.reconstruct_batch(rows), k, faiss.METRIC_INNER_PRODUCT)
-    return scores, rows[places]
 
 
 def _search_lists(

@@ -317,8 +317,11 @@ def test_queries_are_decoded_in_other_processes_and_on_the_device_of_the_model(
     monkeypatch.setattr(query, "fastest_device", lambda: torch.device("cpu", 0))
     monkeypatch.setattr(query, "num_cores", lambda: 3)
     arguments = ("--index", index, "--model", student, "--json")
-    whole = json.loads(udon("search", pictures / "cats", *arguments).out)
-    assert json.loads(udon("search", pictures / "cats", *arguments, "--batch-size", 2).out) == whole
+    found = [
+        [[one["row"] for one in of["neighbours"]] for of in json.loads(done.out)["queries"]]
+        for done in (udon("search", pictures / "cats", *arguments, "--batch-size", size) for size in (32, 2))
+    ]
+    assert found[0] == found[1] and len(found[0]) == 7
     assert [workers for _, workers in seen] == [0, 2]
 
 
