@@ -23,33 +23,6 @@ class InUseError(ValueError):
 
 class DamagedFileError(OneLineError, ValueError):
     """A file that was cut off or overwritten; its message is one line for the user."""
-class DamagedError(ValueError):
-    """A file that is not as it was written; its message is one line for the user."""
-
-
-@contextmanager
-def damage_named(argument: str, file: Path, way_out: str, *kinds: type[Exception]) -> Iterator[None]:
-    """Turns what libraries raise of a damaged file into one line with its name.
-
-    Args:
-        argument: The user's argument that led to the file.
-        file: The file.
-        way_out: What the user can do.
-        kinds: Further errors of the library that reads it.
-
-    Raises:
-        DamagedError: If reading it fails.
-    """
-    caught: tuple[type[Exception], ...] = (OSError, LookupError, TypeError, ValueError, RuntimeError, *kinds)
-    try:
-        yield
-    except caught as error:
-        if isinstance(error, DamagedError):
-            raise
-        raise DamagedError(
-            f"`{argument}` must be whole. Got {str(file)!r}, which is damaged ({' '.join(str(error).split())[:200]}); "
-            f"{way_out}."
-        ) from error
 
 
 @contextmanager
@@ -121,12 +94,19 @@ def read_json(path: Path) -> Any:
 
 
 @contextmanager
-def damage_of(path: Path, *kinds: type[Exception]) -> Iterator[None]:
+def damage_of(
+    path: Path,
+    *kinds: type[Exception],
+    argument: str | None = None,
+    way_out: str = "bring back a copy of it, or make it again",
+) -> Iterator[None]:
     """Turns what reading a damaged file raises into one line with its name.
 
     Args:
         path: The file.
         kinds: What its reader raises besides ValueError, KeyError and TypeError.
+        argument: The user's argument that led to it.
+        way_out: What the user can do.
 
     Raises:
         DamagedFileError: If the block fails so.
@@ -139,9 +119,10 @@ def damage_of(path: Path, *kinds: type[Exception]) -> Iterator[None]:
         if not isinstance(error, (ValueError, KeyError, TypeError, *kinds)):
             raise
         reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise DamagedFileError(
-            f"{str(path)!r} must be whole. Got a damaged file ({reason}); bring back a copy of it, or make it again."
-        ) from error
+        rule = f"{str(path)!r} must be whole. Got a damaged file"
+        if argument is not None:
+            rule = f"`{argument}` must be whole. Got {str(path)!r}, which is damaged"
+        raise DamagedFileError(f"{rule} ({reason}); {way_out}.") from error
 
 
 @contextmanager

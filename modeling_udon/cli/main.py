@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             traceback.print_exc()
         line = explain(error)
         if line is not None:
-            return _complain(arguments.verb, line, 1)
+            return _complain(arguments.verb, line, 2 if isinstance(error, ValueError) else 1)
         if isinstance(error, ValueError):
             return _complain(arguments.verb, error, 2)
         if isinstance(error, OSError) and error.filename and error.strerror:

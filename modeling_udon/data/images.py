@@ -4,6 +4,7 @@
 """
 
 import io
+import os
 import struct
 import threading
 import warnings
@@ -31,6 +32,11 @@ _LARGEST_12_BIT = 4095
 # Tables, restart interval, comment, application data; not APP1, which holds EXIF and XMP.
 _HARMLESS_JPEG_MARKERS = frozenset({0xC4, 0xDB, 0xDD, 0xFE, 0xE0, *range(0xE2, 0xF0)})
 _warnings_lock = threading.Lock()
+
+
+def num_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def use_one_thread(worker_id: int = 0) -> None:

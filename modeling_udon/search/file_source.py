@@ -11,7 +11,7 @@ from pathlib import Path
 import pyarrow as pa
 
 from modeling_udon.data.files import lies_in, read_file
-from modeling_udon.search.shards import damage_of
+from modeling_udon.search.shards import damage_of_embeddings
 from modeling_udon.search.source_spec import Read, ReadImage, with_domain
 from modeling_udon.text import as_unicode
 
@@ -58,7 +58,7 @@ class FileSource:
 
     def _paths(self, start: int, stop: int) -> list[str]:
         shard, first = divmod(start, self.shard_size)
-        with damage_of(self.listing), pa.memory_map(str(self.listing)) as file:
+        with damage_of_embeddings(self.listing), pa.memory_map(str(self.listing)) as file:
             batch = pa.ipc.open_file(file).get_batch(shard)
             return [os.fsdecode(path) for path in batch.column("path").slice(first, stop - start).to_pylist()]
 
@@ -123,7 +123,7 @@ def write_listing(paths: Iterable[str], listing: Path, shard_size: int, root: st
 
 def what_changed(then: Path, now: Path) -> str:
     """Says how many files are new, changed and removed between two listings; empty if they are the same."""
-    with damage_of(then), pa.memory_map(str(then)) as first, pa.memory_map(str(now)) as second:
+    with damage_of_embeddings(then), pa.memory_map(str(then)) as first, pa.memory_map(str(now)) as second:
         before, after = pa.ipc.open_file(first).read_all(), pa.ipc.open_file(second).read_all()
         before.validate(full=True)
         if before.equals(after):

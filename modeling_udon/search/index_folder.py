@@ -13,7 +13,7 @@ import faiss
 import pyarrow as pa
 
 from modeling_udon.search.shards import Embeddings
-from modeling_udon.storage import DamagedError, damage_named, standing_folder, write_json
+from modeling_udon.storage import DamagedFileError, damage_of, standing_folder, write_json
 
 INDEX_FILE = "index.faiss"
 METADATA_FILE = "metadata.arrow"
@@ -63,7 +63,7 @@ def open_index(folder: Path) -> tuple[IndexAbout, Any, pa.Table]:
         content = _read_manifest(folder)
         try:
             opened = _open_files(folder, content)
-        except DamagedError:
+        except DamagedFileError:
             if content == _read_manifest(folder):
                 raise
             continue
@@ -116,7 +116,8 @@ def _open_files(folder: Path, content: Mapping[str, Any]) -> tuple[IndexAbout, A
 
 
 def _damage_of(file: Path) -> AbstractContextManager[None]:
-    return damage_named("index", file, "build it again with udon index --force", pa.ArrowException)
+    kinds = pa.ArrowException, OSError, LookupError, RuntimeError
+    return damage_of(file, *kinds, argument="index", way_out="build it again with udon index --force")
 
 
 def _checksums(file: Path) -> dict[str, Any]:

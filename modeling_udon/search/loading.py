@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from torch.utils.data import DataLoader, Sampler
 from torch.utils.data import Dataset as TorchDataset
 
-from modeling_udon.data.images import decode_image, use_one_thread
+from modeling_udon.data.images import decode_image, num_cores, use_one_thread
 from modeling_udon.data.transforms import ImageTransform
 from modeling_udon.search.shards import ShardFolder
 from modeling_udon.search.source_spec import ImageSource
@@ -118,8 +118,3 @@ def make_loader(
         pin_memory=accelerator.device.type == "cuda",
         prefetch_factor=4 if num_workers else None,
     )
-
-
-def num_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -13,9 +13,9 @@ import numpy as np
 
 from modeling_udon.calibration import Calibration
 from modeling_udon.data.folders import describe_passed_over, walk_images
+from modeling_udon.data.images import num_cores
 from modeling_udon.encoder import Encoder, fastest_device
 from modeling_udon.search.image_index import ImageIndex
-from modeling_udon.search.loading import num_cores
 from modeling_udon.text import printable
 
 # Of the JSON: 1 had the columns of the data beside our own, which they could replace.

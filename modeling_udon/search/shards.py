@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from modeling_udon.storage import DamagedError, damage_named, replaced_file, write_json, write_text
+from modeling_udon.storage import DamagedFileError, damage_of, replaced_file, write_json, write_text
 from modeling_udon.text import printable, table_cell
 
 # What readers of Parquet folders take for data does not begin with a dot.
@@ -95,7 +95,7 @@ class Embeddings:
     def blocks(self, columns: bool = True) -> Iterator[tuple[np.ndarray, pa.Table]]:
         """Reads a shard at a time: embeddings of shape `(num_rows, dim)` and a table of the other columns."""
         for part in self.parts:
-            with damage_of(part):
+            with damage_of_embeddings(part):
                 file = pq.ParquetFile(part, page_checksum_verification=True)
                 for batch in file.iter_batches(batch_size=65_536, columns=None if columns else ["embedding"]):
                     table = pa.Table.from_batches([batch])
@@ -179,7 +179,7 @@ def open_embeddings(folder: Path) -> Embeddings:
     parts = [shards.part(shard) for shard in range(shards.num_shards)]
     num_rows, schemas = 0, []
     for part in parts:
-        with damage_of(part):
+        with damage_of_embeddings(part):
             file = pq.ParquetFile(part)
             num_rows += file.metadata.num_rows
             schemas.append(file.schema_arrow)
@@ -210,7 +210,7 @@ def _check_identity(folder: Path, saved: Mapping[str, Any], wanted: Mapping[str,
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
     file = folder / WORK_FOLDER / MANIFEST_FILE
-    with damage_of(file):
+    with damage_of_embeddings(file):
         content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         schema = content["schema"]
     if schema != SCHEMA:
@@ -221,14 +221,15 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     return content
 
 
-def damage_of(file: Path) -> AbstractContextManager[None]:
+def damage_of_embeddings(file: Path) -> AbstractContextManager[None]:
     """Turns what libraries raise of a damaged file of embeddings into one line with its name."""
-    return damage_named("embeddings", file, "delete it and run its udon embed again", pa.ArrowException)
+    way_out = "delete it and run its udon embed again"
+    return damage_of(file, pa.ArrowException, OSError, LookupError, argument="embeddings", way_out=way_out)
 
 
 def _check_vectors(vectors: np.ndarray, part: Path) -> None:
     if not np.isfinite(vectors).all():
-        raise DamagedError(
+        raise DamagedFileError(
             f"`embeddings` must be finite. Got NaN or infinity in {str(part)!r}; embed the images again with --force, "
             "in float32 or bf16."
         )

@@ -159,7 +159,7 @@ def test_a_large_file_is_known_by_its_size_and_both_ends(many, tmp_path, monkeyp
     data = bytearray((tmp_path / "i" / "index.faiss").read_bytes())
     data[-3] ^= 1
     (tmp_path / "i" / "index.faiss").write_bytes(data)
-    with pytest.raises(storage.DamagedError, match="index.faiss', which is damaged .its sha256_of_ends is"):
+    with pytest.raises(storage.DamagedFileError, match="index.faiss', which is damaged .its sha256_of_ends is"):
         ImageIndex(tmp_path / "i")
 
 
