@@ -51,7 +51,7 @@ def evaluate(
         mixed_precision: Number format of the forward pass.
         metrics: R@k, mMP@k, mAP@R beside R@1 and mMP@5.
         pca: Also measure embeddings reduced to so many dimensions.
-        quality_per_byte: Compare dimensions x float32, int8, binary, pq.
+        quality_per_byte: Compare dimensions x the codes of the kinds flat, sq8, binary and pq of udon index.
         leaks: Look for images of the split in training.
         bootstrap: Samples of the 95 % intervals.
         seed: Seed of the samples.

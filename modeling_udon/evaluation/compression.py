@@ -1,23 +1,21 @@
-"""Quality a byte: the same retrieval with fewer dimensions and shorter codes.
+"""Quality per byte: the same retrieval with fewer dimensions, and with the codes of each kind that `udon index` builds.
 
 Principal components and codebooks are learned on the vectors of the index itself, as an index is built in practice:
-no label is looked at. Queries are projected, but stay float32, except for binary codes, where both sides are signs.
+no label is looked at. Queries are projected, and each kind compares them with its codes as a search does.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-import faiss
 import numpy as np
 
 from modeling_udon.evaluation.protocol import METRICS, EmbeddedDomain, Neighbours, score, search_merged
 from modeling_udon.search.exact_search import exact_search
+from modeling_udon.search.faiss_index import LEAST_FOR_PQ, empty_index, num_training_rows, sample_rows, search_others
 
-CODES = ("float32", "int8", "binary", "pq")
-# Each codeword of product quantisation is a byte that stands for so many dimensions.
-PQ_DIMS = 4
-PQ_CENTROIDS = 256
+# Kinds of index by their codes; the others have the same codes in lists or in a graph.
+CODES = ("flat", "sq8", "binary", "pq")
 
 
 def fit_pca(vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -69,34 +67,6 @@ def reduce_domains(domains: Mapping[str, EmbeddedDomain], dim: int) -> dict[str,
     }
 
 
-def encode(queries: np.ndarray, index: np.ndarray, code: str) -> tuple[np.ndarray, np.ndarray, float]:
-    """Stores the index in a code and reads it back.
-
-    Args:
-        queries: Of shape `(num_queries, dim)`.
-        index: Of shape `(num_index, dim)`.
-        code: `"float32"`; `"int8"`, a byte a dimension, scaled by the largest absolute value of the dimension;
-            `"binary"`, the signs; `"pq"`, product quantisation (Jegou et al., TPAMI 2011), a byte for 4 dimensions.
-
-    Returns:
-        Queries and index as they are compared, and the bytes of one stored vector.
-
-    Raises:
-        ValueError: If the code is unknown, or product quantisation lacks vectors or dimensions.
-    """
-    dim = index.shape[1]
-    if code == "float32":
-        return queries, index, 4.0 * dim
-    if code == "int8":
-        scale = np.maximum(np.abs(index).max(axis=0), np.finfo(np.float32).tiny) / 127
-        return queries, np.rint(index / scale).astype(np.int8) * scale.astype(np.float32), float(dim)
-    if code == "binary":
-        return _signs(queries), _signs(index), dim / 8
-    if code == "pq":
-        return queries, _quantise_products(index), dim / PQ_DIMS
-    raise ValueError(f"code must be one of {', '.join(CODES)}, got {code!r}")
-
-
 def quality_per_byte(
     domains: Mapping[str, EmbeddedDomain],
     dims: Sequence[int] | None = None,
@@ -117,7 +87,12 @@ def quality_per_byte(
     Returns:
         For each combination `"dim"`, `"pca"`, `"code"`, `"bytes"` of a vector, and the mean of each metric over the
         domains. The embeddings as they are come first, with `"pca"` false.
+
+    Raises:
+        ValueError: If a code is unknown.
     """
+    if unknown := [code for code in codes if code not in CODES]:
+        raise ValueError(f"`codes` must be among {', '.join(CODES)}. Got {unknown[0]!r}.")
     full_dim = next(iter(domains.values())).query_embeds.shape[1]
     wanted = _halved(full_dim) if dims is None else sorted({dim for dim in dims if dim <= full_dim}, reverse=True)
     neighbours = search_merged(domains, metrics, **search)
@@ -125,7 +100,7 @@ def quality_per_byte(
     for dim, pca in [(full_dim, False), *((dim, True) for dim in wanted)]:
         reduced = reduce_domains(domains, dim) if pca else domains
         for code in codes:
-            if code == "pq" and (dim % PQ_DIMS or len(_index_vectors(domains)) < PQ_CENTROIDS):
+            if code == "pq" and len(_index_vectors(domains)) < LEAST_FOR_PQ:
                 continue
             bytes_a_vector, means = _score_encoded(reduced, neighbours, code, metrics, search)
             rows.append({"dim": dim, "pca": pca, "code": code, "bytes": bytes_a_vector} | means)
@@ -139,15 +114,30 @@ def _score_encoded(
     metrics: Sequence[str],
     search: Mapping[str, Any],
 ) -> tuple[float, dict[str, float]]:
-    """The neighbours' labels stay as they are, so only ids are looked for anew."""
-    vectors, found, bytes_a_vector = _index_vectors(domains), {}, 0.0
+    """The neighbours' labels stay as they are, so only ids are looked for again."""
+    vectors, found = np.ascontiguousarray(_index_vectors(domains)), {}
+    index = _filled_index(code, vectors)
     for (name, domain), start in zip(domains.items(), _starts(neighbours), strict=True):
-        queries, index, bytes_a_vector = encode(domain.query_embeds, vectors, code)
-        own_rows = start + np.arange(len(queries)) if domain.index_embeds is None else None
+        queries = np.ascontiguousarray(domain.query_embeds)
+        own_rows = np.arange(len(queries)) + start if domain.index_embeds is None else np.full(len(queries), -1)
         depth = neighbours[name].ids.shape[1]
-        scores, ids = exact_search(queries, index, depth, exclude=own_rows, **search)
+        if code == "flat":  # which is exact search, and that has one order of equal scores
+            scores, ids = exact_search(queries, vectors, depth, exclude=own_rows, **search)
+        else:
+            scores, ids = search_others(index, queries, own_rows, depth, None)
+            padding = ((0, 0), (0, depth - ids.shape[1]))
+            scores, ids = np.pad(scores, padding, constant_values=-np.inf), np.pad(ids, padding, constant_values=-1)
         found[name] = replace(neighbours[name], ids=ids, scores=scores)
-    return bytes_a_vector, score(found, metrics)["mean"]
+    return float(index.code_size), score(found, metrics)["mean"]
+
+
+def _filled_index(kind: str, vectors: np.ndarray) -> Any:
+    """The index that `udon index` builds over vectors."""
+    index = empty_index(kind, vectors.shape[1], len(vectors))
+    if not index.is_trained:
+        index.train(vectors[sample_rows(len(vectors), num_training_rows(index))])
+    index.add(vectors)
+    return index
 
 
 def _index_vectors(domains: Mapping[str, EmbeddedDomain]) -> np.ndarray:
@@ -163,25 +153,6 @@ def _starts(neighbours: Mapping[str, Neighbours]) -> np.ndarray:
 
 def _halved(dim: int) -> list[int]:
     return [dim >> shift for shift in range(dim.bit_length()) if dim >> shift >= 8] or [dim]
-
-
-def _signs(vectors: np.ndarray) -> np.ndarray:
-    return np.where(vectors >= 0, np.float32(1), np.float32(-1)) / np.float32(vectors.shape[1] ** 0.5)
-
-
-def _quantise_products(index: np.ndarray) -> np.ndarray:
-    num_vectors, dim = index.shape
-    if dim % PQ_DIMS or num_vectors < PQ_CENTROIDS:
-        raise ValueError(
-            f"code 'pq' must have a multiple of {PQ_DIMS} dimensions and at least {PQ_CENTROIDS} vectors, "
-            f"got {num_vectors} of {dim}; use 'int8'"
-        )
-    quantised = faiss.IndexPQ(dim, dim // PQ_DIMS, 8)
-    quantised.pq.cp.min_points_per_centroid = 1  # silences a warning; how good the codes are is what is measured here
-    vectors = np.ascontiguousarray(index, dtype=np.float32)
-    quantised.train(vectors)
-    quantised.add(vectors)
-    return quantised.reconstruct_n(0, num_vectors)
 
 
 def _unit_norm(vectors: np.ndarray) -> np.ndarray:

@@ -12,6 +12,9 @@ FLAT_UP_TO = 200_000
 IVF_UP_TO = 10_000_000
 # So many rows of a filter are compared one by one: that takes no longer than finding the best lists among them.
 _FEW_ROWS = 2_000
+# A byte tells so many codewords from each other.
+LEAST_FOR_PQ = 256
+_SEED = 0
 # What it takes to begin with a list of an index, in rows.
 _LIST_COST = 150
 # Up to this share of an index, the rows of a filter are copied: scattered over their lists they are slow to look at.
@@ -36,8 +39,10 @@ def empty_index(kind: str, dim: int, num_images: int) -> Any:
     Raises:
         ValueError: If these are too few for the kind.
     """
-    if kind in ("pq", "ivfpq") and num_images < 256:
-        raise ValueError(f"`kind` {kind!r} needs at least 256 images. Got {num_images}; use kind 'flat' or 'sq8'.")
+    if kind in ("pq", "ivfpq") and num_images < LEAST_FOR_PQ:
+        raise ValueError(
+            f"`kind` {kind!r} needs at least {LEAST_FOR_PQ} images. Got {num_images}; use kind 'flat' or 'sq8'."
+        )
     num_bytes = max(size for size in range(1, max(dim // 2, 1) + 1) if dim % size == 0)
     num_lists = max(min(int(4 * num_images**0.5), num_images // 39), 1)
     factory = {
@@ -82,6 +87,35 @@ def search_faiss(
     else:
         parameters = faiss.SearchParameters(**selected)
     return index.search(queries, k, params=parameters)
+
+
+def sample_rows(num_images: int, size: int) -> np.ndarray:
+    """Rows of a random sample, ascending, the same each time; all rows, where there are no more."""
+    generator = np.random.default_rng(_SEED)
+    return np.sort(generator.choice(num_images, size=min(size, num_images), replace=False))
+
+
+def search_others(
+    index: Any, queries: np.ndarray, own_rows: np.ndarray, k: int, effort: int | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Searches for the neighbours of images of the index, themselves left out.
+
+    Args:
+        index: The index.
+        queries: Of shape `(num_queries, dim)`, float32.
+        own_rows: Of shape `(num_queries,)`: the row that is the query itself, -1 for none.
+        k: Neighbours of each query.
+        effort: See `search_faiss`.
+
+    Returns:
+        Scores and rows, of shape `(num_queries, min(k, num_images - 1))`.
+    """
+    scores, rows = search_faiss(index, queries, min(k + 1, index.ntotal), effort)
+    left_out = rows == own_rows[:, None]
+    # Where a query was not found itself, its last neighbour gives way, so that all keep as many.
+    left_out[~left_out.any(axis=1), -1] = True
+    shape = len(queries), rows.shape[1] - 1
+    return scores[~left_out].reshape(shape), rows[~left_out].reshape(shape)
 
 
 def efforts_of(index: Any) -> tuple[list[int], str]:

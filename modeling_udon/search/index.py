@@ -13,7 +13,14 @@ import faiss
 import numpy as np
 
 from modeling_udon.search.exact_search import exact_search
-from modeling_udon.search.faiss_index import choose_kind, efforts_of, empty_index, num_training_rows, search_faiss
+from modeling_udon.search.faiss_index import (
+    choose_kind,
+    efforts_of,
+    empty_index,
+    num_training_rows,
+    sample_rows,
+    search_others,
+)
 from modeling_udon.search.index_folder import ABOUT_FILE, INDEX_FILE, IndexAbout, write_about, write_metadata
 from modeling_udon.search.shards import Embeddings, open_embeddings
 from modeling_udon.storage import check_out, locked, replaced_folder
@@ -24,7 +31,6 @@ _NUM_RECALL_QUERIES = 500
 _NUM_TIES = 50
 _TIE = 1e-6
 _LEAST_GAIN = 0.002
-_SEED = 0
 
 
 def build_index(
@@ -75,7 +81,7 @@ def _build(
     say(f"{num_images:,} embeddings of {dim} dimensions by {about['model']}, kind {chosen}")
     index = empty_index(chosen, dim, num_images)
     if not index.is_trained:
-        index.train(read_rows(opened, _sample(num_images, num_training_rows(index))))
+        index.train(read_rows(opened, sample_rows(num_images, num_training_rows(index))))
     for vectors in _vectors(opened):
         index.add(vectors)
     write_metadata(draft, opened)
@@ -139,11 +145,6 @@ def _same_model(opened: Sequence[Embeddings]) -> Mapping[str, Any]:
     return first
 
 
-def _sample(num_images: int, size: int) -> np.ndarray:
-    generator = np.random.default_rng(_SEED)
-    return np.sort(generator.choice(num_images, size=min(size, num_images), replace=False))
-
-
 def _measure(
     index: Any, opened: Sequence[Embeddings], num_images: int, target: float, say: Callable[[str], None]
 ) -> tuple[int, float | None]:
@@ -151,15 +152,14 @@ def _measure(
     k = min(RECALL_AT, num_images - 1)
     if k < 1:
         return 0, None
-    rows = _sample(num_images, _NUM_RECALL_QUERIES)
+    rows = sample_rows(num_images, _NUM_RECALL_QUERIES)
     queries = read_rows(opened, rows)
     exact_scores, exact_rows = exact_neighbours(opened, rows, min(k + _NUM_TIES, num_images - 1))
     right = np.where(exact_scores >= exact_scores[:, k - 1 : k] - _TIE, exact_rows, -2)
     efforts, most = efforts_of(index)
     best_effort, best_recall = 0, -1.0
     for effort in efforts:
-        found = search_faiss(index, queries, k + 1, effort or None)[1]
-        found = np.stack([line[line != row][:k] for line, row in zip(_own_last(found, rows), rows, strict=True)])
+        found = search_others(index, queries, rows, k, effort or None)[1]
         recall = float(np.mean([np.isin(line, good).sum() / k for line, good in zip(found, right, strict=True)]))
         what = f" looking at {effort} of {most}" if effort else ""
         say(f"recall@{k} against exact search{what}: {100 * recall:.1f} % ({len(rows)} images as queries)")
@@ -169,14 +169,6 @@ def _measure(
         if recall >= target:
             break
     return best_effort, best_recall
-
-
-def _own_last(found: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """Where a query was not found itself, its last neighbour gives way, so that all keep as many."""
-    found = found.copy()
-    missing = ~(found == rows[:, None]).any(axis=1)
-    found[missing, -1] = rows[missing]
-    return found
 
 
 def _sources(opened: Sequence[Embeddings]) -> list[dict[str, Any]]:

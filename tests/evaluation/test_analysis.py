@@ -7,6 +7,7 @@ import itertools
 import numpy as np
 import pytest
 from datasets import Dataset, Features, Image
+from made_embeddings import write_embeddings
 from PIL import Image as PILImage
 
 from modeling_udon.data.domains import Domain, EvaluationSplit, ImageSplit
@@ -18,9 +19,11 @@ from modeling_udon.evaluation.analysis import (
     scores_by_frequency,
     values_by_domain,
 )
-from modeling_udon.evaluation.compression import encode, fit_pca, project, quality_per_byte, reduce_domains
+from modeling_udon.evaluation.compression import fit_pca, project, quality_per_byte, reduce_domains
 from modeling_udon.evaluation.leaks import find_leaks
 from modeling_udon.evaluation.protocol import EmbeddedDomain, score_merged, search_merged, search_separate
+from modeling_udon.search.image_index import ImageIndex
+from modeling_udon.search.index import build_index
 
 
 def unit_vectors(rng, num, dim=8):
@@ -182,45 +185,22 @@ def test_components_are_learned_on_the_index_of_all_domains():
         reduce_domains(domains, 9)
 
 
-def test_codes_are_what_a_loop_over_dimensions_gives():
-    rng = np.random.default_rng(3)
-    queries, index = unit_vectors(rng, 4), unit_vectors(rng, 9)
-    same_queries, same_index, size = encode(queries, index, "float32")
-    assert same_queries is queries and same_index is index and size == 32
-    compared, stored, size = encode(queries, index, "int8")
-    assert compared is queries and size == 8
-    for column in range(8):
-        step = max(abs(index[:, column])) / 127
-        for row in range(9):
-            assert stored[row, column] == pytest.approx(round(index[row, column] / step) * step, abs=1e-6)
-    compared, stored, size = encode(queries, index, "binary")
-    assert size == 1
-    for row, query in itertools.product(range(9), range(4)):
-        differing = sum((queries[query, c] >= 0) != (index[row, c] >= 0) for c in range(8))
-        assert compared[query] @ stored[row] == pytest.approx(1 - 2 * differing / 8)
+@pytest.mark.parametrize(("code", "size"), [("flat", 64), ("sq8", 16), ("binary", 10), ("pq", 8)])
+def test_a_code_scores_as_the_index_of_its_kind_finds(code, size, tmp_path):
+    rng = np.random.default_rng(2)
+    labels = rng.integers(0, 40, 400)
+    vectors = rng.standard_normal((40, 16))[labels] + rng.standard_normal((400, 16))
+    vectors = (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
+    row = quality_per_byte({"own": EmbeddedDomain(vectors, labels)}, dims=(), codes=(code,), metrics=("R@1",))[0]
+    build_index([write_embeddings(tmp_path / "e", vectors)], tmp_path / "i", kind=code)
+    found = ImageIndex(tmp_path / "i").search(vectors, 2)[1]
+    first = [next(other for other in line if other != own) for own, line in enumerate(found.tolist())]
+    assert row == {"dim": 16, "pca": False, "code": code, "bytes": size, "R@1": np.mean(labels[first] == labels)}
 
 
-def test_product_quantisation_stores_a_few_different_parts():
-    index = unit_vectors(np.random.default_rng(0), 600, 8)
-    queries, stored, size = encode(index, index, "pq")
-    assert queries is index and size == 2 and stored.shape == index.shape
-    for part in (stored[:, :4], stored[:, 4:]):
-        assert len(np.unique(part, axis=0)) <= 256
-    assert np.square(stored - index).sum(axis=1).mean() < 0.1
-
-
-@pytest.mark.parametrize(
-    ("code", "num", "dim", "message"),
-    [
-        ("pq", 300, 6, "code 'pq' must have a multiple of 4 dimensions and at least 256 vectors, got 300 of 6"),
-        ("pq", 10, 8, "code 'pq' must have .* got 10 of 8; use 'int8'"),
-        ("int4", 10, 8, "code must be one of float32, int8, binary, pq, got 'int4'"),
-    ],
-)
-def test_a_code_that_cannot_be_is_refused(code, num, dim, message):
-    vectors = unit_vectors(np.random.default_rng(0), num, dim)
-    with pytest.raises(ValueError, match=message):
-        encode(vectors, vectors, code)
+def test_a_code_that_no_index_has_is_refused():
+    with pytest.raises(ValueError, match="^`codes` must be among flat, sq8, binary, pq. Got 'int4'"):
+        quality_per_byte(two_domains(0), codes=("flat", "int4"))
 
 
 def test_quality_per_byte_scores_each_dimension_and_code():
@@ -229,30 +209,15 @@ def test_quality_per_byte_scores_each_dimension_and_code():
     assert [(row["dim"], row["pca"], row["code"], row["bytes"]) for row in rows] == [
         (dim, pca, code, size)
         for dim, pca in ((16, False), (16, True), (8, True))
-        for code, size in (("float32", 4 * dim), ("int8", dim), ("binary", dim / 8))
+        for code, size in (("flat", 4 * dim), ("sq8", dim), ("binary", dim / 8 + 8))
     ]
     assert {m: rows[0][m] for m in ("R@1", "mMP@5")} == score_merged(domains)["mean"]
     assert {m: rows[6][m] for m in ("R@1", "mMP@5")} == score_merged(reduce_domains(domains, 8))["mean"]
 
 
-def test_a_binary_code_is_scored_by_the_number_of_equal_signs():
-    domains = two_domains(4, dim=16)
-    signs = {
-        name: EmbeddedDomain(
-            np.where(domain.query_embeds >= 0, 1, -1).astype(np.float32) / 4,
-            domain.query_labels,
-            None if domain.index_embeds is None else np.where(domain.index_embeds >= 0, 1, -1).astype(np.float32) / 4,
-            domain.index_labels,
-        )
-        for name, domain in domains.items()
-    }
-    row = quality_per_byte(domains, dims=(), codes=("binary",))
-    assert row == [{"dim": 16, "pca": False, "code": "binary", "bytes": 2.0} | score_merged(signs)["mean"]]
-
-
 def test_quality_per_byte_has_product_quantisation_where_it_can_be_learned():
     rows = quality_per_byte(two_domains(0, dim=8, num=6), dims=(8, 99), codes=("pq",))
-    assert [(row["dim"], row["bytes"]) for row in rows] == [(8, 2), (8, 2)]
+    assert [(row["dim"], row["bytes"]) for row in rows] == [(8, 4), (8, 4)]
 
 
 def encoded(pixels, image_format="PNG", **options):

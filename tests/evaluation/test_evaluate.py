@@ -126,7 +126,7 @@ def test_everything_that_can_be_asked_for_is_in_the_results(udon, own_run):
     assert code == 0
     analysis = json.loads((own_run / "results.json").read_text())["analysis"]["test"]
     assert list(analysis["pca"]) == ["4", "2"] and analysis["intervals"]["num_samples"] == 10
-    assert {row["code"] for row in analysis["quality_per_byte"]} == {"float32", "int8", "binary"}
+    assert {row["code"] for row in analysis["quality_per_byte"]} == {"flat", "sq8", "binary"}
     assert analysis["leaks"]["num_leaked"] == 0 and analysis["leaks"]["compared"] == "decoded pixels"
     for title in ("reduced to 4 dimensions", "quality per byte", "0 of 85 images of the test split occur in training"):
         assert title in out
