@@ -1,21 +1,29 @@
 """Vision encoders other than UDON's own: opened from transformers or timm, pooled to one feature per image."""
 
 import importlib
+import json
 import re
 from pathlib import Path
-from types import ModuleType
 from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import nn
-from transformers import AutoImageProcessor, AutoModel, PretrainedConfig, PreTrainedModel
+from transformers import (
+    AutoImageProcessor,
+    PretrainedConfig,
+    PreTrainedModel,
+    TimmWrapperConfig,
+    TimmWrapperModel,
+)
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.utils import cached_file
 
-from modeling_udon.configuration_udon import BACKBONES, UdonConfig, backbone_facts
-from modeling_udon.modeling_udon import pool_features, vision_tower
+from modeling_udon.configuration_udon import TOWER_OPTIONS, UdonConfig, backbone_facts
+from modeling_udon.data.preprocessing import ChannelStatistics
+from modeling_udon.data.processor_statistics import processor_values
+from modeling_udon.modeling_udon import num_prefix_tokens, pool_features, tower_class, vision_tower
 
 TIMM_PREFIX = "timm:"
 # Side of the thumbnails that are the raw-pixel baseline.
@@ -47,7 +55,7 @@ class ImageFeatures(nn.Module):
         facts, own = backbone_facts(backbone.config), getattr(backbone.config, "image_size", None)
         other = image_size is not None and own is not None and own not in (image_size, [image_size] * 2)
         self._options = {"interpolate_pos_encoding": True} if other and facts.sizes == "request" else {}
-        if "cls" in config.pooling and backbone.config.model_type in BACKBONES and not facts.prefix:
+        if "cls" in config.pooling and not num_prefix_tokens(backbone):
             raise ValueError(
                 f"`pooling` must be one that the model has. Got {config.pooling} for {backbone.config.model_type!r}, "
                 "which has no class token; use mean or pooler."
@@ -63,30 +71,6 @@ class ImageFeatures(nn.Module):
         if self._gives_embeds and "image_embeds" in outputs:
             return outputs["image_embeds"]
         return pool_features(self.backbone, outputs, self._config)
-
-
-class TimmFeatures(nn.Module):
-    """A model of timm with a pooling: normalised images to one feature each, not of unit norm.
-
-    Args:
-        model: The model, without its classifier.
-        pooling: As in `ImageFeatures`; `None` is `"pooler"`, the model's own pooling.
-    """
-
-    def __init__(self, model: nn.Module, pooling: Pooling | None) -> None:
-        super().__init__()
-        self.model = model
-        self.pooling = pooling
-
-    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """`(batch_size, 3, height, width)` -> `(batch_size, dim)`."""
-        model: Any = self.model
-        hidden = model.forward_features(pixel_values)
-        if self.pooling in (None, "pooler"):
-            return model.forward_head(hidden, pre_logits=True)
-        if hidden.ndim == 4 and hidden.shape[-1] == model.num_features:
-            hidden = hidden.permute(0, 3, 1, 2)  # (B, H, W, D), as Swin has it -> (B, D, H, W)
-        return pool_hidden(hidden, self.pooling)
 
 
 class RawPixels(nn.Module):
@@ -109,22 +93,6 @@ def shrink_to_thumbnail(image: np.ndarray) -> np.ndarray:
     return np.array(small)
 
 
-def pool_hidden(hidden: torch.Tensor, pooling: str) -> torch.Tensor:
-    """Tokens of shape `(B, N, D)` or feature maps of shape `(B, D, H, W)` to `(B, D)`.
-
-    Raises:
-        ValueError: If `"cls"` is asked for of a map, or `hidden` is neither.
-    """
-    if hidden.ndim == 4 and pooling == "mean":
-        return hidden.mean(dim=(2, 3))
-    if hidden.ndim != 3:
-        raise ValueError(
-            f"`pooling` must fit the model's output. Got {pooling} for a last hidden state of "
-            f"{hidden.ndim} dimensions; use mean or pooler."
-        )
-    return hidden[:, 0] if pooling == "cls" else hidden.mean(dim=1)
-
-
 def open_backbone(name: str, config: PretrainedConfig, pooling: Pooling | None, **source: Any) -> PreTrainedModel:
     """Opens a model of transformers in float32: the tower that sees, where it takes texts too.
 
@@ -132,16 +100,55 @@ def open_backbone(name: str, config: PretrainedConfig, pooling: Pooling | None, 
         name: A folder or Hub id.
         config: Its configuration.
         pooling: What will be read of its output; weights that nothing reads may be missing.
-        source: `revision` and `trust_remote_code`.
+        source: `revision`, `trust_remote_code` and `attn_implementation`.
 
     Raises:
         ValueError: If weights are missing.
     """
-    model, found = AutoModel.from_pretrained(
-        name, config=config, dtype=torch.float32, output_loading_info=True, **source
+    model, found = tower_class(config).from_pretrained(
+        name,
+        config=config,
+        dtype=torch.float32,
+        output_loading_info=True,
+        **TOWER_OPTIONS.get(config.model_type, {}),
+        **source,
     )
-    check_missing(name, found["missing_keys"], pooling)
+    missing = found["missing_keys"]
+    if config.model_type == "data2vec-vision":
+        # Its checkpoints from pretraining have no final norm; one that only normalises is not random.
+        missing = [key for key in missing if "pooler.layernorm" not in key]
+    check_missing(name, missing, pooling)
     return vision_tower(model)
+
+
+def cut_layers(config: PretrainedConfig, keep_layers: int | None) -> PretrainedConfig:
+    """Returns the configuration of a backbone with its first layers alone; its weights then load without the others.
+
+    Args:
+        config: A vision encoder's, that of a model of images and texts, or a UDON student's.
+        keep_layers: Number of layers; `None`: all.
+
+    Raises:
+        ValueError: If it has fewer, or counts its layers otherwise.
+    """
+    if keep_layers is None:
+        return config
+    name = next((name for name in ("backbone_config", "vision_config") if hasattr(config, name)), None)
+    if name is not None:
+        setattr(config, name, cut_layers(getattr(config, name), keep_layers))
+        return config
+    own = getattr(config, "num_hidden_layers", None)
+    if not isinstance(own, int) or not 0 < keep_layers <= own or getattr(config, "depths", None) is not None:
+        what = f"{own} layers" if isinstance(own, int) and not hasattr(config, "depths") else "stages of layers"
+        raise ValueError(
+            f"`model.keep_layers` must be from 1 to the backbone's number of layers. Got {keep_layers} for "
+            f"{config.model_type!r}, which has {what}; name a number that it has, or leave it out."
+        )
+    values = config.to_dict()
+    # Names of stages go by the number of layers.
+    for derived in ("stage_names", "out_features", "out_indices", "_out_features", "_out_indices", "layer_types"):
+        values.pop(derived, None)
+    return type(config).from_dict(values | {"num_hidden_layers": keep_layers})
 
 
 def check_missing(name: str, missing: Any, pooling: str | None) -> None:
@@ -164,28 +171,48 @@ def check_missing(name: str, missing: Any, pooling: str | None) -> None:
         )
 
 
-def open_timm(name: str) -> tuple[nn.Module, dict[str, Any], ModuleType]:
-    """Opens a model of timm without its classifier.
+def open_timm(name: str, image_size: int | None = None) -> PreTrainedModel:
+    """Opens a model of timm, without its classifier, as transformers wraps it.
 
     Args:
         name: `timm:NAME`.
-
-    Returns:
-        The model, its data configuration (`input_size`, `mean`, `std`), and the library.
+        image_size: Side of the images in pixels, where it is not the model's own; position embeddings are resampled.
 
     Raises:
-        ValueError: If timm knows no such model.
+        ValueError: If timm knows no such model, or has no weights for it.
         ImportError: If timm is missing.
     """
     try:
         timm = importlib.import_module("timm")
     except ImportError as error:
         raise ImportError(f"--model {TIMM_PREFIX}NAME needs timm, which is missing: pip install timm") from error
+    source = name.removeprefix(TIMM_PREFIX)
     try:
-        model = timm.create_model(name.removeprefix(TIMM_PREFIX), pretrained=True, num_classes=0).eval()
-    except RuntimeError as error:
-        raise ValueError(f"`model` must name a model of timm after {TIMM_PREFIX}. Got {name!r}: {error}") from None
-    return model, timm.data.resolve_model_data_config(model), timm
+        model = timm.create_model(source, pretrained=True, num_classes=0)
+        data, size = timm.data.resolve_model_data_config(model), {}
+        embeds_patches = getattr(getattr(model, "patch_embed", None), "img_size", None) is not None
+        if embeds_patches and image_size not in (None, data["input_size"][-1]):
+            size = {"img_size": image_size}
+            model = timm.create_model(source, pretrained=True, num_classes=0, **size)
+    except Exception as error:  # Without a network or weights, timm raises whatever its downloader does.
+        raise ValueError(
+            f"`model` must name a model of timm with weights after {TIMM_PREFIX}. Got {name!r}: {one_line(error)}"
+        ) from None
+    known = {key: list(data[key]) for key in ("input_size", "mean", "std")}
+    if size:
+        known["input_size"] = [3, image_size, image_size]
+    architecture = model.pretrained_cfg.get("architecture") or source.partition(".")[0]
+    values: dict[str, Any] = {"pretrained_cfg": known, "num_labels": 0}
+    config = TimmWrapperConfig(architecture=architecture, model_args=size or None, **values)
+    wrapper = TimmWrapperModel(config)
+    wrapper.timm_model.load_state_dict(model.state_dict())
+    return wrapper.eval()
+
+
+def own_statistics(config: PretrainedConfig) -> ChannelStatistics | None:
+    """Returns the channel statistics that a configuration holds, as those of timm do; `None` if it holds none."""
+    known = getattr(config, "pretrained_cfg", None) or {}
+    return ChannelStatistics(tuple(known["mean"]), tuple(known["std"])) if "mean" in known else None
 
 
 def open_processor(name: str, **source: Any) -> BaseImageProcessor:
@@ -203,18 +230,28 @@ def open_processor(name: str, **source: Any) -> BaseImageProcessor:
         ) from None
 
 
-def find_processor(name: str, revision: str | None, trust_remote_code: bool) -> BaseImageProcessor | None:
-    """Returns a model's image processor, `None` for a model without one."""
-    path = cached_file(
-        name,
-        "preprocessor_config.json",
-        revision=revision,
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-    )
-    if path is None:
-        return None
-    return open_processor(name, revision=revision, trust_remote_code=trust_remote_code)
+def find_processing(name: str, revision: str | None, trust_remote_code: bool) -> dict[str, Any] | None:
+    """Returns the values of a model's image processor, `None` for a model without one.
+
+    They are read from its file: some processors open only where torchvision is installed.
+    """
+    for file, section in (("preprocessor_config.json", None), ("processor_config.json", "image_processor")):
+        path = cached_file(
+            name,
+            file,
+            revision=revision,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+        values = {} if path is None else json.loads(Path(path).read_text(encoding="utf-8"))
+        values = values if section is None else values.get(section, {})
+        if values and "image_mean" not in values:
+            # What the file leaves out is the class's to say.
+            processor = open_processor(name, revision=revision, trust_remote_code=trust_remote_code)
+            values = processor_values(processor)
+        if values:
+            return values
+    return None
 
 
 def check_remote_code(model: str, revision: str | None, trust_remote_code: bool) -> None:

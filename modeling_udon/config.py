@@ -54,6 +54,9 @@ class TrainSection(Section):
     """Steps in a row whose loss or gradient is not finite, which are not applied, that end the run."""
     keep_teachers: bool = False
     """Whether the teacher heads go out with the student in `best/`."""
+    ema_decay: float | None = Field(None, gt=0, lt=1)
+    """Decay of a moving average of the student's weights, which is measured and published in their place; `null`: none.
+    """
     heads_only: bool = False
     """Whether the backbone stays as it is: its features of all training images are computed once and kept on disk."""
     feature_views: int = Field(1, gt=0)
@@ -203,6 +206,14 @@ class TrainConfig(Section):
             )
         if isinstance(self.teachers, dict) and set(self.teachers) != set(self.domains):
             raise ValueError(f"`teachers` must name a run for each of {', '.join(self.domains)}")
+        return self
+
+    @model_validator(mode="after")
+    def _backbone_can_change(self) -> "TrainConfig":
+        if self.train.shard_backbone and (self.model.lora is not None or self.train.ema_decay is not None):
+            raise ValueError("`train.shard_backbone` must go without `model.lora` and `train.ema_decay`")
+        if self.train.heads_only and self.model.lora is not None:
+            raise ValueError("`train.heads_only` must go without `model.lora`, which trains the backbone")
         return self
 
     @model_validator(mode="after")

@@ -12,11 +12,24 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
 
+class LoraConfig(Section):
+    """Low-rank adapters in a frozen backbone, under the names that PEFT gives; merged before anything goes out."""
+
+    r: int = Field(8, gt=0)
+    """Rank of an adapter."""
+    lora_alpha: float = Field(16, gt=0)
+    """An adapter is multiplied by this over `r`."""
+    lora_dropout: float = Field(0.0, ge=0, lt=1)
+    """Share of an adapter's inputs that is dropped in training."""
+    target_modules: tuple[str, ...] | None = None
+    """Last names of the layers that get one; `null`: the query and value projections of all blocks."""
+
+
 class ModelConfig(Section):
     """The backbone and the heads."""
 
     backbone: str | None = None
-    """Trained vision encoder to start from: a Hub id or a folder; a UDON model stands for its backbone."""
+    """Trained vision encoder to start from: a Hub id, a folder or `timm:NAME`; a UDON model stands for its backbone."""
     revision: str | None = None
     """Commit, tag or branch of `backbone` on the Hub."""
     trust_remote_code: bool = False
@@ -33,8 +46,12 @@ class ModelConfig(Section):
     """Widths of the hidden layers of every head; empty for linear heads."""
     head_bias: bool = True
     """Whether the last layer of every head has a bias."""
-    attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
-    """How attention is computed."""
+    lora: LoraConfig | None = None
+    """Adapters that are trained in the place of the backbone's own weights, such as `{r: 8}`; `null`: none."""
+    keep_layers: int | None = Field(None, gt=0)
+    """First layers of `backbone` that are kept, of a plain transformer; `null` keeps all."""
+    attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] | None = None
+    """How attention is computed; `null` leaves it to transformers, which takes the fastest that the backbone has."""
     gradient_checkpointing: bool = False
     """Whether activations are computed anew in the backward pass: less memory, about a third more time."""
 
@@ -57,7 +74,7 @@ class DataConfig(Section):
     flip: bool = True
     """Whether half of the training images are mirrored; false where left and right matter, as in letters."""
     image_mean: tuple[float, float, float] | None = None
-    """Mean of each channel of images in 0..1; `null`: CLIP's for CLIP backbones, 0.5 elsewhere."""
+    """Mean of each channel of images in 0..1; `null`: as the backbone's image processor has it."""
     image_std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] | None = None
     """Standard deviation of each channel; `null` as for `image_mean`."""
     max_broken_share: float = Field(0.01, ge=0, lt=1)
@@ -225,6 +242,8 @@ class OptimConfig(Section):
     """Learning rate of heads and prototypes."""
     backbone_lr: float = Field(1e-5, ge=0)
     """Learning rate of the backbone."""
+    layer_decay: float | None = Field(None, gt=0, le=1)
+    """Factor on `backbone_lr` from each block to the one before it, so that early layers move less; `null`: none."""
     frozen_fraction: float = Field(0.2, ge=0, lt=1)
     """Share of the run in which the backbone's learning rate is 0 while its moments gather; 2 of 10 epochs."""
     betas: tuple[float, float] = (0.9, 0.999)

@@ -6,6 +6,7 @@ This file travels to the Hub beside `modeling_udon.py`, so it uses nothing of th
 import inspect
 from typing import Any, NamedTuple
 
+import transformers
 from transformers import AutoConfig, PretrainedConfig
 
 POOLINGS = ("cls", "mean", "cls+mean", "pooler")
@@ -19,7 +20,8 @@ class BackboneFacts(NamedTuple):
         pooling: The pooling that is read where none is named: the feature that the backbone was trained to give.
         norm: Submodule with the final norm of the tokens, where the encoder applies it in its pooler alone.
         sizes: `"any"`, takes images of any size by itself; `"request"`, by `interpolate_pos_encoding`; `"own"`.
-        statistics: Channel statistics of its usual checkpoints: `"standard"` (0.5), `"imagenet"`, `"clip"`.
+        statistics: Channel statistics of its usual checkpoints: `"standard"` (0.5), `"imagenet"`, `"clip"`, or
+            `"unit"`, pixels from 0 to 1 as they are.
         refusal: Why it cannot be used, empty if it can.
     """
 
@@ -32,9 +34,12 @@ class BackboneFacts(NamedTuple):
 
 
 _NAFLEX = "it takes patches, masks and shapes in place of images (NaFlex); take a SigLIP2 checkpoint of fixed size"
-_MASKED = "it hides random patches of each image, so that its features are not deterministic; take its ViT weights"
+_MASKED = (
+    "it hides random patches of each image, so that its features are not deterministic; save its encoder as a ViT, "
+    "ViTModel.from_pretrained(NAME).save_pretrained(FOLDER), and name that folder"
+)
 
-# By model type. `tests/test_backbones.py` saves and loads a tiny student of each, but for those it lists as absent.
+# By model type. `tests/test_backbone_types.py` trains, publishes and loads a tiny one of each.
 BACKBONES = {
     "vit": BackboneFacts(1, "cls", None, "request", "standard"),
     "deit": BackboneFacts(2, "cls", None, "request", "imagenet"),
@@ -48,21 +53,29 @@ BACKBONES = {
     "clip_vision_model": BackboneFacts(1, "pooler", "post_layernorm", "request", "clip"),
     "chinese_clip_vision_model": BackboneFacts(1, "pooler", "post_layernorm", "request", "clip"),
     "metaclip_2_vision_model": BackboneFacts(1, "pooler", "post_layernorm", "request", "clip"),
+    "altclip_vision_model": BackboneFacts(1, "pooler", "post_layernorm", "request", "clip"),
+    "blip_vision_model": BackboneFacts(1, "cls", None, "request", "clip"),
     "mlcd_vision_model": BackboneFacts(1, "cls", "post_layernorm", "own", "clip"),
     "mlcd": BackboneFacts(1, "cls", "post_layernorm", "own", "clip"),
     "siglip_vision_model": BackboneFacts(0, "pooler", None, "request", "standard"),
     "siglip2_vision_model": BackboneFacts(0, "pooler", refusal=_NAFLEX),
     "aimv2_vision_model": BackboneFacts(0, "mean", None, "own", "clip"),
     "beit": BackboneFacts(1, "pooler", "pooler.layernorm", "request", "standard"),
-    "data2vec-vision": BackboneFacts(1, "mean", None, "request", "standard"),
+    "data2vec-vision": BackboneFacts(1, "pooler", "pooler.layernorm", "request", "standard"),
     "convnext": BackboneFacts(0, "pooler", None, "any", "imagenet"),
     "convnextv2": BackboneFacts(0, "pooler", None, "any", "imagenet"),
     "resnet": BackboneFacts(0, "pooler", None, "any", "imagenet"),
     "regnet": BackboneFacts(0, "pooler", None, "any", "imagenet"),
     "bit": BackboneFacts(0, "pooler", None, "any", "standard"),
     "efficientnet": BackboneFacts(0, "pooler", None, "any", "imagenet"),
+    "mobilenet_v1": BackboneFacts(0, "pooler", None, "any", "standard"),
     "mobilenet_v2": BackboneFacts(0, "pooler", None, "any", "standard"),
-    "mobilevit": BackboneFacts(0, "pooler", None, "any", "imagenet"),
+    "mobilevit": BackboneFacts(0, "pooler", None, "any", "unit"),
+    "mobilevitv2": BackboneFacts(0, "pooler", None, "any", "unit"),
+    "levit": BackboneFacts(0, "pooler", None, "own", "imagenet"),
+    "segformer": BackboneFacts(0, "mean", None, "any", "imagenet"),
+    "swiftformer": BackboneFacts(0, "mean", None, "any", "imagenet"),
+    "dinat": BackboneFacts(0, "pooler", None, "any", "imagenet"),
     "swin": BackboneFacts(0, "pooler", None, "request", "imagenet"),
     "swinv2": BackboneFacts(0, "pooler", None, "request", "imagenet"),
     "focalnet": BackboneFacts(0, "pooler", None, "any", "imagenet"),
@@ -75,9 +88,23 @@ BACKBONES = {
 }
 
 
+# Towers of models of images and texts that no version of `AutoModel` makes by their model type: how their classes in
+# transformers begin.
+TOWERS = {
+    "altclip_vision_model": "AltCLIPVision",
+    "blip_vision_model": "BlipVision",
+    "metaclip_2_vision_model": "MetaClip2Vision",
+}
+# What their classes have to be told so that they are made whole: a final norm lies in a pooler that is left out else.
+TOWER_OPTIONS = {"data2vec-vision": {"add_pooling_layer": True}}
+
+
 def backbone_facts(config: PretrainedConfig) -> BackboneFacts:
     """Returns the facts about a backbone; of a model type that was not tried, those of a plain ViT."""
     facts = BACKBONES.get(config.model_type, BackboneFacts(1, "cls", None, "own", "standard"))
+    if facts.norm == "pooler.layernorm" and not config.use_mean_pooling:
+        # BEiT and data2vec normalise either their tokens or, in the pooler, the mean of these.
+        facts = facts._replace(pooling="cls", norm=None)
     registers = getattr(config, "num_register_tokens", 0) or 0
     return facts._replace(prefix=facts.prefix + registers) if facts.prefix else facts
 
@@ -160,7 +187,7 @@ def _resolve_backbone(backbone_config: PretrainedConfig | dict[str, Any] | None)
                 f"Got the keys {sorted(backbone_config)}."
             )
         values = dict(backbone_config)
-        backbone_config = AutoConfig.for_model(values.pop("model_type"), **values)
+        backbone_config = _make_config(values.pop("model_type"), values)
     return getattr(backbone_config, "vision_config", backbone_config)
 
 
@@ -175,6 +202,13 @@ def _feature(backbone_config: PretrainedConfig, pooling: str | None, token_norm:
     if token_norm == "auto":
         token_norm = None if pooling == "pooler" else facts.norm
     return pooling, token_norm
+
+
+def _make_config(model_type: str, values: dict[str, Any]) -> PretrainedConfig:
+    if model_type in TOWERS:
+        config: PretrainedConfig = getattr(transformers, f"{TOWERS[model_type]}Config")(**values)
+        return config
+    return AutoConfig.for_model(model_type, **values)
 
 
 def _positive(name: str, value: int) -> int:

@@ -9,6 +9,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,11 +25,12 @@ from modeling_udon.auto_classes import UdonModel
 from modeling_udon.backbones import (
     RAW_PIXELS_SIZE,
     TIMM_PREFIX,
+    ImageFeatures,
     Pooling,
     RawPixels,
-    TimmFeatures,
     one_line,
     open_timm,
+    own_statistics,
     shrink_to_thumbnail,
 )
 from modeling_udon.calibration import Calibration, read_calibration
@@ -241,22 +243,14 @@ def _raw_pixels(pooling: str | None) -> Encoder:
 
 
 def _open_timm(name: str, pooling: Pooling | None, image_size: int | None) -> Encoder:
-    model, data, timm = open_timm(name)
-    statistics = ChannelStatistics(tuple(data["mean"]), tuple(data["std"]))
-    size = image_size or data["input_size"][-1]
-    settings = preparation(size, statistics) | {"pooling": pooling, "timm": timm.__version__}
+    model = open_timm(name, image_size)
+    statistics = own_statistics(model.config)
+    assert statistics is not None, "every model of timm says how its images are prepared"
+    size = image_size or model.config.pretrained_cfg["input_size"][-1]
+    settings = preparation(size, statistics) | {"pooling": pooling, "timm": version("timm")}
+    features = ImageFeatures(model, pooling).eval()
     return _probed(
-        Encoder(
-            name,
-            TimmFeatures(model, pooling),
-            EvalTransform(size),
-            statistics,
-            size,
-            0,
-            "features",
-            pooling,
-            settings=settings,
-        )
+        Encoder(name, features, EvalTransform(size), statistics, size, 0, "features", pooling, settings=settings)
     )
 
 

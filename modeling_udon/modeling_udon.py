@@ -10,12 +10,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
 from torch.nn import functional as F
-from transformers import AutoModel, PreTrainedModel
+from transformers import AutoModel, PretrainedConfig, PreTrainedModel
 from transformers.utils import ModelOutput
 
-from .configuration_udon import BACKBONES, UdonConfig, backbone_facts
+from .configuration_udon import BACKBONES, TOWER_OPTIONS, TOWERS, UdonConfig, backbone_facts
 
 # Standard deviation of a standard normal cut off at two deviations, by which flax's `lecun_normal` is corrected.
 _TRUNCATED_STD = 0.87962566103423978
@@ -90,6 +91,8 @@ class UdonPreTrainedModel(PreTrainedModel):
     main_input_name = "pixel_values"
     input_modalities = ["image"]
     supports_gradient_checkpointing = True
+    # Swin's table of positions follows from its sizes; transformers 4 saves it, 5 does not.
+    _keys_to_ignore_on_load_missing = [r"relative_position_index"]
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flash_attn_2 = True
@@ -119,7 +122,7 @@ class UdonModel(UdonPreTrainedModel):
 
     def __init__(self, config: UdonConfig) -> None:
         super().__init__(config)
-        self.backbone = _drop_unused_pooler(AutoModel.from_config(config.backbone_config), config)
+        self.backbone = _drop_unused_pooler(make_tower(config.backbone_config), config)
         _check_class_token(self.backbone, config)
         if config.feature_dim is None:
             config.feature_dim = _measure_width(self.backbone, config)
@@ -185,7 +188,7 @@ class UdonModel(UdonPreTrainedModel):
             )
         outputs = self.backbone(
             pixel_values,
-            **self._interpolation(interpolate_pos_encoding),
+            **self.interpolation(interpolate_pos_encoding),
             **_asked(output_attentions=output_attentions, output_hidden_states=output_hidden_states),
             return_dict=True,
         )
@@ -210,7 +213,8 @@ class UdonModel(UdonPreTrainedModel):
         config = self.config
         return UdonHead(self.feature_dim, config.head_hidden_dims, out_dim, config.head_bias)
 
-    def _interpolation(self, wanted: bool | None) -> dict[str, bool]:
+    def interpolation(self, wanted: bool | None = None) -> dict[str, bool]:
+        """What the backbone has to be told so that it interpolates; `None` is as the configuration says."""
         if not (self.config.interpolate_pos_encoding if wanted is None else wanted):
             return {}
         if "interpolate_pos_encoding" not in inspect.signature(type(self.backbone).forward).parameters:
@@ -246,15 +250,41 @@ def pool_features(backbone: nn.Module, outputs: Any, config: UdonConfig) -> torc
         return pooled.flatten(1)  # (B, D, 1, 1) of convolutional backbones -> (B, D)
     tokens = outputs.last_hidden_state
     if tokens.ndim == 4:
+        # Of timm, Swin and its kin.
+        if str(getattr(getattr(backbone, "timm_model", None), "output_fmt", "")).endswith("NHWC"):
+            tokens = tokens.permute(0, 3, 1, 2)  # (B, H, W, D) -> (B, D, H, W)
         tokens = tokens.flatten(2).transpose(1, 2)  # (B, D, H, W) -> (B, H * W, D)
     if config.token_norm is not None:
         tokens = backbone.get_submodule(_norm_name(backbone, config.token_norm))(tokens)
     if config.pooling == "cls":
         return tokens[:, 0]
-    mean = tokens[:, backbone_facts(config.backbone_config).prefix :].mean(dim=1)
+    mean = tokens[:, num_prefix_tokens(backbone) :].mean(dim=1)
     if config.pooling == "mean":
         return mean
     return torch.cat([F.normalize(tokens[:, 0].float(), dim=-1), F.normalize(mean.float(), dim=-1)], dim=-1)
+
+
+def num_prefix_tokens(backbone: nn.Module) -> int:
+    """Number of tokens before the patches, the class token first; 0 for none, and for feature maps."""
+    config: Any = backbone.config
+    if config.model_type == "timm_wrapper":
+        return int(getattr(backbone.timm_model, "num_prefix_tokens", 0))
+    if config.model_type in BACKBONES:
+        return backbone_facts(config).prefix
+    return int(any(name.endswith(_CLASS_TOKEN_NAMES) for name, _ in backbone.named_parameters()))
+
+
+def tower_class(config: PretrainedConfig) -> Any:
+    """The class that opens a model: `AutoModel`, or its own where `AutoModel` does not know it."""
+    kind = TOWERS.get(config.model_type)
+    return AutoModel if kind is None else getattr(transformers, f"{kind}Model")
+
+
+def make_tower(config: PretrainedConfig) -> PreTrainedModel:
+    """Makes a vision encoder with fresh weights."""
+    maker, options = tower_class(config), TOWER_OPTIONS.get(config.model_type, {})
+    tower: PreTrainedModel = (maker.from_config if maker is AutoModel else maker)(config, **options)
+    return tower
 
 
 def vision_tower(model: PreTrainedModel) -> PreTrainedModel:
@@ -263,7 +293,7 @@ def vision_tower(model: PreTrainedModel) -> PreTrainedModel:
     if vision_config is None:
         return model
     # In transformers 4 `CLIPModel.vision_model` is the bare transformer inside a `CLIPVisionModel`.
-    tower = AutoModel.from_config(vision_config)
+    tower = make_tower(vision_config)
     inner = getattr(tower, "vision_model", tower)
     inner.load_state_dict(model.get_submodule("vision_model").state_dict())
     return tower.train(model.training)
@@ -308,13 +338,10 @@ def _drop_unused_pooler(backbone: PreTrainedModel, config: UdonConfig) -> PreTra
 def _check_class_token(backbone: PreTrainedModel, config: UdonConfig) -> None:
     if config.pooling not in ("cls", "cls+mean"):
         return
-    kind = config.backbone_config.model_type
-    names = [name for name, _ in backbone.named_parameters()]
-    has_token = BACKBONES[kind].prefix > 0 if kind in BACKBONES else any(n.endswith(_CLASS_TOKEN_NAMES) for n in names)
-    if not has_token:
+    if not num_prefix_tokens(backbone):
         raise ValueError(
             f"`pooling` {config.pooling!r} must go with a backbone that has a class token. "
-            f"Got {kind!r}; use pooling 'pooler' or 'mean', or another backbone."
+            f"Got {config.backbone_config.model_type!r}; use pooling 'pooler' or 'mean', or another backbone."
         )
 
 

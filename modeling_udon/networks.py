@@ -22,6 +22,7 @@ from modeling_udon.backbones import (
 )
 from modeling_udon.configuration_udon import UdonConfig, backbone_facts
 from modeling_udon.data.preprocessing import ChannelStatistics, processor_transform
+from modeling_udon.data.processor_statistics import statistics_of_processor
 from modeling_udon.data.transforms import EvalTransform, ImageTransform
 
 RAW_PIXELS = "raw-pixels"
@@ -77,7 +78,7 @@ def open_network(
         raise _refusal(name, error) from error
     processor = open_processor(source, **options)
     transform = processor_transform(processor) if image_size is None else EvalTransform(image_size)
-    statistics = ChannelStatistics.of_processor(processor)
+    statistics = statistics_of_processor(processor)
     return OpenedNetwork(network, processor, statistics, transform, _side(transform, name), source, run)
 
 

@@ -5,7 +5,7 @@ from safetensors.torch import load_file
 
 from modeling_udon.backbones import open_processor
 from modeling_udon.configuration_udon import UdonConfig
-from modeling_udon.data.preprocessing import ChannelStatistics
+from modeling_udon.data.processor_statistics import statistics_of_processor
 from modeling_udon.data.transforms import EvalTransform
 from modeling_udon.encoder import Encoder, preparation
 from modeling_udon.modeling_udon import UdonModel
@@ -19,7 +19,7 @@ def open_run(run: RunRecord) -> Encoder:
     model = open_teachers(run) if run.weights.is_file() else UdonModel.from_pretrained(best)
     processor = open_processor(str(best))
     transform = EvalTransform(processor.to_dict()["size"]["shortest_edge"])
-    statistics = ChannelStatistics.of_processor(processor)
+    statistics = statistics_of_processor(processor)
     return Encoder.of_student(
         model.float().eval(),
         statistics,

@@ -4,71 +4,40 @@ from pathlib import Path
 
 import pytest
 import torch
+from backbone_zoo import KINDS
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoModel, Dinov2Config, Dinov2Model, ViTConfig, ViTImageProcessor, ViTModel
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    Dinov2Config,
+    Dinov2Model,
+    PretrainedConfig,
+    ViTConfig,
+    ViTImageProcessor,
+    ViTModel,
+)
 
 from modeling_udon import UdonConfig, UdonModel
-from modeling_udon.config_sections import DataConfig, ModelConfig
-from modeling_udon.configuration_udon import BACKBONES, backbone_facts
-from modeling_udon.data.preprocessing import IMAGENET_DEFAULT, image_processor
+from modeling_udon.config import TrainConfig
+from modeling_udon.config_sections import ModelConfig
+from modeling_udon.configuration_udon import BACKBONES, TOWERS, backbone_facts
+from modeling_udon.data.preprocessing import IMAGENET_DEFAULT, ChannelStatistics, image_processor
 from modeling_udon.encoder import Encoder
 from modeling_udon.training.backbone import build_udon, channel_statistics, check_backbone
 
 VIT = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
-STAGES = {"hidden_sizes": [8, 8, 16, 16], "depths": [1, 1, 1, 1], "embedding_size": 8}
-# Values that make a tiny one of a model type; only those that its configuration knows are taken.
-TINY = {
-    **{name: VIT | {"image_size": 32, "patch_size": 8} for name in BACKBONES},
-    "convnext": {"hidden_sizes": [8, 8, 16, 16], "depths": [1, 1, 1, 1]},
-    "convnextv2": {"hidden_sizes": [8, 8, 16, 16], "depths": [1, 1, 1, 1]},
-    "dinov3_convnext": {"hidden_sizes": [8, 8, 16, 16], "depths": [1, 1, 1, 1]},
-    "resnet": STAGES,
-    "regnet": STAGES | {"groups_width": 8},
-    "bit": {"hidden_sizes": [32, 32, 64, 64], "depths": [1, 1, 1, 1], "embedding_size": 32, "num_groups": 2},
-    "efficientnet": {"width_coefficient": 0.1, "depth_coefficient": 0.1, "hidden_dim": 128, "initializer_range": 0.5},
-    "mobilenet_v2": {"depth_multiplier": 0.1},
-    "mobilevit": {"image_size": 64},
-    "swin": {
-        "image_size": 32,
-        "patch_size": 2,
-        "embed_dim": 8,
-        "depths": [1, 1],
-        "num_heads": [2, 2],
-        "window_size": 4,
-    },
-    "swinv2": {
-        "image_size": 32,
-        "patch_size": 2,
-        "embed_dim": 8,
-        "depths": [1, 1],
-        "num_heads": [2, 2],
-        "window_size": 4,
-    },
-    "focalnet": {"image_size": 32, "embed_dim": 8, "depths": [1, 1, 1, 1]},
-    "poolformer": {"hidden_sizes": [8, 8, 16, 16], "depths": [1, 1, 1, 1]},
-    "cvt": {},
-    "pvt": {
-        "image_size": 64,
-        "hidden_sizes": [8, 16, 16, 16],
-        "depths": [1, 1, 1, 1],
-        "num_attention_heads": [1, 2, 2, 2],
-    },
-    "pvt_v2": {
-        "image_size": 64,
-        "hidden_sizes": [8, 16, 16, 16],
-        "depths": [1, 1, 1, 1],
-        "num_attention_heads": [1, 2, 2, 2],
-    },
-}
-# Not tried: timm is not installed here, AutoModel does not know MetaCLIP2's tower, Hiera takes its sizes in lists, and
-# `mlcd` is another name of `mlcd_vision_model`.
-ABSENT = {"timm_wrapper", "metaclip_2_vision_model", "mlcd", "hiera"}
+# Of whole models their tower is enough; dinat and timm need libraries that are not installed here, and `mlcd` is
+# another name of `mlcd_vision_model`.
+TINY = {kind.model_type: kind for kind in KINDS.values() if not kind.text}
+ABSENT = {"timm_wrapper", "mlcd", "dinat"}
 REFUSED = {name for name, facts in BACKBONES.items() if facts.refusal}
 
 
 def tiny_config(kind: str) -> dict[str, object]:
+    if kind in TOWERS:
+        return {"model_type": kind, **TINY[kind].values}
     known = AutoConfig.for_model(kind).to_dict()
-    return {"model_type": kind, **{name: value for name, value in TINY[kind].items() if name in known}}
+    return {"model_type": kind, **{name: value for name, value in TINY[kind].values.items() if name in known}}
 
 
 @pytest.mark.parametrize("kind", sorted(set(BACKBONES) - ABSENT - REFUSED))
@@ -76,7 +45,7 @@ def test_a_published_student_gives_the_features_of_its_backbone_again(kind: str,
     torch.manual_seed(0)
     config = tiny_config(kind)
     model = UdonModel(UdonConfig(backbone_config=config, embedding_dim=4)).eval()
-    size = config.get("image_size", 64)
+    size = TINY[kind].image_size
     check_backbone(model, size)
     pixels = torch.randn(2, 3, size, size)
     with torch.no_grad():
@@ -127,17 +96,22 @@ def test_aimv2_has_no_class_token() -> None:
         UdonModel(UdonConfig(backbone_config=tiny_config("aimv2_vision_model"), pooling="cls"))
 
 
+def statistics_of(backbone: PretrainedConfig, model: dict[str, object], **data: object) -> ChannelStatistics:
+    values = {"name": "run", "domains": {"d": "x"}, "model": model, "data": data, "train": {"num_steps": 1}}
+    return channel_statistics(TrainConfig.model_validate(values), backbone)[0]
+
+
 def test_statistics_are_those_of_the_backbones_own_processor(tmp_path: Path) -> None:
     ViTModel(ViTConfig(**VIT, image_size=32, patch_size=8)).save_pretrained(tmp_path)
-    model = ModelConfig(backbone=str(tmp_path))
+    model = {"backbone": str(tmp_path)}
     backbone = AutoConfig.from_pretrained(tmp_path)
-    assert channel_statistics(DataConfig(), model, backbone).mean == (0.5, 0.5, 0.5)
+    assert statistics_of(backbone, model).mean == (0.5, 0.5, 0.5)
     ViTImageProcessor(image_mean=[0.1, 0.2, 0.3], image_std=[0.4, 0.5, 0.6]).save_pretrained(tmp_path)
-    found = channel_statistics(DataConfig(), model, backbone)
+    found = statistics_of(backbone, model)
     assert (found.mean, found.std) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
-    assert channel_statistics(DataConfig(image_mean=(0.0, 0.0, 0.0)), model, backbone).mean == (0.0, 0.0, 0.0)
-    dinov2 = ModelConfig(backbone_config={"model_type": "dinov2"})
-    assert channel_statistics(DataConfig(), dinov2, AutoConfig.for_model("dinov2")) == IMAGENET_DEFAULT
+    assert statistics_of(backbone, model, image_mean=(0.0, 0.0, 0.0)).mean == (0.0, 0.0, 0.0)
+    dinov2 = {"backbone_config": {"model_type": "dinov2"}}
+    assert statistics_of(AutoConfig.for_model("dinov2"), dinov2) == IMAGENET_DEFAULT
 
 
 def test_dinov2_and_vit_take_images_of_another_size_than_their_own(tmp_path: Path) -> None:

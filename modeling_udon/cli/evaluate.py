@@ -16,7 +16,7 @@ def evaluate(
     embeddings: Folder | None = None,
     config: File | None = None,
     split: Literal["test", "validation"] = "test",
-    pooling: Literal["cls", "mean", "pooler"] | None = None,
+    pooling: Literal["cls", "mean", "cls+mean", "pooler"] | None = None,
     image_size: Positive | None = None,
     revision: Commit | None = None,
     trust_remote_code: bool = False,

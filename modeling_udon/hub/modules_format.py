@@ -20,7 +20,7 @@ from modeling_udon.hub.student_folder import (
     save_model,
     transformer_settings,
 )
-from modeling_udon.modeling_udon import UdonModel
+from modeling_udon.modeling_udon import UdonModel, num_prefix_tokens
 from modeling_udon.storage import write_json
 
 _BASE = "sentence_transformers.base.modules"
@@ -33,8 +33,9 @@ def write_modules(model: UdonModel, processor: BaseImageProcessor, folder: Path)
     """Writes `Transformer -> [Pooling] -> Normalize -> Dense -> Normalize`: backbone, class token, head.
 
     Raises:
-        ValueError: If the head has hidden layers.
+        ValueError: If the head has hidden layers, or no module of sentence-transformers pools as the student does.
     """
+    _check_pooling(model, processor.to_dict()["crop_size"]["height"])
     if model.config.head_hidden_dims:
         raise ValueError(
             "--format sentence-transformers must have a linear head: its Dense takes activations of torch that have "
@@ -52,7 +53,14 @@ def write_modules(model: UdonModel, processor: BaseImageProcessor, folder: Path)
     modules: list[tuple[str, dict[str, Any]]] = []
     if not pooled:
         modules.append(
-            (_POOLING, {"embedding_dimension": projection.in_features, "pooling_mode": "cls", "include_prompt": True})
+            (
+                _POOLING,
+                {
+                    "embedding_dimension": projection.in_features,
+                    "pooling_mode": model.config.pooling,
+                    "include_prompt": True,
+                },
+            )
         )
     modules += [(_NORMALIZE, {}), (_DENSE, _dense_settings(projection)), (_NORMALIZE, {})]
     listed = [{"idx": 0, "name": "0", "path": "", "type": TRANSFORMER_TYPE}]
@@ -75,6 +83,34 @@ def embed_with_modules(folder: Path, images: list[Image.Image]) -> np.ndarray:
     """
     library = require("sentence_transformers", "export")
     return library.SentenceTransformer(str(folder), device="cpu").encode(images, show_progress_bar=False)
+
+
+@torch.no_grad()
+def _check_pooling(model: UdonModel, image_size: int) -> None:
+    """Refuses a student whose features no module of sentence-transformers gives.
+
+    Raises:
+        ValueError: If it does.
+    """
+    config, reason = model.config, ""
+    outputs = model.backbone(torch.zeros(1, 3, image_size, image_size), **model.interpolation())
+    read = outputs.pooler_output if config.pooling == "pooler" else outputs.last_hidden_state
+    if config.interpolate_pos_encoding:
+        reason = "the backbone has to be told to interpolate its position embeddings"
+    elif config.pooling == "cls+mean":
+        reason = "Pooling normalises neither class token nor mean before they are put side by side"
+    elif config.pooling == "mean" and num_prefix_tokens(model.backbone):
+        reason = "Pooling takes the class token into the mean"
+    elif config.token_norm is not None:
+        reason = "Pooling takes the tokens before their final norm"
+    elif read.ndim != (2 if config.pooling == "pooler" else 3):
+        reason = "Pooling takes tokens, and this backbone gives a map of features"
+    if reason:
+        raise ValueError(
+            f"--format sentence-transformers must pool as the student does. Got pooling {config.pooling!r} of "
+            f"{config.backbone_config.model_type!r}, where {reason}. The student's own folder opens in "
+            "sentence-transformers with trust_remote_code=True."
+        )
 
 
 def _dense_settings(projection: nn.Linear) -> dict[str, Any]:

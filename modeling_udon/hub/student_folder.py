@@ -22,7 +22,13 @@ TRANSFORMER_FILE = "sentence_bert_config.json"
 TRANSFORMER_TYPE = "sentence_transformers.base.modules.transformer.Transformer"
 
 # transformers 4 knows the parameters of these towers by `vision_model.NAME` alone; 5 saves `NAME` and reads both.
-_TOWERS = ("clip_vision_model", "siglip_vision_model")
+_TOWERS = (
+    "altclip_vision_model",
+    "chinese_clip_vision_model",
+    "clip_vision_model",
+    "metaclip_2_vision_model",
+    "siglip_vision_model",
+)
 
 
 def write_student(

@@ -1,16 +1,40 @@
 """The backbone of a run: opened or built, fitted to the image size, with the channel statistics that it knows."""
 
+import json
+from typing import Any
+
 import torch
-from transformers import AutoConfig, AutoModel, PretrainedConfig
+from torch import nn
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from modeling_udon.auto_classes import UdonModel
-from modeling_udon.backbones import check_missing, check_remote_code, find_processor
-from modeling_udon.config import ConfigError
-from modeling_udon.config_sections import DataConfig, ModelConfig
+from modeling_udon.backbones import (
+    TIMM_PREFIX,
+    check_remote_code,
+    cut_layers,
+    find_processing,
+    open_backbone,
+    open_timm,
+    own_statistics,
+)
+from modeling_udon.config import ConfigError, TrainConfig
+from modeling_udon.config_sections import ModelConfig
 from modeling_udon.configuration_udon import UdonConfig, backbone_facts
-from modeling_udon.data.preprocessing import IMAGENET_DEFAULT, IMAGENET_STANDARD, OPENAI_CLIP, ChannelStatistics
+from modeling_udon.data.preprocessing import (
+    IMAGENET_DEFAULT,
+    IMAGENET_STANDARD,
+    OPENAI_CLIP,
+    UNIT_RANGE,
+    ChannelStatistics,
+)
+from modeling_udon.data.processor_statistics import statistics_of_values
 
-_STATISTICS = {"standard": IMAGENET_STANDARD, "imagenet": IMAGENET_DEFAULT, "clip": OPENAI_CLIP}
+_STATISTICS = {
+    "standard": IMAGENET_STANDARD,
+    "imagenet": IMAGENET_DEFAULT,
+    "clip": OPENAI_CLIP,
+    "unit": UNIT_RANGE,
+}
 
 
 def build_udon(model: ModelConfig, sizes: dict[str, object], image_size: int) -> UdonModel:
@@ -26,24 +50,48 @@ def build_udon(model: ModelConfig, sizes: dict[str, object], image_size: int) ->
     """
     if model.backbone is None:
         assert model.backbone_config is not None, "checked by the config"
+        if model.keep_layers is not None:
+            raise ValueError("`model.keep_layers` must go with `model.backbone`. Got one with `model.backbone_config`.")
         values = _known_values(model.backbone_config)
         config = UdonConfig(backbone_config=values, attn_implementation=model.attn_implementation, **sizes)  # type: ignore[arg-type]
-        config.interpolate_pos_encoding = _needs_interpolation(config.backbone_config, image_size)
+        config.interpolate_pos_encoding = needs_interpolation(config.backbone_config, image_size)
         return UdonModel(config)
-    check_remote_code(model.backbone, model.revision, model.trust_remote_code)
-    loaded = AutoModel.from_pretrained(
-        model.backbone,
-        revision=model.revision,
-        trust_remote_code=model.trust_remote_code,
-        attn_implementation=model.attn_implementation,
-        dtype=torch.float32,
-        output_loading_info=True,
-    )
-    backbone, found = loaded
+    backbone, flipped = open_trained(model, image_size)
     udon = UdonModel.from_backbone(backbone, **sizes)
-    check_missing(model.backbone, found["missing_keys"], udon.config.pooling)
-    udon.config.interpolate_pos_encoding = _needs_interpolation(udon.config.backbone_config, image_size)
+    if flipped:
+        _flip_first_convolution(udon.backbone)
+    udon.config.interpolate_pos_encoding = needs_interpolation(udon.config.backbone_config, image_size)
     return udon
+
+
+def open_trained(model: ModelConfig, image_size: int) -> tuple[PreTrainedModel, bool]:
+    """Opens the trained backbone that a config names.
+
+    Args:
+        model: Names the backbone.
+        image_size: Side of the run's images in pixels.
+
+    Returns:
+        The backbone, and whether it takes blue, green and red in place of red, green and blue.
+
+    Raises:
+        ValueError: If it cannot be opened or lacks weights.
+    """
+    assert model.backbone is not None
+    if model.backbone.startswith(TIMM_PREFIX):
+        if model.keep_layers is not None:
+            raise ValueError("`model.keep_layers` must be left out for a model of timm. Got one; leave it out.")
+        return open_timm(model.backbone, image_size), False
+    check_remote_code(model.backbone, model.revision, model.trust_remote_code)
+    source = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}
+    config = cut_layers(AutoConfig.from_pretrained(model.backbone, **source), model.keep_layers)
+    tower = getattr(config, "backbone_config", getattr(config, "vision_config", config))
+    own: Any = config.pooling if isinstance(config, UdonConfig) else backbone_facts(tower).pooling
+    opened = open_backbone(
+        model.backbone, config, model.pooling or own, attn_implementation=model.attn_implementation, **source
+    )
+    values = find_processing(model.backbone, model.revision, model.trust_remote_code) or {}
+    return opened, bool(values.get("do_flip_channel_order"))
 
 
 def check_backbone(udon: UdonModel, image_size: int) -> None:
@@ -56,8 +104,10 @@ def check_backbone(udon: UdonModel, image_size: int) -> None:
     backbone = udon.config.backbone_config
     if (channels := getattr(backbone, "num_channels", 3)) != 3:
         raise ConfigError(f"`model` must take images of 3 channels, RGB. Got a backbone for {channels}.")
-    patch_size = getattr(backbone, "patch_size", 1)
-    if isinstance(patch_size, int) and image_size % patch_size:
+    own = getattr(backbone, "patch_size", 1)
+    # Hiera's patches overlap; its pairs are no sides that an image must be a multiple of.
+    patch_size = own if isinstance(own, int) else 1 if backbone.model_type == "hiera" else max(own)
+    if image_size % patch_size:
         raise ConfigError(
             f"`data.image_size` must be a multiple of the backbone's patch size, {patch_size}. Got {image_size}."
         )
@@ -83,17 +133,51 @@ def check_backbone(udon: UdonModel, image_size: int) -> None:
         )
 
 
-def channel_statistics(data: DataConfig, model: ModelConfig, backbone: PretrainedConfig) -> ChannelStatistics:
-    """Mean and standard deviation of each channel: the config's, the backbone's image processor's, or the table's."""
-    known = _STATISTICS[backbone_facts(backbone).statistics]
-    if model.backbone is not None:
-        processor = find_processor(model.backbone, model.revision, model.trust_remote_code)
-        if processor is not None:
-            known = ChannelStatistics.of_processor(processor)
-    return ChannelStatistics(data.image_mean or known.mean, data.image_std or known.std)
+def channel_statistics(config: TrainConfig, backbone: PretrainedConfig) -> tuple[ChannelStatistics, str]:
+    """Mean and standard deviation of each channel, and where they come from.
+
+    Those of the run to start from, if any; else the config's, the backbone's image processor's, those in the
+    backbone's configuration, or the table's, in this order.
+
+    Raises:
+        ConfigError: If the config names other values than the run to start from was trained with.
+    """
+    data, model = config.data, config.model
+    if config.init is not None:
+        path = config.init.run / "best" / "preprocessor_config.json"
+        old = statistics_of_values(json.loads(path.read_text(encoding="utf-8")))
+        for name, wanted, own in (("mean", data.image_mean, old.mean), ("std", data.image_std, old.std)):
+            if wanted is not None and wanted != own:
+                raise ConfigError(
+                    f"`data.image_{name}` must be that of the run in `init.run`, {list(own)}. Got {list(wanted)}; "
+                    "leave it out."
+                )
+        return old, "the run that this one starts from"
+    known, source = _known_statistics(model, backbone)
+    if data.image_mean is not None and data.image_std is not None:
+        source = "the config"
+    return ChannelStatistics(data.image_mean or known.mean, data.image_std or known.std), source
 
 
-def _needs_interpolation(backbone: PretrainedConfig, image_size: int) -> bool:
+def _known_statistics(model: ModelConfig, backbone: PretrainedConfig) -> tuple[ChannelStatistics, str]:
+    if model.backbone is not None and not model.backbone.startswith(TIMM_PREFIX):
+        values = find_processing(model.backbone, model.revision, model.trust_remote_code)
+        if values is not None:
+            return statistics_of_values(values), "the backbone's image processor"
+    own = own_statistics(backbone)
+    if own is not None:
+        return own, "the backbone's configuration"
+    return _STATISTICS[backbone_facts(backbone).statistics], f"what {backbone.model_type} is usually trained with"
+
+
+@torch.no_grad()
+def _flip_first_convolution(backbone: PreTrainedModel) -> None:
+    """Lets a backbone that was trained on blue, green and red take red, green and blue."""
+    first = next(module for module in backbone.modules() if isinstance(module, nn.Conv2d) and module.in_channels == 3)
+    first.weight.copy_(first.weight.flip(1))
+
+
+def needs_interpolation(backbone: PretrainedConfig, image_size: int) -> bool:
     """Whether position embeddings must be interpolated on request.
 
     Raises:

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from torch import nn
 
 from modeling_udon.faults import OneLineError
 from modeling_udon.storage import recover_folder, replaced_folder
+from modeling_udon.training.average import StudentAverage
 from modeling_udon.training.logging import LossWindow
 from modeling_udon.training.sharding import gather_shards, load_weights, shard_like
 
@@ -28,7 +30,10 @@ STATE_FILE = "state.json"
 BEST_FILE = "best.safetensors"
 MANIFEST_FILE = "manifest.json"
 
-_FILES = (MODEL_FILE, OPTIMIZER_FILE, STATE_FILE, BEST_FILE)
+# The average of the student's weights, where a run keeps one.
+AVERAGE_FILE = "average.safetensors"
+
+_FILES = (MODEL_FILE, OPTIMIZER_FILE, STATE_FILE, BEST_FILE, AVERAGE_FILE)
 _PREFIX = "step-"
 
 
@@ -90,6 +95,7 @@ class CheckpointWriter:
         optimizer: torch.optim.Optimizer,
         state: TrainState,
         best_weights: Path | None = None,
+        average: Mapping[str, torch.Tensor] = MappingProxyType({}),
     ) -> None:
         """Begins to write a checkpoint, after the one before; all processes have to call it.
 
@@ -98,6 +104,7 @@ class CheckpointWriter:
             optimizer: Its optimiser.
             state: What else there is to save.
             best_weights: File of the best weights so far, if there are any; the checkpoint shares them.
+            average: Average of the student's weights, if there is one.
 
         Raises:
             OSError: If the one before could not be written.
@@ -109,6 +116,8 @@ class CheckpointWriter:
             return
         folder = self._checkpoints / f"{_PREFIX}{state.step:08d}"
         tensors = {MODEL_FILE: _copied(weights), OPTIMIZER_FILE: _copied(moments)}
+        if average:
+            tensors[AVERAGE_FILE] = _copied(average)
         with ExitStack() as stack:
             draft = stack.enter_context(replaced_folder(folder))
             _write_json(draft / STATE_FILE, asdict(state))
@@ -174,15 +183,25 @@ def list_checkpoints(checkpoints: Path) -> list[Path]:
     return sorted(checkpoints.glob(f"{_PREFIX}[0-9]*"))
 
 
-def load_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> TrainState:
-    """Loads model and optimiser in place; all processes have to call it.
+def load_checkpoint(
+    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, average: StudentAverage | None = None
+) -> TrainState:
+    """Loads model, optimiser and the average of weights, if any, in place; all processes have to call it.
 
     Raises:
-        CheckpointError: If a file is missing or is not what was written.
+        CheckpointError: If a file is missing or is not what was written, or holds other weights than the model's.
     """
     check_checkpoint(folder)
+    check_weights(folder, model)
     load_weights(model, load_file(folder / MODEL_FILE))
     _unflatten_optimizer(model, optimizer, load_file(folder / OPTIMIZER_FILE))
+    if average is not None and average.tensors:
+        if not (folder / AVERAGE_FILE).is_file():
+            raise CheckpointError(
+                f"{folder.name} must hold an average of the weights for `train.ema_decay`. Got none; go on without it, "
+                "or start a new run."
+            )
+        average.load(load_file(folder / AVERAGE_FILE))
     return read_state(folder)
 
 

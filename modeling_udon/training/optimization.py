@@ -1,8 +1,10 @@
 """AdamW over two groups, its schedule as a function of the step, and the heads of domains that sit out."""
 
 import math
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,6 +12,9 @@ from torch import nn
 
 from modeling_udon.config import OptimConfig
 from modeling_udon.training.distillation import UdonForDistillation
+
+# `encoder.layer.3.`, or in a stage `encoder.stages.1.layers.0.` or `encoder.block.1.0.`.
+_BLOCK = re.compile(r"(?:[A-Za-z_]\w*\.)*?(?!patch_embed)[A-Za-z_]\w*\.\d+\.(?:(?:(?:layers|blocks)\.)?\d+\.)?")
 
 
 def learning_rates(optim: OptimConfig, step: int, num_steps: int) -> dict[str, float]:
@@ -36,16 +41,27 @@ def frozen_steps(optim: OptimConfig, num_steps: int) -> int:
 
 
 def make_optimizer(model: UdonForDistillation, optim: OptimConfig) -> torch.optim.AdamW:
-    """Makes AdamW with the groups `backbone`, unless it is frozen for good, and `heads` (heads and prototypes)."""
-    backbone: list[nn.Parameter] = []
-    heads: list[nn.Parameter] = []
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            (backbone if name.startswith("udon.backbone.") else heads).append(parameter)
-    groups = [
-        {"params": backbone, "name": "backbone", "lr": optim.backbone_lr},
-        {"params": heads, "name": "heads", "lr": optim.lr},
+    """Makes AdamW with the groups `backbone`, unless it is frozen for good, and `heads` (heads and prototypes).
+
+    With a layer decay each block of the backbone is a group of its own, whose learning rate is that of `backbone` times
+    the group's `scale`.
+    """
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    prefix = "udon.backbone."
+    heads = [parameter for name, parameter in trained.items() if not name.startswith(prefix)]
+    own = {name.removeprefix(prefix): value for name, value in trained.items() if name.startswith(prefix)}
+    depths = block_depths(
+        [name.removeprefix(prefix) for name, _ in model.named_parameters() if name.startswith(prefix)]
+    )
+    by_scale: dict[float, list[nn.Parameter]] = {}
+    for name, parameter in own.items():
+        scale = (optim.layer_decay or 1.0) ** (max(depths.values()) - depths[name])
+        by_scale.setdefault(scale, []).append(parameter)
+    groups: list[dict[str, Any]] = [
+        {"params": parameters, "name": "backbone", "lr": scale * optim.backbone_lr, "scale": scale}
+        for scale, parameters in by_scale.items()
     ]
+    groups.append({"params": heads, "name": "heads", "lr": optim.lr, "scale": 1.0})
     return torch.optim.AdamW(
         [group for group in groups if group["params"]],
         lr=optim.lr,
@@ -56,10 +72,30 @@ def make_optimizer(model: UdonForDistillation, optim: OptimConfig) -> torch.opti
     )
 
 
+def block_depths(names: Sequence[str]) -> dict[str, int]:
+    """Returns the depth of each parameter of a backbone by its place among the blocks, in the order of registration.
+
+    What comes before the first block has depth 0, the blocks 1, 2 and so on, and what comes after the last one the next
+    (arXiv 2106.08254, appendix). A block is an element of a list of modules, or of such a list in a stage.
+
+    Args:
+        names: Names of all parameters.
+    """
+    blocks: dict[str, int] = {}
+    depths: dict[str, int | None] = {}
+    for name in names:
+        found = _BLOCK.match(name)
+        if found is None:
+            depths[name] = 0 if not blocks else None
+        else:
+            depths[name] = blocks.setdefault(found[0], len(blocks) + 1)
+    return {name: len(blocks) + 1 if depth is None else depth for name, depth in depths.items()}
+
+
 def set_learning_rates(optimizer: torch.optim.Optimizer, rates: Mapping[str, float]) -> None:
     """Gives each parameter group its learning rate."""
     for group in optimizer.param_groups:
-        group["lr"] = rates[group["name"]]
+        group["lr"] = rates[group["name"]] * group["scale"]
 
 
 def with_gradients(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:

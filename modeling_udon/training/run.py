@@ -9,7 +9,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from modeling_udon.config import ConfigError, TrainConfig
 from modeling_udon.config_file import dump_config
@@ -19,9 +18,10 @@ from modeling_udon.data.preprocessing import ChannelStatistics
 from modeling_udon.data.sampling import DomainBatchSampler
 from modeling_udon.data.transforms import EvalTransform
 from modeling_udon.modeling_udon import UdonModel
+from modeling_udon.training.average import StudentAverage
 from modeling_udon.training.backbone import channel_statistics
-from modeling_udon.training.checkpoint import CheckpointError, TrainState, check_weights, load_checkpoint
-from modeling_udon.training.distillation import GATE_STATE, UdonForDistillation
+from modeling_udon.training.checkpoint import CheckpointError, TrainState, load_checkpoint
+from modeling_udon.training.distillation import UdonForDistillation
 from modeling_udon.training.extension import trained_domains
 from modeling_udon.training.feature_teachers import START, FeatureTeacher, read_features
 from modeling_udon.training.features import FeatureDataset, backbone_source, encoder_source, make_feature_cache
@@ -40,7 +40,7 @@ from modeling_udon.training.setup import (
     make_sampler,
     training_transform,
 )
-from modeling_udon.training.sharding import shard_backbone
+from modeling_udon.training.sharing import share_model, start_equal
 from modeling_udon.training.signals import StopSignals
 from modeling_udon.training.skipped import StepGuard
 
@@ -68,6 +68,7 @@ class Run:
         guard: Decides whether a step is applied.
         idle_heads: Moves the heads of domains that are not in the batch.
         sampled_classes: Cuts a step down to some classes.
+        average: Average of the student's weights.
         statistics: Channel statistics that the model is trained with.
         state: What the run goes on from; the start, if it is new.
         checkpoint: Folder of the checkpoint that it goes on from, if any.
@@ -88,6 +89,7 @@ class Run:
     guard: StepGuard
     idle_heads: IdleHeads
     sampled_classes: SampledClasses
+    average: StudentAverage
     statistics: ChannelStatistics
     state: TrainState
     checkpoint: Path | None
@@ -141,28 +143,27 @@ def build_run(
         accelerator.print(line)
     # `from_pretrained` opens in evaluation mode: without dropout and without gradient checkpointing.
     model = build_model(config, trained, accelerator).train()
-    statistics = channel_statistics(config.data, config.model, model.config.backbone_config)
-    accelerator.print(f"channel statistics: mean {statistics.mean}, std {statistics.std}")
-    wrapped, shared_heads = _share_model(config, model, accelerator)
+    statistics, source = channel_statistics(config, model.config.backbone_config)
+    accelerator.print(f"channel statistics: mean {statistics.mean}, std {statistics.std}, of {source}")
+    wrapped, shared_heads = share_model(config, model, accelerator)
     optimizer = make_optimizer(model, config.optim)
     wrapped_optimizer = accelerator.prepare_optimizer(optimizer)
-    _start_equal(model, shared_heads, accelerator)
+    start_equal(model, shared_heads, accelerator)
     guard = StepGuard(config.optim, optimizer, domains, accelerator.scaler is not None)
-    state = TrainState()
+    state, average = TrainState(), StudentAverage(model, config.train.ema_decay)
     if checkpoint:
         on_main(
             accelerator,
             lambda: folder.check_unchanged(domains, checkpoint, accelerator.num_processes, allow),
             *_FOLDER_ERRORS,
         )
-        check_weights(checkpoint, model)
-        state = load_checkpoint(checkpoint, model, optimizer)
+        state = load_checkpoint(checkpoint, model, optimizer, average)
         _restore(state, sampler, guard, accelerator)
-    hold = config.ablation.idle_heads == "hold"
-    idle_heads = IdleHeads(model, optimizer, config.optim, sampler.num_steps, state.heads, hold)
+    holds = config.ablation.idle_heads == "hold"
+    idle_heads = IdleHeads(model, optimizer, config.optim, sampler.num_steps, state.heads, holds)
     sampled = SampledClasses(model, optimizer, idle_heads, config.loss.sampled_classes, config.seed)
-    launched = describe_launch(accelerator)
-    on_main(accelerator, lambda: folder.prepare(domains, overwrite, sampler.step, launched), *_FOLDER_ERRORS)
+    launch = describe_launch(accelerator)
+    on_main(accelerator, lambda: folder.prepare(domains, overwrite, sampler.step, launch), *_FOLDER_ERRORS)
     return Run(
         config=config,
         folder=folder,
@@ -179,6 +180,7 @@ def build_run(
         guard=guard,
         idle_heads=idle_heads,
         sampled_classes=sampled,
+        average=average,
         statistics=statistics,
         state=state,
         checkpoint=checkpoint,
@@ -196,9 +198,10 @@ def describe_run(run: Run) -> Iterator[str]:
     rates, frozen = learning_rates(optim, run.step, run.num_steps), frozen_steps(optim, run.num_steps)
     for group in run.optimizer.param_groups:
         size = sum(parameter.numel() for parameter in group["params"])
-        state = f"learning rate {rates[group['name']]:g} now"
+        state = f"learning rate {rates[group['name']] * group['scale']:g} now"
         if group["name"] == "backbone" and frozen:
-            state += f", 0 for the first {frozen} of {run.num_steps} steps, then {optim.backbone_lr:g}"
+            rate = group["scale"] * optim.backbone_lr
+            state += f", 0 for the first {frozen} of {run.num_steps} steps, then {rate:g}"
         yield f"parameter group {group['name']}: {size:,} weights, {state}"
     if run.step:
         yield f"going on from step {run.step} of {run.num_steps}"
@@ -286,57 +289,6 @@ def _open_domains(config: TrainConfig) -> dict[str, Domain]:
     if config.data.targets == "images":
         return {name: with_images_as_classes(domain) for name, domain in domains.items()}
     return domains
-
-
-def _share_model(
-    config: TrainConfig, model: UdonForDistillation, accelerator: Accelerator
-) -> tuple[nn.Module, tuple[nn.Parameter, ...]]:
-    """Brings the model to the device and shares it between processes: wrapped by DDP, or its backbone in shards."""
-    sharded = config.train.shard_backbone and accelerator.num_processes > 1
-    # Heads and prototypes of one domain get gradients in a step; DDP would wait for all the others.
-    ignored = [name for domain in model.num_classes for name in model.domain_parameters(domain)]
-    # Every process moves the gates' state by itself, by what all of them have seen.
-    ignored.append(GATE_STATE)
-    model.move_frozen(accelerator.device)
-    if accelerator.num_processes > 1 and not sharded:
-        ignored += _without_gradient(config, model.to(accelerator.device), accelerator)
-    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, ignored)
-    if config.train.compile:
-        model.udon.backbone.compile()
-    # In shards, the backbone reduces its own gradients; around it there is nothing for DDP.
-    wrapped = accelerator.prepare_model(model, evaluation_mode=sharded)
-    if not sharded:
-        return wrapped, ()
-    shard_backbone(model.udon, accelerator.device.type, accelerator.num_processes)
-    return wrapped, tuple(model.shared_head_parameters())
-
-
-def _without_gradient(config: TrainConfig, model: UdonForDistillation, accelerator: Accelerator) -> list[str]:
-    """Finds the shared parameters that no step gives a gradient, by a backward pass of two random images.
-
-    Among them are a mask token (DINOv2, DINOv3), an unused pooler, and the student's head in a run without student.
-    """
-    domain = next(iter(model.num_classes))
-    size, width = config.data.image_size, model.config.backbone_config.hidden_size
-    shape = (2, width) if model.takes_features else (2, 3, size, size)
-    device = accelerator.device
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        inputs, labels = torch.randn(shape, device=device), torch.zeros(2, dtype=torch.int64, device=device)
-        with accelerator.autocast():
-            loss = model(inputs, labels, domain).loss
-        loss.backward()
-    shared = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    found = [name for name, parameter in shared.items() if parameter.grad is None]
-    model.zero_grad(set_to_none=True)
-    return found
-
-
-def _start_equal(model: UdonForDistillation, shared_heads: tuple[nn.Parameter, ...], accelerator: Accelerator) -> None:
-    """Gives every process the first one's weights, as far as DDP does not."""
-    if accelerator.num_processes > 1:
-        owned = [parameter for domain in model.num_classes for parameter in model.domain_parameters(domain).values()]
-        for parameter in (*shared_heads, *owned):
-            torch.distributed.broadcast(parameter.data, src=0)
 
 
 def _restore(state: TrainState, sampler: DomainBatchSampler, guard: StepGuard, accelerator: Accelerator) -> None:

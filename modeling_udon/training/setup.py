@@ -22,11 +22,12 @@ from modeling_udon.data.label_maps import label_maps
 from modeling_udon.data.preprocessing import ChannelStatistics
 from modeling_udon.data.sampling import DomainBatchSampler
 from modeling_udon.data.transforms import RandomTransform, TrainTransform
-from modeling_udon.training.backbone import build_udon, channel_statistics, check_backbone
+from modeling_udon.training.backbone import build_udon, channel_statistics, check_backbone, needs_interpolation
 from modeling_udon.training.distillation import UdonForDistillation
 from modeling_udon.training.domain_weights import make_class_draws, make_weights
 from modeling_udon.training.extension import load_start, old_student, open_start
 from modeling_udon.training.feature_teachers import open_feature_teachers
+from modeling_udon.training.lora import add_adapters
 from modeling_udon.training.memory import describe_memory, estimate_prototypes, free_memory
 from modeling_udon.training.parts import Peers
 from modeling_udon.training.processes import make_host_gather
@@ -158,7 +159,7 @@ def build_model(config: TrainConfig, domains: Mapping[str, Domain], accelerator:
         if start is None:
             udon = build_udon(config.model, sizes, config.data.image_size)
         else:
-            udon = _build_like(start.shape, config.model, sizes)
+            udon = _build_like(start.shape, config.model, sizes, config.data.image_size)
     except Exception as error:  # On values that transformers does not expect it raises nearly every type there is.
         what = "backbone" if config.model.backbone else "backbone_config"
         reason = str(error) if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: {error}"
@@ -176,7 +177,7 @@ def build_model(config: TrainConfig, domains: Mapping[str, Domain], accelerator:
             old = old_student(udon, config.init.retain, config.train.heads_only)
     if config.train.heads_only:
         udon.backbone.requires_grad_(False)
-    statistics = channel_statistics(config.data, config.model, udon.config.backbone_config)
+    statistics = channel_statistics(config, udon.config.backbone_config)[0]
     model = UdonForDistillation(
         udon.config,
         config.loss,
@@ -191,6 +192,9 @@ def build_model(config: TrainConfig, domains: Mapping[str, Domain], accelerator:
     )
     if start is not None:
         load_start(model, start, domains)
+    if config.model.lora is not None:
+        # Last, since a start has the names of a plain backbone.
+        add_adapters(udon.backbone, config.model.lora)
     return model
 
 
@@ -249,8 +253,23 @@ def _frozen_teachers(
         raise ConfigError(f"`teachers` must be runs with trained teachers. {' '.join(str(error).split())}") from error
 
 
-def _build_like(shape: UdonConfig, model: ModelConfig, sizes: dict[str, object]) -> UdonModel:
-    """A model with the backbone of a student, whose weights are still to come."""
-    kept = {name: getattr(shape, name) for name in ("pooling", "token_norm", "interpolate_pos_encoding", "feature_dim")}
+def _build_like(shape: UdonConfig, model: ModelConfig, sizes: dict[str, object], image_size: int) -> UdonModel:
+    """A model with the backbone of a student, whose weights are still to come.
+
+    Raises:
+        ValueError: If the config asks for another feature of it, or other layers.
+    """
+    for name, own in (
+        ("pooling", shape.pooling),
+        ("keep_layers", getattr(shape.backbone_config, "num_hidden_layers", None)),
+    ):
+        if (wanted := getattr(model, name)) not in (None, own):
+            raise ValueError(
+                f"`model.{name}` must be that of the run in `init.run`, {own}. Got {wanted}; leave it out."
+            )
+    kept = {name: getattr(shape, name) for name in ("pooling", "token_norm", "feature_dim")}
+    interpolates = shape.interpolate_pos_encoding or needs_interpolation(shape.backbone_config, image_size)
     values = sizes | kept | {"attn_implementation": model.attn_implementation}
-    return UdonModel(UdonConfig(backbone_config=shape.backbone_config, **values))  # type: ignore[arg-type]
+    return UdonModel(
+        UdonConfig(backbone_config=shape.backbone_config, interpolate_pos_encoding=interpolates, **values)  # type: ignore[arg-type]
+    )

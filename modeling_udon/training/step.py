@@ -70,6 +70,7 @@ def take_step(run: Run, batch: DomainBatch) -> StepResult:
     if run.wrapped_optimizer.step_was_skipped:  # By a gradient scaler, which has asked the device already.
         applied = torch.zeros_like(applied)
     run.sampled_classes.put_back(step, applied)
+    run.average.update(step)
     if confidences is not None:
         run.model.observe_confidences(domain, confidences, applied)
     return StepResult(step, domain, loss, losses, judgement.verdict, judgement.norm)

@@ -17,6 +17,7 @@ from modeling_udon.training.optimization import learning_rates
 from modeling_udon.training.resuming import check_allowances
 from modeling_udon.training.run import Run, as_it_is, build_run, describe_run, start_trackers, training_data
 from modeling_udon.training.run_folder import RunFolder
+from modeling_udon.training.sharing import share_buffers
 from modeling_udon.training.signals import Stopped, StopSignals
 from modeling_udon.training.skipped import Incidents, Verdict
 from modeling_udon.training.step import StepLosses, StepResult, fetch_losses, take_step
@@ -202,7 +203,8 @@ class Trainer:
         if self._incidents.in_a_row and self.step < self.run.num_steps:
             return
         started = time.perf_counter()
-        with self.run.idle_heads.caught_up_for_reading(self.step):
+        with self.run.idle_heads.caught_up_for_reading(self.step), self.run.average.shown():
+            share_buffers(self.run.model.udon.backbone, self.run.accelerator.num_processes)
             scores = self.assessment.validate(self.step)
             metric = self.run.config.eval.metric
             if scores is not None:
@@ -232,7 +234,7 @@ class Trainer:
         if run.is_main:
             self.reporter.sync()
         best_weights = run.folder.best_weights if self.best else None
-        self.writer.save(run.model, run.optimizer, self._state(), best_weights)
+        self.writer.save(run.model, run.optimizer, self._state(), best_weights, run.average.tensors)
         self._saved = self.step
         self._clock += time.perf_counter() - started
 

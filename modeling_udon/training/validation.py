@@ -33,6 +33,7 @@ from modeling_udon.training.broken import BrokenImages
 from modeling_udon.training.checkpoint import BEST_FILE
 from modeling_udon.training.extension import compare_with_old, format_extension, keep_old_scores, write_extension
 from modeling_udon.training.logging import Reporter, format_changes, format_weights
+from modeling_udon.training.lora import merged, merged_state, split_state
 from modeling_udon.training.processes import on_main
 from modeling_udon.training.run import Run
 from modeling_udon.training.sharding import gather_shards, load_weights, unsharded
@@ -124,7 +125,7 @@ class Assessment:
 
     def keep_best(self) -> None:
         """Writes the best weights with the teachers, for the test, and the student, for the Hub."""
-        weights = gather_shards(self._model.state_dict(), self._run.is_main)
+        weights = gather_shards(merged_state(self._model, self._model.udon), self._run.is_main)
         if self._run.is_main:
             with replaced_folder(self._folder.checkpoints / "best") as folder:
                 save_file(weights, folder / self._folder.best_weights.name)
@@ -134,7 +135,7 @@ class Assessment:
     def restore_best(self, checkpoint: Path) -> None:
         """Takes back the best weights of a checkpoint, since the run had chosen a later best before it was stopped."""
         trained = {name: tensor.clone() for name, tensor in self._model.state_dict().items()}
-        load_weights(self._model, load_file(checkpoint / BEST_FILE))
+        load_weights(self._model, split_state(self._model, load_file(checkpoint / BEST_FILE)))
         self.keep_best()
         self._model.load_state_dict(trained)
 
@@ -147,7 +148,7 @@ class Assessment:
         Returns:
             The results, or `None` if no domain has a test split.
         """
-        load_weights(self._model, load_file(self._folder.best_weights))
+        load_weights(self._model, split_state(self._model, load_file(self._folder.best_weights)))
         tested = domains_with(self._domains, "test")
         if not tested:
             return None
@@ -199,6 +200,7 @@ class Assessment:
         udon = unsharded(self._model.udon, self._run.is_main)
         if not self._run.is_main:
             return
+        udon = merged(udon)
         best, config = self._folder.best, dump_config(self._config)
         sources = find_sources(config)
         license = self._config.push.license or derive_license(config["domains"], sources, {})[0]
