@@ -40,6 +40,8 @@ class ModelConfig(Section):
     """Feature of the backbone; `null` takes the one it was trained to give, mostly the class token after the norm."""
     embedding_dim: int = Field(64, gt=0)
     """Size of the student embedding."""
+    matryoshka: tuple[PositiveInt, ...] = ()
+    """Numbers of first dimensions of the student embedding that are trained to be an embedding by themselves."""
     teacher_dim: int = Field(256, gt=0)
     """Size of the teacher embeddings."""
     head_hidden_dims: tuple[PositiveInt, ...] = ()
@@ -54,6 +56,15 @@ class ModelConfig(Section):
     """How attention is computed; `null` leaves it to transformers, which takes the fastest that the backbone has."""
     gradient_checkpointing: bool = False
     """Whether activations are computed anew in the backward pass: less memory, about a third more time."""
+
+    @model_validator(mode="after")
+    def _nested(self) -> "ModelConfig":
+        if list(self.matryoshka) != sorted({dim for dim in self.matryoshka if dim < self.embedding_dim}):
+            raise ValueError(
+                f"`matryoshka` must be ascending numbers below `embedding_dim`, {self.embedding_dim}. "
+                f"Got {list(self.matryoshka)}"
+            )
+        return self
 
     @model_validator(mode="after")
     def _one_backbone(self) -> "ModelConfig":
@@ -96,6 +107,12 @@ class LossConfig(Section):
     """Margin of the classification loss."""
     scale: float = Field(16.0, gt=0)
     """Factor on the cosines in the classification loss."""
+    scale_by: Literal["fixed", "log_classes"] = "fixed"
+    """Whether `scale` is that of any number of classes, or of 1,000, and goes by the logarithm of their number."""
+    label_smoothing: float = Field(0.0, ge=0, lt=1)
+    """Share of the target that goes to all classes equally."""
+    subcenters: PositiveInt = 1
+    """Prototypes of each class, of which the nearest counts; 3 in sub-centre ArcFace."""
     margin: float = Field(0.0, ge=0)
     """Margin of cosface (a cosine) or arcface (radians)."""
     student_temperature: float = Field(0.1, gt=0)

@@ -130,6 +130,8 @@ class UdonConfig(PretrainedConfig):
         interpolate_pos_encoding: Whether the backbone is told to interpolate its position embeddings to the images'
             size, for images of another size than its own.
         feature_dim: Width of the backbone's features; `None`: `hidden_size` of the backbone, or measured.
+        matryoshka_dims: Numbers of first dimensions of the student embedding that are, divided by their norm,
+            embeddings by themselves.
 
     Raises:
         ValueError: If a size is not positive, `pooling` is unknown, the backbone has no `model_type`, or it gives no
@@ -153,6 +155,7 @@ class UdonConfig(PretrainedConfig):
         token_norm: str | None = "auto",
         interpolate_pos_encoding: bool = False,
         feature_dim: int | None = None,
+        matryoshka_dims: tuple[int, ...] | list[int] = (),
         **kwargs: Any,
     ) -> None:
         self.backbone_config = _resolve_backbone(backbone_config)
@@ -166,12 +169,14 @@ class UdonConfig(PretrainedConfig):
         self.pooling, self.token_norm = _feature(self.backbone_config, pooling, None if is_old else token_norm)
         self.interpolate_pos_encoding = interpolate_pos_encoding
         self.feature_dim = feature_dim
+        self.matryoshka_dims = [_positive("matryoshka_dims", dim) for dim in matryoshka_dims]
         super().__init__(**kwargs)
 
     def shape(self) -> dict[str, Any]:
         """Returns the values that make a model of the same shape, teacher heads included."""
         values = {name: getattr(self, name) for name in _SHAPE}
-        return values | {"head_hidden_dims": list(self.head_hidden_dims), "domains": dict(self.domains)}
+        copies = {"head_hidden_dims": list(self.head_hidden_dims), "matryoshka_dims": list(self.matryoshka_dims)}
+        return values | copies | {"domains": dict(self.domains)}
 
 
 _SHAPE = tuple(inspect.signature(UdonConfig.__init__).parameters)[1:-1]

@@ -38,7 +38,7 @@ from modeling_udon.data.image_list import ImageLike, ImageList, UnreadableImage
 from modeling_udon.data.images import use_one_thread
 from modeling_udon.data.preprocessing import ChannelStatistics, processor_fields, processor_transform
 from modeling_udon.data.transforms import EvalTransform, ImageTransform
-from modeling_udon.networks import RAW_PIXELS, open_network
+from modeling_udon.networks import RAW_PIXELS, digest_weights, nested_dims, open_network
 
 Kind = Literal["student", "backbone", "features", "raw_pixels"]
 
@@ -101,6 +101,7 @@ class Encoder:
         pooling: Pooling | None = None,
         image_size: int | None = None,
         device: str | torch.device | None = None,
+        dim: int | None = None,
     ) -> "Encoder":
         """Opens a model with its preprocessing.
 
@@ -115,6 +116,8 @@ class Encoder:
             image_size: Side in pixels to prepare images at, other than the model's own: shorter side to it, bilinear,
                 centre crop.
             device: Where the network goes; default: where it was loaded.
+            dim: How many of a student's first dimensions are the embedding, of those that it was trained for
+                (`model.matryoshka`); default: all.
 
         Raises:
             ValueError: If the model or its image processor cannot be opened, weights are missing, `pooling` does not
@@ -128,6 +131,7 @@ class Encoder:
             encoder = _open_timm(name, pooling, image_size)
         else:
             encoder = _open_folder(name, revision, trust_remote_code, pooling, image_size)
+        encoder = encoder if dim is None else encoder.cut(dim)
         return encoder if device is None else encoder.to(device)
 
     @classmethod
@@ -171,7 +175,32 @@ class Encoder:
         outputs = self.network(inputs, domain=domain if taught else None)
         if self.kind == "backbone":
             return {self.kind: outputs.backbone_embeds}
-        return {self.kind: outputs.image_embeds} | ({"teacher": outputs.teacher_embeds} if taught else {})
+        embeds = outputs.image_embeds
+        if self.dim in self.nested_dims:
+            embeds = F.normalize(embeds[:, : self.dim], dim=1)
+        return {self.kind: embeds} | ({"teacher": outputs.teacher_embeds} if taught else {})
+
+    @property
+    def nested_dims(self) -> tuple[int, ...]:
+        """How many of its first dimensions are embeddings by themselves."""
+        return nested_dims(self.network) if self.kind == "student" else ()
+
+    def cut(self, dim: int) -> "Encoder":
+        """Returns the encoder whose embeddings are the first dimensions of this one's.
+
+        Args:
+            dim: How many; all of them change nothing.
+
+        Raises:
+            ValueError: If the student was not trained for so many.
+        """
+        if dim == self.dim:
+            return self
+        if dim not in self.nested_dims:
+            known = ", ".join(map(str, (*self.nested_dims, self.dim)))
+            raise ValueError(f"`dim` must be one that the model was trained for: {known}. Got {dim}; leave it out.")
+        # A threshold on similarities of the whole embeddings says nothing about these.
+        return replace(self, dim=dim, calibration=None, settings={**self.settings, "dim": dim})
 
     def encode(
         self, images: Sequence[ImageLike], *, batch_size: int = 32, num_workers: int = 0, progress: bool = False
@@ -307,10 +336,7 @@ def _fingerprint(encoder: Encoder) -> str:
     Teacher heads do not count, since the student's embeddings do not depend on them.
     """
     network = encoder.network.student() if isinstance(encoder.network, UdonModel) else encoder.network
-    digests = []
-    for value in network.state_dict().values():
-        array = value.contiguous().cpu().numpy()
-        digests.append(hashlib.sha256(str((array.shape, array.dtype.str)).encode() + array.data).digest())
+    digests = digest_weights(network)
     processor = encoder.processor
     processing = {} if processor is None else processor_fields(processor)
     pooling = network.config.pooling if isinstance(network, UdonModel) else encoder.pooling
@@ -318,4 +344,6 @@ def _fingerprint(encoder: Encoder) -> str:
     if processor is None or encoder.kind == "backbone" or encoder.transform != processor_transform(processor):
         # Not as published: what was changed counts too.
         described += [encoder.kind, encoder.image_size, str(encoder.transform), str(encoder.statistics)]
+    if encoder.dim in encoder.nested_dims:
+        described.append({"dim": encoder.dim})
     return hashlib.sha256(b"".join(sorted(digests)) + json.dumps(described, sort_keys=True).encode()).hexdigest()[:16]

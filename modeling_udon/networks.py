@@ -1,5 +1,6 @@
 """Networks of model folders and Hub ids, opened with what prepares their images."""
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -121,3 +122,17 @@ def _side(transform: ImageTransform, name: str) -> int:
             f"{' and '.join(f'{height} x {width}' for height, width in sorted(shapes))}; name `image_size`."
         )
     return next(iter(shapes))[0]
+
+
+def nested_dims(network: nn.Module) -> tuple[int, ...]:
+    """How many of a student's first dimensions are embeddings by themselves; none of another network's are."""
+    return tuple(network.config.matryoshka_dims) if isinstance(network, UdonModel) else ()
+
+
+def digest_weights(network: nn.Module) -> list[bytes]:
+    """A digest of each weight by its values, not its name: names change with the version of transformers."""
+    digests = []
+    for value in network.state_dict().values():
+        array = value.contiguous().cpu().numpy()
+        digests.append(hashlib.sha256(str((array.shape, array.dtype.str)).encode() + array.data).digest())
+    return digests

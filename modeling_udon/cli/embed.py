@@ -25,6 +25,7 @@ def embed(
     thumbnails: bool = False,
     no_thumbnails: bool = False,
     allow_outside: bool = False,
+    dim: Positive | None = None,
     batch_size: Positive = 64,
     num_workers: Natural | None = None,
     mixed_precision: Literal["no", "fp16", "bf16"] = "no",
@@ -50,6 +51,7 @@ def embed(
         thumbnails: Keep small JPEGs, so that search can show images from anywhere; of data sets they always are.
         no_thumbnails: Keep none of data sets either.
         allow_outside: Read what a list file names outside of its own folder.
+        dim: First dimensions of the embedding that are kept, of those that the model was trained for.
         batch_size: Images of one forward pass.
         num_workers: Processes that decode; by default one per core but one.
         mixed_precision: Number format of the forward pass.
@@ -70,7 +72,7 @@ def embed(
     )
     embed_images(
         wanted,
-        open_model(model, revision, trust_remote_code),
+        open_model(model, revision, trust_remote_code, dim),
         out,
         thumbnails=True if thumbnails else False if no_thumbnails else None,
         batch_size=batch_size,

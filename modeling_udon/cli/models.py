@@ -32,12 +32,12 @@ class Page:
     trust_remote_code: bool
 
 
-def open_model(model: str, revision: str | None, trust_remote_code: bool) -> Any:
+def open_model(model: str, revision: str | None, trust_remote_code: bool, dim: int | None = None) -> Any:
     """Opens a model without a progress bar in a log."""
     from modeling_udon.encoder import Encoder
 
     hide_bars_in_logs()
-    return Encoder.open(model, revision=revision, trust_remote_code=trust_remote_code)
+    return Encoder.open(model, revision=revision, trust_remote_code=trust_remote_code, dim=dim)
 
 
 def page(

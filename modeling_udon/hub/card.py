@@ -78,7 +78,10 @@ def render_card(
         path=path,
         pin="" if revision is None else f', revision="{revision}"',
         repo=revision is not None,
-        facts={"embedding_dim": config["model"]["embedding_dim"]},
+        facts={
+            "embedding_dim": config["model"]["embedding_dim"],
+            "nested_dims": ", ".join(map(str, config["model"].get("matryoshka", ()))),
+        },
         domains=domains,
         domain_names=", ".join(domain["name"] for domain in domains),
         results=None if results is None or scores is None else _results(results, scores),

@@ -142,6 +142,8 @@ def search_images(
         raise ValueError(f"`domain` must be one of the index: {known}. Got {domain!r}.")
     files = list(_query_files(queries, warn))
     loaded = model if isinstance(model, Encoder) else model()
+    if opened.about.dim in loaded.nested_dims:
+        loaded = loaded.cut(opened.about.dim)
     check_model(opened, loaded)
     if num_workers is None:
         num_workers = min(num_cores() - 1, len(files) // batch_size)

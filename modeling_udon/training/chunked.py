@@ -23,6 +23,7 @@ def chunked_classification_loss(
     margin: float = 0.0,
     kind: str = "normface",
     chunk_size: int = 8192,
+    label_smoothing: float = 0.0,
 ) -> torch.Tensor:
     """Cross entropy of scaled cosines, averaged over the batch; see `losses.classification_loss`.
 
@@ -34,12 +35,14 @@ def chunked_classification_loss(
         margin: Of `cosface` or `arcface`.
         kind: `"normface"`, `"cosface"` or `"arcface"`.
         chunk_size: Classes whose cosines are held at a time.
+        label_smoothing: Share of the target that goes to all classes equally.
 
     Raises:
         ValueError: If `kind` is unknown, or `normface` comes with a margin.
     """
     check_margin(margin, kind)
-    loss: torch.Tensor = _Classification.apply(embeds, prototypes, labels, _Hardness(scale, margin, kind), chunk_size)
+    hardness = _Hardness(scale, margin, kind, label_smoothing)
+    loss: torch.Tensor = _Classification.apply(embeds, prototypes, labels, hardness, chunk_size)
     return loss
 
 
@@ -101,6 +104,7 @@ class _Hardness:
     scale: float
     margin: float
     kind: str
+    smoothing: float
 
 
 class _Classification(torch.autograd.Function):
@@ -114,15 +118,18 @@ class _Classification(torch.autograd.Function):
         chunk_size: int,
     ) -> torch.Tensor:
         log_sum = embeds.new_full((len(embeds),), -torch.inf)
-        true_logits = torch.empty_like(log_sum)
+        true_logits, sums = torch.empty_like(log_sum), torch.zeros_like(log_sum)
         for chunk in _chunks(len(prototypes), chunk_size):
             own, columns = _own(labels, chunk)
             logits = hardness.scale * _harder_cosines(embeds, prototypes[chunk], own, columns, hardness)
             log_sum = torch.logaddexp(log_sum, logits.logsumexp(1))
             true_logits = torch.where(own, logits.gather(1, columns)[:, 0], true_logits)
+            sums += logits.sum(1)
         ctx.save_for_backward(embeds, prototypes, labels, log_sum)
         ctx.hardness, ctx.chunk_size = hardness, chunk_size
-        return (log_sum - true_logits).mean()
+        share = hardness.smoothing
+        targets = (1 - share) * true_logits + share / len(prototypes) * sums if share else true_logits
+        return (log_sum - targets).mean()
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -134,9 +141,11 @@ class _Classification(torch.autograd.Function):
             with torch.enable_grad():
                 leaves = _leaves(embeds, prototypes[chunk])
                 cosines = _harder_cosines(*leaves, own, columns, hardness)
-            # Softmax minus the true class, by the factors that the logits and the mean bring.
+            # Softmax minus the target, by the factors that the logits and the mean bring.
             of_cosines = (hardness.scale * cosines.detach()).sub_(log_sum[:, None]).exp_()
-            of_cosines.scatter_add_(1, columns, -own[:, None].to(of_cosines.dtype))
+            share = hardness.smoothing
+            of_cosines.scatter_add_(1, columns, (share - 1) * own[:, None].to(of_cosines.dtype))
+            of_cosines -= share / len(prototypes)
             of_cosines *= hardness.scale * gradient / len(labels)
             _add_gradients(gradients, chunk, torch.autograd.grad(cosines, leaves, of_cosines))
         return (*gradients, None, None, None)

@@ -65,8 +65,8 @@ class UdonForDistillation(nn.Module):
         self.peers = peers
         self._distill_through_backbone = distill_through_backbone
         self.udon = udon or UdonModel(config)
-        self.student_prototypes = _make_prototypes(self.num_classes, config.embedding_dim)
-        self.teacher_prototypes = _make_prototypes(config.domains, config.teacher_dim)
+        self.student_prototypes = _make_prototypes(self.num_classes, config.embedding_dim, self.objective)
+        self.teacher_prototypes = _make_prototypes(config.domains, config.teacher_dim, self.objective)
         self._terms = Terms(self.objective)
         self._start = _with_copies(self.udon.backbone) if self.objective.retention > 0 else []
         if self.objective.gate == "per_domain":
@@ -147,7 +147,9 @@ class UdonForDistillation(nn.Module):
                 position = self.peers.rank * len(embeds.student)
                 bank = RelationalBank.gathered(self.peers.gather, embeds, position)
             student = self._terms.cosines(embeds.student, self._student_prototypes(domain))
-            losses = {TERMS[0]: self._terms.classification(student, self._student_labels(labels, domain))}
+            student_labels = self._student_labels(labels, domain)
+            dims = self.config.matryoshka_dims
+            losses = {TERMS[0]: self._terms.nested_classification(student, student_labels, dims)}
             teacher = confidences = None
             own = self._own_cosines(student, domain)
             distilled = self._distilled(embeds, own)
@@ -318,10 +320,11 @@ def _given(teacher_embeds: torch.Tensor | None) -> torch.Tensor:
     return teacher_embeds
 
 
-def _make_prototypes(domains: Mapping[str, int], dim: int) -> nn.ParameterDict:
+def _make_prototypes(domains: Mapping[str, int], dim: int, objective: LossConfig) -> nn.ParameterDict:
     prototypes = nn.ParameterDict()
     for name, num_classes in domains.items():
-        weight = torch.empty(num_classes, dim)
+        several = () if objective.subcenters == 1 else (objective.subcenters,)
+        weight = torch.empty(num_classes, *several, dim)
         init_lecun_normal_(weight)
         prototypes[name] = nn.Parameter(weight)
     return prototypes

@@ -17,14 +17,18 @@ def cosine_logits(embeds: torch.Tensor, prototypes: torch.Tensor) -> torch.Tenso
 
     Args:
         embeds: Unit-norm embeddings of shape `(batch_size, dim)`.
-        prototypes: Classifier weights of shape `(num_classes, dim)`, of any length.
+        prototypes: Classifier weights of shape `(num_classes, dim)`, of any length; with several sub-centres a class of
+            shape `(num_classes, num_subcenters, dim)`, of which the nearest counts (Deng et al., ECCV 2020).
 
     Returns:
         Cosines of shape `(batch_size, num_classes)`.
     """
     # Dividing the logits rather than the prototypes saves a second tensor of the prototypes' size.
-    norms = torch.linalg.vector_norm(prototypes, dim=1).clamp_min(1e-12)
-    return (embeds @ prototypes.t()) / norms  # (B, D) x (D, C) -> (B, C)
+    norms = torch.linalg.vector_norm(prototypes, dim=-1).clamp_min(1e-12)
+    if prototypes.ndim == 2:
+        return (embeds @ prototypes.t()) / norms  # (B, D) x (D, C) -> (B, C)
+    cosines = (embeds @ prototypes.flatten(0, 1).t()) / norms.flatten()  # (B, D) x (D, C * K) -> (B, C * K)
+    return cosines.unflatten(1, norms.shape).amax(-1)  # (B, C * K) -> (B, C)
 
 
 def classification_loss(
@@ -33,6 +37,7 @@ def classification_loss(
     scale: float = 16.0,
     margin: float = 0.0,
     kind: str = "normface",
+    label_smoothing: float = 0.0,
 ) -> torch.Tensor:
     """Cross entropy of scaled cosines, averaged over the batch.
 
@@ -43,6 +48,7 @@ def classification_loss(
         margin: `cosface` subtracts it from the cosine of the true class (arXiv 1801.09414), `arcface` adds it, in
             radians, to its angle (arXiv 1801.07698); `normface` (arXiv 1704.06369) has none.
         kind: `"normface"`, `"cosface"` or `"arcface"`.
+        label_smoothing: Share of the target that goes to all classes equally (arXiv 1512.00567).
 
     Raises:
         ValueError: If `kind` is unknown, or `normface` comes with a margin.
@@ -51,7 +57,20 @@ def classification_loss(
     if margin != 0:
         true_cosines = cosine_logits.gather(1, labels[:, None])  # (B, C) -> (B, 1)
         cosine_logits = cosine_logits.scatter(1, labels[:, None], with_margin(true_cosines, margin, kind))
-    return F.cross_entropy(scale * cosine_logits, labels)
+    return F.cross_entropy(scale * cosine_logits, labels, label_smoothing=label_smoothing)
+
+
+def scale_for(num_classes: int, scale: float, by: str) -> float:
+    """Factor on the cosines with so many classes.
+
+    Args:
+        num_classes: Number of classes.
+        scale: Factor at 1,000 classes, or at any number.
+        by: `"fixed"`, the same for any number; `"log_classes"`, in proportion to its logarithm. The more classes, the
+            larger the factor at which the true class can reach a given probability: AdaCos (arXiv 1905.00292) takes
+            `sqrt(2) log(C - 1)`.
+    """
+    return scale if by == "fixed" else scale * math.log(num_classes) / math.log(1000)
 
 
 def check_margin(margin: float, kind: str) -> None:

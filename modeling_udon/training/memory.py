@@ -12,6 +12,7 @@ from modeling_udon.config import LossConfig
 _FLOAT32 = 4
 # Tensors of `(batch_size, num_classes)` at the peak of a step, counted by torch's profiler: the student's alone, with a
 # teacher's, with a second student's where distillation stops at the backbone. Last, of `(batch_size, chunk_size)`.
+_COSINES_NESTED = 5
 _COSINES_ALONE, _COSINES_TAUGHT, _COSINES_APART, _COSINES_OF_CHUNK = 6, 11, 13, 7
 
 
@@ -47,6 +48,7 @@ def estimate_prototypes(
     loss: LossConfig,
     coasting: bool = True,
     distill_through_backbone: bool = True,
+    nested: int = 0,
 ) -> PrototypeMemory:
     """Adds up what prototypes take in training; activations and weights of backbone and heads are not in it.
 
@@ -58,7 +60,10 @@ def estimate_prototypes(
         loss: Says whether classes are told apart jointly, sampled, or gone over in chunks.
         coasting: Whether idle heads coast.
         distill_through_backbone: Whether distillation reads the student's own cosines, not a second set of them.
+        nested: Numbers of first dimensions that are classified by themselves.
     """
+    # Each sub-centre takes what a prototype does.
+    embedding_dim, teacher_dim = loss.subcenters * embedding_dim, loss.subcenters * teacher_dim
     widths = embedding_dim + teacher_dim
     every, most = sum(num_classes.values()), max(num_classes.values())
     weights = _FLOAT32 * every * widths
@@ -80,6 +85,9 @@ def estimate_prototypes(
         cosines = batch_size * (_COSINES_ALONE * every + (_COSINES_TAUGHT - _COSINES_ALONE) * most)
     else:
         cosines = (_COSINES_TAUGHT if distill_through_backbone else _COSINES_APART) * batch_size * rows
+    if loss.chunk_size is None:
+        # Cosines with sub-centres stand beside those of the classes, and those of first dimensions are kept likewise.
+        cosines += batch_size * rows * ((loss.subcenters if loss.subcenters > 1 else 0) + _COSINES_NESTED * nested)
     # The prototypes of a joint classifier have no idle steps; those of teachers beside it have.
     idle_dim = embedding_dim if loss.classifier == "separate" else 0
     idle = _coasting(num_classes, idle_dim, teacher_dim, rows < classes) if coasting and idle_dim + teacher_dim else 0

@@ -127,6 +127,7 @@ def describe_prototypes(config: TrainConfig, domains: Mapping[str, Domain], acce
         config.loss,
         config.ablation.idle_heads == "coast",
         config.ablation.distill_through_backbone,
+        len(config.model.matryoshka),
     )
     return describe_memory(estimate, free_memory(accelerator.device))
 
@@ -154,6 +155,7 @@ def build_model(config: TrainConfig, domains: Mapping[str, Domain], accelerator:
         "head_bias": config.model.head_bias,
         "domains": {name: len(domain.classes) for name, domain in domains.items()} if learning else {},
         "pooling": config.model.pooling,
+        "matryoshka_dims": config.model.matryoshka,
     }
     try:
         if start is None:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch.nn import functional as F
 
 from modeling_udon.config import LossConfig
 from modeling_udon.training.chunked import (
@@ -19,6 +20,7 @@ from modeling_udon.training.losses import (
     logit_distillation_loss,
     relational_distillation_block,
     relational_distillation_loss,
+    scale_for,
 )
 from modeling_udon.training.parts import Cosines, RelationalBank
 
@@ -48,15 +50,33 @@ class Terms:
 
     def classification(self, cosines: Cosines, labels: torch.Tensor) -> torch.Tensor:
         """The classification loss, a scalar."""
-        objective = self.objective
-        hardness = objective.scale, objective.margin, objective.kind
+        objective, smoothing = self.objective, self.objective.label_smoothing
+        hardness = self._scale(cosines), objective.margin, objective.kind
         if cosines.logits is not None:
-            return classification_loss(cosines.logits, labels, *hardness)
-        return chunked_classification_loss(cosines.embeds, cosines.prototypes, labels, *hardness, self._chunk_size)
+            return classification_loss(cosines.logits, labels, *hardness, smoothing)
+        return chunked_classification_loss(
+            cosines.embeds, cosines.prototypes, labels, *hardness, self._chunk_size, smoothing
+        )
+
+    def nested_classification(self, cosines: Cosines, labels: torch.Tensor, dims: Sequence[int]) -> torch.Tensor:
+        """The mean of the classification losses of whole embeddings and of their first dimensions.
+
+        Matryoshka representations (arXiv 2205.13147), with the prototypes cut off where the embeddings are.
+
+        Args:
+            cosines: Those of the whole embeddings.
+            labels: Classes of shape `(batch_size,)`.
+            dims: How many of the first dimensions are classified by themselves as well.
+        """
+        losses = [self.classification(cosines, labels)]
+        for dim in dims:
+            first = self.cosines(F.normalize(cosines.embeds[:, :dim], dim=1), cosines.prototypes[..., :dim])
+            losses.append(self.classification(first, labels))
+        return torch.stack(losses).mean() if dims else losses[0]
 
     def confidence(self, cosines: Cosines, labels: torch.Tensor) -> torch.Tensor:
         """How well each image is classified, see `gates.confidence`; shape `(batch_size,)`."""
-        how = self.objective.scale, self.objective.gate_by
+        how = self._scale(cosines), self.objective.gate_by
         if cosines.logits is not None:
             return confidence(cosines.logits, labels, *how)
         return chunked_confidence(cosines.embeds, cosines.prototypes, labels, *how, self._chunk_size)
@@ -114,6 +134,9 @@ class Terms:
                 loss = self.logit_distillation(student, of_classes, None)
                 losses[FROZEN_TERMS[1]] = losses[FROZEN_TERMS[1]] + teacher.spec.logit * loss
         return {name: loss / weights[name] for name, loss in losses.items()}
+
+    def _scale(self, cosines: Cosines) -> float:
+        return scale_for(len(cosines.prototypes), self.objective.scale, self.objective.scale_by)
 
     @property
     def _chunk_size(self) -> int:
