@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -300,12 +301,22 @@ def _evaluation_splits(name: str, spec: DomainSpec, data: OpenedData) -> dict[st
     return evaluation
 
 
-def _fingerprint(split: ImageSplit) -> str:
-    digest = split.labels.digest()
-    if isinstance(split.images, ParquetImages):
-        digest.update(split.images.digest().encode())
-        return digest.hexdigest()[:16]
-    for row in np.linspace(0, len(split) - 1, num=min(len(split), 32), dtype=int):
-        image = split.images[int(row)]["image"] or {"bytes": b"", "path": None}
+def sample_digest(images: Images, digest: Any = None) -> Any:
+    """Digest of a sample of the images, the same wherever they are stored.
+
+    Args:
+        images: Undecoded images.
+        digest: A hash object to go on with; `None` begins one.
+    """
+    digest = digest or sha256()
+    if isinstance(images, ParquetImages):
+        digest.update(images.digest().encode())
+        return digest
+    for row in np.linspace(0, len(images) - 1, num=min(len(images), 32), dtype=int):
+        image = images[int(row)]["image"] or {"bytes": b"", "path": None}
         digest.update(image["bytes"] if image["bytes"] is not None else Path(image["path"] or "").name.encode())
-    return digest.hexdigest()[:16]
+    return digest
+
+
+def _fingerprint(split: ImageSplit) -> str:
+    return sample_digest(split.images, split.labels.digest()).hexdigest()[:16]

@@ -1,18 +1,18 @@
-"""Training on features of a frozen backbone: computed once for all training images, then read from disk.
+"""Features of a frozen backbone: computed once for all images of a run, then read from disk.
 
-A domain's features are one file of shape `(num_views * num_images, hidden_size)`, float32, mapped into memory. View 0
-is the evaluation's (resized, centre cut out), the others are random as in training, drawn from the seed, the domain and
-the image. Beside it lies a checksum for each block of rows, written after the block: what is missing or damaged is
-computed when the cache is opened, so that filling it may be stopped at any time. The file's name is a digest of all
-that decides its contents: backbone, preprocessing, precision, data, and, for random views, seed and position of the
-domain.
+A set of images has one file (`feature_file.py`); that of a domain's training images is of shape
+`(num_views * num_images, hidden_size)`. View 0 is the evaluation's (resized, centre cut out), the others are random as
+in training, drawn from the seed, the domain and the image; evaluation images have view 0 alone. The file's name is a
+digest of all that decides its contents: backbone, preprocessing, precision, data, and, for random views, seed and
+position of the domain.
 """
 
 import hashlib
 import json
-import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,19 +23,23 @@ from torch import nn
 from torch.utils.data import Dataset as TorchDataset
 
 from modeling_udon.config import TrainConfig
-from modeling_udon.data.dataset import BrokenImage, BrokenImageError, DomainBatch, MultiDomainDataset, substitutes
-from modeling_udon.data.domains import Domain
+from modeling_udon.data.dataset import (
+    BrokenImage,
+    BrokenImageError,
+    DomainBatch,
+    EvaluationDataset,
+    MultiDomainDataset,
+    collate_images,
+    substitutes,
+)
+from modeling_udon.data.domains import Domain, Images, sample_digest
 from modeling_udon.data.loader import WorkerLoader
 from modeling_udon.data.preprocessing import ChannelStatistics
 from modeling_udon.data.sampling import BatchDraw
 from modeling_udon.data.transforms import EvalTransform, ImageTransform, RandomTransform
 from modeling_udon.encoder import Encoder
 from modeling_udon.modeling_udon import UdonModel
-
-# Images of one forward pass and of one checksum, whatever the run's batch size: features must not depend on it.
-BLOCK = 128
-# Stands for a block that has not been written.
-_MISSING = -1
+from modeling_udon.training.feature_file import FeatureFile, fill, rows_of
 
 
 class FeatureDataset(TorchDataset[DomainBatch]):
@@ -170,43 +174,78 @@ class FeatureCache:
         source.network.eval()
         for name in names:
             domain = domains[name]
-            rows = self.num_views * len(domain.labels)
-            width = source.dim
-            file = _FeatureFile(self._path(domain, list(domains).index(name), settings), (rows, width))
-            if accelerator.is_main_process:
-                file.make()
-            accelerator.wait_for_everyone()
-            missing = file.missing_blocks()
-            # Nobody may write before all have seen what is missing.
-            accelerator.wait_for_everyone()
-            say(
-                f"features of {name}: {rows} rows of {width} in {file.path}, "
-                + (f"{len(missing)} of {file.num_blocks} blocks to compute" if missing else "all there")
-            )
-            share = missing[accelerator.process_index :: accelerator.num_processes]
-            for block, values in self._compute(domains, name, share, source, accelerator, num_workers):
-                file.write(block, values)
-            accelerator.wait_for_everyone()
-            features[name] = file.read()
+            shape = self.num_views * len(domain.labels), source.dim
+            file = FeatureFile(self._path(domain, list(domains).index(name), settings), shape)
+            compute = partial(self._compute, domains, name, source, accelerator, num_workers)
+            features[name] = fill(file, compute, accelerator, name, say)
         source.network.train(was_training)
         return features
+
+    @torch.no_grad()
+    def open_images(
+        self,
+        images: Images,
+        what: tuple[str, str],
+        source: FeatureSource,
+        accelerator: Accelerator,
+        num_workers: int,
+        say: Callable[[str], None],
+        exact: bool = False,
+    ) -> np.ndarray:
+        """Computes what is missing and maps the features of evaluation images into memory.
+
+        Args:
+            images: Undecoded images.
+            what: Name of the domain and what of it is embedded, such as `"test query"`.
+            source: Makes the features; its network is in evaluation mode.
+            accelerator: The processes, which share the work.
+            num_workers: Processes that decode images, for each process.
+            say: Takes a line where there is something to compute.
+            exact: Whether to compute in float32, whatever the processes' precision is.
+
+        Returns:
+            Shape `(num_images, hidden_size)`, float32; NaN for an image that could not be read.
+        """
+        precision = "no" if exact else accelerator.mixed_precision
+        settings = self._settings(source, precision) | {"num_views": 1}
+        described = {**settings, "images": sample_digest(images).hexdigest(), "num_images": len(images)}
+        path = self.folder / f"{what[0]}-{what[1].replace(' ', '-')}-{_digest(described)}.npy"
+        file = FeatureFile(path, (len(images), source.dim))
+
+        def compute(blocks: Sequence[int]) -> Iterator[tuple[int, np.ndarray]]:
+            rows = [list(range(len(images))[rows_of(block)]) for block in blocks]
+            loader: WorkerLoader[Any] = WorkerLoader(
+                EvaluationDataset(images, self.plain, *what),
+                batch_sampler=rows,
+                num_workers=num_workers if blocks else 0,
+                collate_fn=collate_images,
+                pin_memory=accelerator.device.type == "cuda",
+            )
+            for block, (pixels, broken) in zip(blocks, loader, strict=True):
+                with nullcontext() if exact else accelerator.autocast():
+                    inputs = pixels.to(accelerator.device, non_blocking=True)
+                    values = source.embed(inputs).float().cpu().numpy()
+                values[[image.row - rows_of(block).start for image in broken]] = np.nan
+                yield block, values
+
+        return fill(file, compute, accelerator, " ".join(what), say, silent_if_there=True)
 
     @torch.no_grad()
     def _compute(
         self,
         domains: Mapping[str, Domain],
         name: str,
-        blocks: Sequence[int],
         source: FeatureSource,
         accelerator: Accelerator,
         num_workers: int,
+        blocks: Sequence[int],
     ) -> Iterator[tuple[int, np.ndarray]]:
         num_images = len(domains[name].labels)
         data = _Views(domains, self.plain, self.transform, self.seed)
         last = self.num_views * num_images
         draws = []
         for block in blocks:
-            positions = np.arange(block * BLOCK, min((block + 1) * BLOCK, last))
+            positions = np.arange(last)[rows_of(block)]
             draws.append(BatchDraw(name, positions % num_images, positions))
         loader: WorkerLoader[tuple[torch.Tensor, list[int]]] = WorkerLoader(
             data,
@@ -232,8 +271,7 @@ class FeatureCache:
         what = {**settings, "fingerprint": domain.fingerprint, "num_images": len(domain.labels)}
         if self.num_views > 1:
             what |= {"random": [type(self.transform).__name__, asdict(self.transform), self.seed, number]}  # type: ignore[call-overload]
-        digest = hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()
-        return self.folder / f"{domain.name}-{digest[:16]}.npy"
+        return self.folder / f"{domain.name}-{_digest(what)}.npy"
 
 
 def make_feature_cache(
@@ -242,6 +280,10 @@ def make_feature_cache(
     """Makes the cache that a config asks for; nothing is computed yet."""
     folder = config.train.feature_cache or config.run_dir / "features"
     return FeatureCache(folder, num_views, transform, plain, config.seed)
+
+
+def _digest(what: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 class _Views(TorchDataset[tuple[torch.Tensor, list[int]]]):
@@ -276,54 +318,3 @@ class _Plain:
 
 def _as_it_is(item: Any) -> Any:
     return item
-
-
-class _FeatureFile:
-    """One file of features with its checksums."""
-
-    def __init__(self, path: Path, shape: tuple[int, int]) -> None:
-        self.path = path
-        self.num_blocks = -(-shape[0] // BLOCK)
-        self._shape = shape
-        self._sums = path.with_suffix(".sums.npy")
-
-    def make(self) -> None:
-        """Makes empty files where there are none of this shape."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        if not (_has_shape(self.path, self._shape) and _has_shape(self._sums, (self.num_blocks,))):
-            np.lib.format.open_memmap(self.path, "w+", np.float32, self._shape).flush()
-            sums = np.lib.format.open_memmap(self._sums, "w+", np.int64, (self.num_blocks,))
-            sums[:] = _MISSING
-            sums.flush()
-
-    def missing_blocks(self) -> list[int]:
-        """Blocks that were never written, or are not what was written."""
-        values, sums = self.read(), np.load(self._sums)
-        return [block for block in range(self.num_blocks) if sums[block] != _sum(values[_rows(block)])]
-
-    def write(self, block: int, values: np.ndarray) -> None:
-        """Writes one block, then its checksum."""
-        features, sums = (np.lib.format.open_memmap(path, "r+") for path in (self.path, self._sums))
-        features[_rows(block)] = values
-        features.flush()
-        sums[block] = _sum(values)
-        sums.flush()
-
-    def read(self) -> np.ndarray:
-        """Maps the features into memory."""
-        return np.load(self.path, mmap_mode="r")
-
-
-def _rows(block: int) -> slice:
-    return slice(block * BLOCK, (block + 1) * BLOCK)
-
-
-def _sum(values: np.ndarray) -> int:
-    return zlib.crc32(np.ascontiguousarray(values).tobytes())
-
-
-def _has_shape(path: Path, shape: tuple[int, ...]) -> bool:
-    try:
-        return np.load(path, mmap_mode="r").shape == shape
-    except (OSError, ValueError, EOFError):
-        return False

@@ -15,7 +15,6 @@ from modeling_udon.data.preprocessing import image_processor
 from modeling_udon.data.transforms import EvalTransform
 from modeling_udon.encoder import Encoder
 from modeling_udon.evaluation.analysis import analyse
-from modeling_udon.evaluation.embedder import ImageEmbedder
 from modeling_udon.evaluation.neighbours import (
     SplitNeighbours,
     domains_with,
@@ -32,6 +31,7 @@ from modeling_udon.storage import replaced_folder, write_text
 from modeling_udon.training.broken import BrokenImages
 from modeling_udon.training.checkpoint import BEST_FILE
 from modeling_udon.training.extension import compare_with_old, format_extension, keep_old_scores, write_extension
+from modeling_udon.training.feature_embedder import make_embedder
 from modeling_udon.training.logging import Reporter, format_changes, format_weights
 from modeling_udon.training.lora import merged, merged_state, split_state
 from modeling_udon.training.processes import on_main
@@ -77,10 +77,7 @@ class Assessment:
         transform = EvalTransform(config.data.image_size)
         self._encoder = Encoder.of_student(run.model.udon, run.statistics, transform, config.name)
         self._metrics = tuple(dict.fromkeys((*METRICS, config.eval.metric)))
-        check = run.agreement.check
-        self._embedder = ImageEmbedder(
-            config.eval.batch_size, config.data.num_workers, run.accelerator, progress=lambda *_: check()
-        )
+        self._embedder = make_embedder(run, reporter.say)
         # The test is that of the published student, which others run in float32.
         self._exact = replace(self._embedder, exact=True)
 

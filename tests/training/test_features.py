@@ -18,8 +18,9 @@ from modeling_udon.config import ConfigError, TrainConfig
 from modeling_udon.config_file import load_config
 from modeling_udon.data.dataset import BrokenImageError, DomainBatch, MultiDomainDataset
 from modeling_udon.data.transforms import EvalTransform
+from modeling_udon.evaluation.evaluate import evaluate
 from modeling_udon.modeling_udon import UdonModel
-from modeling_udon.training import features as cached_features
+from modeling_udon.training import feature_file
 from modeling_udon.training.features import FeatureDataset
 from modeling_udon.training.run import training_data
 from modeling_udon.training.step import StepResult
@@ -38,12 +39,15 @@ def last_weights(run: Path) -> dict[str, torch.Tensor]:
 
 
 def feature_files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.glob("*.npy") if not path.name.endswith(".sums.npy"))
+    """Files of the training images."""
+    return sorted(
+        path for path in folder.glob("*.npy") if not path.name.endswith(".sums.npy") and "query" not in path.name
+    )
 
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cached_features, "BLOCK", 12)
+    monkeypatch.setattr(feature_file, "BLOCK", 12)
 
 
 @pytest.fixture(scope="module")
@@ -212,16 +216,17 @@ def test_a_cache_that_was_stopped_goes_on_where_it_was(
     make_values: Values, run_train: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Told
 ) -> None:
     values = make_values(tmp_path, **HEADS_ONLY, train__feature_cache=str(tmp_path / "shared"))
-    write, written = cached_features._FeatureFile.write, []
+    write, written = feature_file.FeatureFile.write, []
 
     def dying_write(self: Any, block: int, features: np.ndarray) -> None:
-        if len(written) == 2:
-            raise KeyboardInterrupt
-        written.append(block)
+        if "query" not in self.path.name:
+            if len(written) == 2:
+                raise KeyboardInterrupt
+            written.append(block)
         write(self, block, features)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(cached_features._FeatureFile, "write", dying_write)
+        patch.setattr(feature_file.FeatureFile, "write", dying_write)
         run_train(values)
     capsys.readouterr()
     run_train(values, overwrite=True)
@@ -250,6 +255,29 @@ def test_features_of_another_backbone_or_view_are_another_file(
         trainer = open_trainer(load_config(path))
         names.append([file.name for file in _fill(trainer)])
     assert not set(names[0]) & set(names[1])
+
+
+def test_evaluation_reads_features_and_scores_what_the_published_student_does(
+    make_values: Values, run_train: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes = HEADS_ONLY | {"train__feature_cache": str(tmp_path / "shared")}
+    first = run_train(make_values(tmp_path / "one", **changes))
+    forward, sizes = UdonModel.forward, []
+
+    def watched_forward(self: UdonModel, pixel_values: torch.Tensor, *inputs: Any, **options: Any) -> Any:
+        sizes.append(len(pixel_values))
+        return forward(self, pixel_values, *inputs, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(UdonModel, "forward", watched_forward)
+        second = run_train(make_values(tmp_path / "two", **changes))
+    assert set(sizes) == {1}, "the check of the backbone, and no image"
+    results = [json.loads((run / "results.json").read_text()) for run in (first, second)]
+    assert results[0]["splits"] == results[1]["splits"] and results[0]["baseline"] == results[1]["baseline"]
+    measured = evaluate(first).results["splits"]["test"]
+    for index in ("merged", "separate"):
+        for name, scores in results[0]["splits"]["test"][index]["domains"].items():
+            assert scores == pytest.approx(measured[index]["domains"][name], abs=1e-6)
 
 
 def test_a_backbone_at_rest_is_not_cut_into_shards(tiny_config: Callable[..., Path]) -> None:
