@@ -9,6 +9,7 @@ import re
 import subprocess
 import tarfile
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -148,13 +149,17 @@ def _read_json(archive: tarfile.TarFile, name: str) -> Any:
 
 def _faces(path: Path, package: str) -> Iterator[Typeface]:
     try:
-        collection = TTCollection(path, lazy=True).fonts if path.suffix.lower() == ".ttc" else [TTFont(path, lazy=True)]
-        for number, font in enumerate(collection):
-            names, characters = font["name"], font.getBestCmap()
-            family = names.getDebugName(16) or names.getDebugName(1)
-            style = names.getDebugName(17) or names.getDebugName(2) or ""
-            if family and characters:
-                yield Typeface(family, style, package, str(path), number, frozenset(characters))
+        with ExitStack() as stack:
+            if path.suffix.lower() == ".ttc":
+                fonts = stack.enter_context(TTCollection(path, lazy=True)).fonts
+            else:
+                fonts = [stack.enter_context(TTFont(path, lazy=True))]
+            for number, font in enumerate(fonts):
+                names, characters = font["name"], font.getBestCmap()
+                family = names.getDebugName(16) or names.getDebugName(1)
+                style = names.getDebugName(17) or names.getDebugName(2) or ""
+                if family and characters:
+                    yield Typeface(family, style, package, str(path), number, frozenset(characters))
     except (TTLibError, AssertionError, KeyError, ValueError, OSError):
         # A font of a form that fontTools does not read, such as a bitmap in a TrueType wrapper.
         return

@@ -13,8 +13,8 @@ Five domains, of which pairs conflict: what is identity in one is nuisance in th
 | iconsets | icon set and style | random icons, of names that `icons` does not have |
 
 Downloads 212 Debian font packages and 119 icon sets from npm once (700 MB, nothing is installed), and writes
-`FOLDER/DOMAIN/{train,val,test}-00000.parquet` with the columns `image`, `class_name` and `source`, each split with classes
-of their own, and `counts.json` and `licences.json` beside them. Equal seeds and versions give equal files.
+`FOLDER/DOMAIN/{train,val,test}-00000.parquet` with the columns `image`, `class_name` and `source`, each split with
+classes of its own, and `counts.json` and `licences.json` beside them. Equal seeds and versions give equal files.
 """
 
 import argparse
