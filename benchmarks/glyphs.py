@@ -118,8 +118,9 @@ def make_fonts(faces: Sequence[Typeface], rng: np.random.Generator, plan: Plan) 
 def make_icons(sets: Sequence[IconSet], rng: np.random.Generator, plan: Plan) -> Classes:
     """Names of icons that at least so many sets have; one icon of each set."""
     classes: Classes = {}
+    by_name = [(one, _icons_by_name(one)) for one in sets]
     for name in _shared_names(sets, plan):
-        having = [(one, icon) for one in sets for icon in [_icons_by_name(one).get(name)] if icon is not None]
+        having = [(one, icons[name]) for one, icons in by_name if name in icons]
         order = rng.permutation(len(having))
         classes[name] = [_icon(*having[position]) for position in order]
     return classes

@@ -48,6 +48,8 @@ class ModelConfig(Section):
     """Widths of the hidden layers of every head; empty for linear heads."""
     head_bias: bool = True
     """Whether the last layer of every head has a bias."""
+    centre_features: bool = False
+    """Whether the student's head learns as if the mean of the backbone's features before training were 0."""
     lora: LoraConfig | None = None
     """Adapters that are trained in the place of the backbone's own weights, such as `{r: 8}`; `null`: none."""
     keep_layers: int | None = Field(None, gt=0)
@@ -70,6 +72,12 @@ class ModelConfig(Section):
     def _one_backbone(self) -> "ModelConfig":
         if (self.backbone is None) == (self.backbone_config is None):
             raise ValueError("name either `backbone` (a trained one) or `backbone_config` (from scratch), not both")
+        return self
+
+    @model_validator(mode="after")
+    def _bias_takes_the_mean(self) -> "ModelConfig":
+        if self.centre_features and not (self.head_bias or self.head_hidden_dims):
+            raise ValueError("`centre_features` must go with `head_bias`, which takes the mean up")
         return self
 
 

@@ -1,10 +1,9 @@
 """A run in its order of making: domains, sampler, model, processes, optimiser, state, folder."""
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
@@ -12,19 +11,15 @@ from torch import nn
 
 from modeling_udon.config import ConfigError, TrainConfig
 from modeling_udon.config_file import dump_config
-from modeling_udon.data.dataset import DomainBatch, MultiDomainDataset
+from modeling_udon.data.dataset import DomainBatch
 from modeling_udon.data.domains import Domain, find_doubts, open_domain, with_images_as_classes
 from modeling_udon.data.preprocessing import ChannelStatistics
 from modeling_udon.data.sampling import DomainBatchSampler
-from modeling_udon.data.transforms import EvalTransform
-from modeling_udon.modeling_udon import UdonModel
 from modeling_udon.training.average import StudentAverage
 from modeling_udon.training.backbone import channel_statistics
 from modeling_udon.training.checkpoint import CheckpointError, TrainState, load_checkpoint
 from modeling_udon.training.distillation import UdonForDistillation
 from modeling_udon.training.extension import trained_domains
-from modeling_udon.training.feature_teachers import START, FeatureTeacher, read_features
-from modeling_udon.training.features import FeatureDataset, backbone_source, encoder_source, make_feature_cache
 from modeling_udon.training.optimization import IdleHeads, frozen_steps, learning_rates, make_optimizer
 from modeling_udon.training.processes import Agreement, on_main
 from modeling_udon.training.resuming import leaves
@@ -38,7 +33,6 @@ from modeling_udon.training.setup import (
     describe_prototypes,
     make_accelerator,
     make_sampler,
-    training_transform,
 )
 from modeling_udon.training.sharing import share_model, start_equal
 from modeling_udon.training.signals import StopSignals
@@ -205,60 +199,6 @@ def describe_run(run: Run) -> Iterator[str]:
         yield f"parameter group {group['name']}: {size:,} weights, {state}"
     if run.step:
         yield f"going on from step {run.step} of {run.num_steps}"
-
-
-def training_data(run: Run, say: Callable[[str], None]) -> MultiDomainDataset | FeatureDataset:
-    """Opens the training images, or the features of a frozen backbone, which are computed where they are missing.
-
-    Args:
-        run: The run.
-        say: Takes lines for the user.
-    """
-    config, transform = run.config, training_transform(run.config.data)
-    replace_broken = config.data.max_broken_share > 0
-    plain, names = EvalTransform(config.data.image_size), run.sampler.names
-    features: dict[str, np.ndarray] = {}
-    with run.signals.interruptible():
-        if config.train.heads_only:
-            cache = make_feature_cache(config, transform, plain, config.train.feature_views)
-            source = backbone_source(run.model.udon, run.statistics)
-            features = cache.open(run.domains, names, source, run.accelerator, config.data.num_workers, say)
-        _open_feature_teachers(run, features, say)
-    if config.train.heads_only:
-        return FeatureDataset(run.domains, features, config.seed, replace_broken)
-    return MultiDomainDataset(run.domains, transform, config.seed, replace_broken)
-
-
-def _open_feature_teachers(run: Run, own: Mapping[str, np.ndarray], say: Callable[[str], None]) -> None:
-    """Gets frozen teachers ready.
-
-    Args:
-        run: The run.
-        own: Features of a backbone that is frozen, of each domain.
-        say: Takes lines for the user.
-    """
-    config, teachers = run.config, run.model.feature_teachers
-    if teachers is None:
-        return
-
-    def features_of(teacher: FeatureTeacher, domains: Mapping[str, Domain]) -> Mapping[str, np.ndarray]:
-        if teacher.comes_in:
-            return own
-        if teacher.encoder is None:
-            return read_features(Path(teacher.spec.model), domains)
-        encoder, transform = teacher.encoder, training_transform(config.data)
-        cache = make_feature_cache(config, transform, encoder.transform, num_views=1)
-        source = encoder_source(encoder.to(run.accelerator.device))
-        if teacher.spec.model == START and isinstance(encoder.network, UdonModel):
-            # As the features of a frozen backbone, which another run may have left in the same folder.
-            source = backbone_source(encoder.network, run.statistics)
-        return cache.open(domains, list(domains), source, run.accelerator, config.data.num_workers, say)
-
-    domains = {name: run.domains[name] for name in run.sampler.names}
-    try:
-        teachers.open(domains, features_of, run.accelerator.device, say)
-    except ValueError as error:
-        raise ConfigError(f"`frozen_teachers` must have features of all training images. {error}") from error
 
 
 def as_it_is(batch: DomainBatch) -> DomainBatch:

@@ -23,6 +23,7 @@ from modeling_udon.data.preprocessing import ChannelStatistics
 from modeling_udon.data.sampling import DomainBatchSampler
 from modeling_udon.data.transforms import RandomTransform, TrainTransform
 from modeling_udon.training.backbone import build_udon, channel_statistics, check_backbone, needs_interpolation
+from modeling_udon.training.centring import add_centre
 from modeling_udon.training.distillation import UdonForDistillation
 from modeling_udon.training.domain_weights import make_class_draws, make_weights
 from modeling_udon.training.extension import load_start, old_student, open_start
@@ -197,6 +198,8 @@ def build_model(config: TrainConfig, domains: Mapping[str, Domain], accelerator:
     if config.model.lora is not None:
         # Last, since a start has the names of a plain backbone.
         add_adapters(udon.backbone, config.model.lora)
+    if config.model.centre_features:
+        add_centre(model)
     return model
 
 

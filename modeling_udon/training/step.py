@@ -8,6 +8,7 @@ import torch
 from accelerate import Accelerator
 
 from modeling_udon.data.dataset import DomainBatch
+from modeling_udon.training.centring import CentredStep
 from modeling_udon.training.optimization import average_gradients, learning_rates, set_learning_rates, with_gradients
 from modeling_udon.training.parts import Embeddings, RelationalBank
 from modeling_udon.training.run import Run
@@ -62,9 +63,12 @@ def take_step(run: Run, batch: DomainBatch) -> StepResult:
     classes = run.sampled_classes.take(domain, batch.labels, step, run.accelerator.device)
     targets = _targets(run, batch)
     loss, losses, confidences = _backward(run, inputs, labels, domain, classes, targets)
+    centred = CentredStep(run.model) if config.model.centre_features else None
     judgement = _judge(run, domain, torch.stack([loss, *losses.values()]))
     # AdamW reads on the device whether it may move, see `StepGuard`.
     run.wrapped_optimizer.step()
+    if centred is not None:
+        centred.finish()
     run.wrapped_optimizer.zero_grad(set_to_none=True)
     applied = judgement.verdict == Verdict.APPLIED
     if run.wrapped_optimizer.step_was_skipped:  # By a gradient scaler, which has asked the device already.

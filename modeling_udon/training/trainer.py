@@ -15,12 +15,13 @@ from modeling_udon.training.errors import TrainingError
 from modeling_udon.training.logging import LossWindow, Reporter, format_validation
 from modeling_udon.training.optimization import learning_rates
 from modeling_udon.training.resuming import check_allowances
-from modeling_udon.training.run import Run, as_it_is, build_run, describe_run, start_trackers, training_data
+from modeling_udon.training.run import Run, as_it_is, build_run, describe_run, start_trackers
 from modeling_udon.training.run_folder import RunFolder
 from modeling_udon.training.sharing import share_buffers
 from modeling_udon.training.signals import Stopped, StopSignals
 from modeling_udon.training.skipped import Incidents, Verdict
 from modeling_udon.training.step import StepLosses, StepResult, fetch_losses, take_step
+from modeling_udon.training.training_data import training_data
 from modeling_udon.training.validation import Assessment, TrainingResults
 
 

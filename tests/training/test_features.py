@@ -22,9 +22,9 @@ from modeling_udon.evaluation.evaluate import evaluate
 from modeling_udon.modeling_udon import UdonModel
 from modeling_udon.training import feature_file
 from modeling_udon.training.features import FeatureDataset
-from modeling_udon.training.run import training_data
 from modeling_udon.training.step import StepResult
 from modeling_udon.training.trainer import Trainer
+from modeling_udon.training.training_data import training_data
 
 Values = Callable[..., dict[str, Any]]
 Run = Callable[..., Path]
@@ -125,7 +125,9 @@ def test_cached_features_train_the_heads_as_the_frozen_backbone_does(
     steady = {"model__backbone_config__hidden_dropout_prob": 0.0, "log__every": 1}
     cached = run_train(make_values(tmp_path / "cached", **HEADS_ONLY, **steady))
     plain = EvalTransform(16)
-    monkeypatch.setattr("modeling_udon.training.run.training_transform", lambda data: lambda image, rng: plain(image))
+    monkeypatch.setattr(
+        "modeling_udon.training.training_data.training_transform", lambda data: lambda image, rng: plain(image)
+    )
     live = run_train(make_values(tmp_path / "live", **steady, optim__backbone_lr=0.0, optim__weight_decay=0.0))
     losses = [
         [row["loss"] for row in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()) if "loss" in row]

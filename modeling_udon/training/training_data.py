@@ -1,0 +1,107 @@
+"""Training data of a run: images, or features of a frozen backbone, with what has to be known of them before step 0."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from datasets import Dataset, Features, Image
+
+from modeling_udon.config import ConfigError
+from modeling_udon.data.dataset import MultiDomainDataset
+from modeling_udon.data.domains import Domain
+from modeling_udon.data.transforms import EvalTransform
+from modeling_udon.encoder import Encoder
+from modeling_udon.evaluation.embedder import ImageEmbedder
+from modeling_udon.modeling_udon import UdonModel
+from modeling_udon.training.centring import CENTRE_IMAGES, set_centre
+from modeling_udon.training.feature_teachers import START, FeatureTeacher, read_features
+from modeling_udon.training.features import FeatureDataset, backbone_source, encoder_source, make_feature_cache
+from modeling_udon.training.run import Run
+from modeling_udon.training.setup import training_transform
+
+
+def training_data(run: Run, say: Callable[[str], None]) -> MultiDomainDataset | FeatureDataset:
+    """Opens the training images, or the features of a frozen backbone, which are computed where they are missing.
+
+    Args:
+        run: The run.
+        say: Takes lines for the user.
+    """
+    config, transform = run.config, training_transform(run.config.data)
+    replace_broken = config.data.max_broken_share > 0
+    plain, names = EvalTransform(config.data.image_size), run.sampler.names
+    features: dict[str, np.ndarray] = {}
+    with run.signals.interruptible():
+        if config.train.heads_only:
+            cache = make_feature_cache(config, transform, plain, config.train.feature_views)
+            source = backbone_source(run.model.udon, run.statistics)
+            features = cache.open(run.domains, names, source, run.accelerator, config.data.num_workers, say)
+        _open_feature_teachers(run, features, say)
+        # Later the backbone may have moved, and the checkpoint has the centre.
+        if config.model.centre_features and run.step == 0:
+            set_centre(run.model, _centre(run, features))
+    if config.train.heads_only:
+        return FeatureDataset(run.domains, features, config.seed, replace_broken)
+    return MultiDomainDataset(run.domains, transform, config.seed, replace_broken)
+
+
+def _open_feature_teachers(run: Run, own: Mapping[str, np.ndarray], say: Callable[[str], None]) -> None:
+    """Gets frozen teachers ready.
+
+    Args:
+        run: The run.
+        own: Features of a backbone that is frozen, of each domain.
+        say: Takes lines for the user.
+    """
+    config, teachers = run.config, run.model.feature_teachers
+    if teachers is None:
+        return
+
+    def features_of(teacher: FeatureTeacher, domains: Mapping[str, Domain]) -> Mapping[str, np.ndarray]:
+        if teacher.comes_in:
+            return own
+        if teacher.encoder is None:
+            return read_features(Path(teacher.spec.model), domains)
+        encoder, transform = teacher.encoder, training_transform(config.data)
+        cache = make_feature_cache(config, transform, encoder.transform, num_views=1)
+        source = encoder_source(encoder.to(run.accelerator.device))
+        if teacher.spec.model == START and isinstance(encoder.network, UdonModel):
+            # As the features of a frozen backbone, which another run may have left in the same folder.
+            source = backbone_source(encoder.network, run.statistics)
+        return cache.open(domains, list(domains), source, run.accelerator, config.data.num_workers, say)
+
+    domains = {name: run.domains[name] for name in run.sampler.names}
+    try:
+        teachers.open(domains, features_of, run.accelerator.device, say)
+    except ValueError as error:
+        raise ConfigError(f"`frozen_teachers` must have features of all training images. {error}") from error
+
+
+def _centre(run: Run, own: Mapping[str, np.ndarray]) -> torch.Tensor:
+    """Mean over the domains of the mean feature of some training images, as the evaluation sees them.
+
+    Args:
+        run: The run, before its first step.
+        own: Features of a backbone that is frozen, of each domain.
+    """
+    transform = EvalTransform(run.config.data.image_size)
+    encoder = Encoder.of_student(run.model.udon, run.statistics, transform, run.config.name).backbone()
+    embedder = ImageEmbedder(run.config.eval.batch_size, run.config.data.num_workers, run.accelerator, exact=True)
+    was_training = run.model.training
+    run.model.eval()
+    means = []
+    for name in run.sampler.names:
+        images = run.domains[name].images
+        # Evenly spaced, since many data sets are sorted by class.
+        rows = np.unique(np.linspace(0, len(images) - 1, num=CENTRE_IMAGES, dtype=int))
+        if own:
+            features = own[name][rows]
+        else:
+            chosen = Dataset.from_dict(
+                {"image": images[rows.tolist()]["image"]}, Features({"image": Image(decode=False)})
+            )
+            features = embedder(chosen, encoder, name).embeddings["backbone"]
+        means.append(np.nanmean(features, axis=0))
+    run.model.train(was_training)
+    return torch.from_numpy(np.mean(means, axis=0))
