@@ -1,9 +1,9 @@
 """Every row of the table of systems trains from its config, on tiny images under the benchmark's names."""
 
-import importlib.util
 import io
 import json
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -20,24 +20,21 @@ ROOT = Path(__file__).parent.parent
 TINY = ["--train.num_steps", "8", "--train.batch_size", "8", "--data.num_workers", "0", "--sampling.update_every", "4"]
 
 
-def open_benchmark() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("benchmark_systems", ROOT / "benchmarks" / "systems.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture(scope="module")
-def systems() -> ModuleType:
-    return open_benchmark()
+def systems() -> Iterator[ModuleType]:
+    names = ("systems", "system_heads", "system_rows", "system_tables")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(ROOT / "benchmarks"))
+        yield __import__("systems")
+    for name in names:
+        sys.modules.pop(name, None)
 
 
 @pytest.fixture(scope="module")
 def tiny_benchmark(systems: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The benchmark's eight domains with 2 classes of 6 images in each split."""
     folder, rng = tmp_path_factory.mktemp("miniuned"), np.random.default_rng(0)
-    for name in systems.DOMAINS:
+    for name in systems.DOMAINS["miniuned"]:
         (folder / name).mkdir()
         for number, split in enumerate(("train", "val", "test")):
             labels = [2 * number + label for label in (0, 1) for _ in range(6)]
@@ -77,7 +74,7 @@ def test_every_row_trains_from_its_config_and_stands_in_the_table(
     systems: ModuleType, in_process: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rows = list(systems.rows())
-    words = ["--out", str(tmp_path), "--seeds", "0", "--systems", *rows]
+    words = ["--fine-tune", "--out", str(tmp_path), "--seeds", "0", "--systems", *rows]
     systems.main(words)
     assert {"pretrain", "udon", "separate_teachers", "shared_teacher", "specialist-emoji"} <= set(in_process)
     assert len(in_process) == len(set(in_process)) == len(rows) - 1 + 8 + 1
@@ -97,7 +94,8 @@ def test_the_table_has_means_spread_and_cost_over_seeds(
     systems: ModuleType, in_process: list[str], tmp_path: Path
 ) -> None:
     systems.main(
-        ["--out", str(tmp_path), "--seeds", "0", "1", "--systems", "uscrr", "specialists", "separate_teachers"]
+        ["--fine-tune", "--out", str(tmp_path), "--seeds", "0", "1"]
+        + ["--systems", "uscrr", "specialists", "separate_teachers"]
     )
     table = json.loads((tmp_path / "systems.json").read_text())["rows"]
 
@@ -109,7 +107,7 @@ def test_the_table_has_means_spread_and_cost_over_seeds(
     found = table["uscrr"]["merged"]["R@1"]["mean"]
     assert found["seeds"] == pytest.approx(seeds) and found["mean"] == pytest.approx(np.mean(seeds))
     assert found["std"] == pytest.approx(np.std(seeds, ddof=1))
-    oracle = np.mean([recall(f"specialist-{name}", 0, domain=name) for name in systems.DOMAINS])
+    oracle = np.mean([recall(f"specialist-{name}", 0, domain=name) for name in systems.DOMAINS["miniuned"]])
     assert table["specialists"]["merged"]["R@1"]["mean"]["seeds"][0] == pytest.approx(oracle)
     assert table["uscrr"]["seconds"] == 60 and table["specialists"]["seconds"] == 8 * 60
     assert table["separate_teachers"]["seconds"] == 9 * 60 and table["separate_teachers"]["cpu_seconds"] == 9 * 90
@@ -121,6 +119,66 @@ def test_a_run_that_fails_stops_the_benchmark_with_its_last_words(systems: Modul
     settings = systems.Settings(tmp_path, tmp_path, "pretrain", "cpu", 1)
     with pytest.raises(SystemExit, match="must be a file that can be read"):
         systems.launch(settings, tmp_path / "run", ["--config", "nowhere.yaml"])
+
+
+def test_specialists_alone_have_a_table_with_its_baselines(
+    systems: ModuleType, in_process: list[str], tmp_path: Path
+) -> None:
+    systems.main(["--fine-tune", "--out", str(tmp_path), "--seeds", "0", "--systems", "specialists"])
+    table = json.loads((tmp_path / "systems.json").read_text())
+    assert list(table["rows"]) == ["specialists"]
+    assert set(table["baselines"]) == {"untrained", "raw_pixels"}
+    assert set(table["baselines"]["untrained"]["R@1"]) == {"mean", *systems.DOMAINS["miniuned"]}
+
+
+def test_a_run_of_another_start_budget_or_option_is_never_taken_for_this_one(
+    systems: ModuleType, in_process: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["--fine-tune", "--out", str(tmp_path), "--seeds", "0", "--systems", "uscrr"]
+    systems.main(words)
+    with pytest.raises(SystemExit, match=r"uscrr, which differs: config\.optim\.lr; give another --out"):
+        systems.main([*words, "--optim.lr", "0.5"])
+    with monkeypatch.context() as patch:
+        other = [*TINY, "--train.mixed_precision", "bf16"]
+        patch.setitem(systems.BUDGETS, "gpu", {"pretrain": TINY, "systems": other, "joint": []})
+        with pytest.raises(SystemExit, match="differs: config.train.mixed_precision"):
+            systems.main([*words, "--budget", "gpu"])
+    weights = tmp_path / "pretrain" / "best" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-4] + b"\0\0\0\0")
+    with pytest.raises(SystemExit, match="differs: start"):
+        systems.main(words)
+    (tmp_path / "seed-0" / "uscrr" / "asked.json").unlink()
+    with pytest.raises(SystemExit, match="of which nobody knows what it was given"):
+        systems.main(words)
+
+
+def test_heads_on_features_take_the_best_rate_of_the_validation(
+    systems: ModuleType, in_process: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    systems.main(["--fine-tune", "--out", str(tmp_path / "whole"), "--seeds", "0", "--systems", "uscrr"])
+    in_process.clear()
+    monkeypatch.setattr(systems, "RATES", ("3e-3", "1e-1"))
+    start = tmp_path / "whole" / "pretrain" / "best"
+    words = ["--start", str(start), "--out", str(tmp_path / "heads"), "--seeds", "0", "1", *TINY]
+    words += ["--data.image_size", "64", "--systems", "uscrr", "centred", "specialists"]
+    systems.main(words)
+    assert not in_process, "nothing is launched"
+    table = json.loads((tmp_path / "heads" / "systems.json").read_text())
+
+    def recall(seed: int, rate: str, split: str) -> float:
+        path = tmp_path / "heads" / f"seed-{seed}" / "centred" / f"lr-{rate}" / "results.json"
+        return json.loads(path.read_text())["splits"][split]["merged"]["mean"]["R@1"]
+
+    row = table["rows"]["centred"]
+    assert recall(0, row["rate"], "validation") == max(recall(0, rate, "validation") for rate in systems.RATES)
+    tested = [recall(seed, row["rate"], "test") for seed in (0, 1)]
+    assert row["merged"]["R@1"]["mean"]["seeds"] == pytest.approx(tested)
+    half = 12.706 * np.std(tested, ddof=1) / np.sqrt(2)
+    found = sys.modules["system_tables"].interval(row["merged"]["R@1"]["mean"])
+    assert found == pytest.approx((np.mean(tested) - half, np.mean(tested) + half))
+    assert row["cpu_seconds"] > 0 and row["trained"] < row["shipped"]
+    with pytest.raises(SystemExit):
+        systems.main([*words[:-3], "separate_teachers"])
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs" / "miniuned").glob("*.yaml")), ids=lambda path: path.stem)
