@@ -1,12 +1,21 @@
 """The systems that are compared, as what each sets in the config; the rest of a run is the same for all.
 
-Names as in the papers (arXiv 2309.01858 and 2406.08332), but for `anchor`, which is ours.
+Names as in the papers (arXiv 2309.01858 and 2406.08332), but for `centred` and `anchor`, which are ours.
 """
 
 from typing import Any, Literal
 
 SystemName = Literal[
-    "udon", "anchor", "uscrr", "uscds", "ujcrr", "ujcds", "specialist", "shared_teacher", "separate_teachers"
+    "udon",
+    "centred",
+    "anchor",
+    "uscrr",
+    "uscds",
+    "ujcrr",
+    "ujcds",
+    "specialist",
+    "shared_teacher",
+    "separate_teachers",
 ]
 
 _NO_TEACHERS = {"teacher_classification": 0, "logit_distillation": 0, "relational_distillation": 0}
@@ -18,7 +27,13 @@ _NO_DISTILLATION = {"logit_distillation": 0, "relational_distillation": 0}
 SYSTEMS: dict[str, dict[str, Any]] = {
     # Teachers and student learn together; what is left out of it is said by the sections themselves.
     "udon": {},
-    # Ours: one classifier of all classes, domain teachers that have to earn their say, similarities of the start.
+    # Ours: one classifier of all classes on features whose mean is taken out.
+    "centred": {
+        "model": {"centre_features": True},
+        "loss": {"classifier": "joint", **_NO_TEACHERS},
+        "sampling": {"strategy": "round_robin"},
+    },
+    # Ours too: one classifier of all classes, domain teachers that have to earn their say, similarities of the start.
     "anchor": {
         "loss": {"classifier": "joint", "gate": "per_image", "relational_distillation": 0.1},
         "sampling": {"strategy": "round_robin"},
