@@ -231,10 +231,11 @@ class TrainConfig(Section):
                 raise ValueError(
                     f"`frozen_teachers.{number}.sees` must be 'image' with `train.heads_only`, which sees no crops"
                 )
-        if self.loss.retention and (self.train.heads_only or self.train.shard_backbone):
+        rests = self.train.heads_only or self.model.lora is not None
+        if self.loss.retention and (rests or self.train.shard_backbone):
             raise ValueError(
-                "`loss.retention` must be 0 with `train.heads_only` or `train.shard_backbone`: the backbone's weights "
-                "rest, or are in shards"
+                "`loss.retention` must be 0 with `train.heads_only`, `model.lora` or `train.shard_backbone`: the "
+                "backbone's weights rest, or are in shards"
             )
         return self
 

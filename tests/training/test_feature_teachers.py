@@ -266,6 +266,10 @@ def test_class_means_are_of_all_training_images_of_a_class(
         ),
         ({"frozen_teachers": [START], "system": "shared_teacher"}, "`frozen_teachers` must go with a student"),
         ({"loss__retention": 1, "train__heads_only": True}, "`loss.retention` must be 0 with `train.heads_only`"),
+        (
+            {"loss__retention": 1, "model__lora": {"r": 2}},
+            "`loss.retention` must be 0 with `train.heads_only`, `model.l",
+        ),
         ({"system": "anchor", "loss__gate": "none"}, "`loss.gate` must be 'per_image' for system 'anchor'"),
         ({"system": "anchor", "frozen_teachers": []}, "`frozen_teachers` must be [{'model': 'start'"),
     ],
