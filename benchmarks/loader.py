@@ -3,7 +3,7 @@
 All take the same JPEGs (noise with the spectrum of natural pictures, quality 90) through two workers each, in turns.
 Ours decodes, resizes, crops and flips; beside the stock way, which normalises too, our batches are normalised as well.
 The bare decoder decodes bytes that lie in memory and throws the pixels away; beside it, the same with nothing but the
-resize after it says how much of the difference that one takes. Ratios of images a second and, less
+resize after it says how much of the difference that one takes. Ratios of images per second and, less
 troubled by what else the machine does, of processor time are medians over the rounds. Linux only. Run by hand:
 `python benchmarks/loader.py [--json FILE]`.
 """
@@ -205,7 +205,7 @@ def main() -> None:
             found = measure(Path(folder) / str(number), width, height, arguments.rounds, arguments.images)
             results[name] = found
             speeds = ", ".join(f"{way} {speed:.0f}" for way, speed in found["images_per_second"].items())
-            print(f"{name}, {found['bytes'] / 1000:.0f} kB a file: images/s: {speeds}")
+            print(f"{name}, {found['bytes'] / 1000:.0f} kB per file: images/s: {speeds}")
             for other in COMPARED:
                 ratio, processor = found[f"ours_over_{other}"], found[f"ours_over_{other}_processor"]
                 target = f"; target {TARGETS[other]}" if other in TARGETS else ""

@@ -76,10 +76,10 @@ def plan(arguments: argparse.Namespace, gpus: int) -> dict[str, str]:
     return {
         "images of a GPU in a step": f"{arguments.batch_size / gpus:g}",
         **memory(arguments, gpus),
-        **{f"{name}, MB a step": f"{value / 1e6:,.1f}" for name, value in sent.items()},
+        **{f"{name}, MB per step": f"{value / 1e6:,.1f}" for name, value in sent.items()},
         "steps": f"{steps:,}",
-        "ms a step, computing": f"{compute * 1000:.1f}",
-        "ms a step, sending": f"{waiting * 1000:.1f}",
+        "ms per step, computing": f"{compute * 1000:.1f}",
+        "ms per step, sending": f"{waiting * 1000:.1f}",
         "hours, sending hidden": f"{steps * max(compute, waiting) / 3600:.1f}",
         "hours, sending not hidden": f"{steps * (compute + waiting) / 3600:.1f}",
         "checkpoint, GB": f"{3 * FLOAT * (BACKBONE + all_heads(arguments)) / 1e9:.2f}",

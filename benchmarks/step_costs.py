@@ -1,4 +1,4 @@
-"""What each part of a training step costs beside the backbone, in processor time of one thread.
+"""Cost of each part of a training step beside the backbone, in processor time of one thread.
 
 ViT-B/16 at 224 pixels forward and backward, the student's and teacher's terms over some numbers of classes, AdamW, and
 catching an idle head up. Processor time does not count other work on the machine. Run by hand:

@@ -1,4 +1,4 @@
-"""What the trainer reports of its waiting for data, by the number of workers that decode.
+"""Share of time that the trainer waits for data, by the number of workers that decode.
 
 The trainer's own loop on the JPEGs of `benchmarks/loader.py`; the first steps of each run, in which workers start, are
 left out. Run by hand, on a GPU: `python benchmarks/workers.py --workers 1 2 4 8 12 [--json FILE]`; elsewhere a small

@@ -146,7 +146,7 @@ class InitConfig(Section):
     run: Path
     """Folder of the run: its best student is where this one starts, with the teachers and prototypes it has."""
     old_data: Literal["replay", "measure", "none"] = "replay"
-    """Data of the run's own domains: trained on as well, only to measure what is forgotten, or not at hand."""
+    """Data of the run's own domains: trained on as well, only to measure what is forgotten, or not available."""
     retain: float = Field(1.0, ge=0)
     """Weight of the term that holds the student's embeddings to those of the run's student; 0 leaves it out."""
 

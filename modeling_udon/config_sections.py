@@ -57,7 +57,7 @@ class ModelConfig(Section):
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] | None = None
     """How attention is computed; `null` leaves it to transformers, which takes the fastest that the backbone has."""
     gradient_checkpointing: bool = False
-    """Whether activations are computed anew in the backward pass: less memory, about a third more time."""
+    """Whether activations are computed again in the backward pass: less memory, about a third more time."""
 
     @model_validator(mode="after")
     def _nested(self) -> "ModelConfig":
@@ -89,7 +89,7 @@ class DataConfig(Section):
     augmentation: Literal["crop", "strong"] = "crop"
     """`crop`: the paper's square, crop and flip; `strong`: crops of many sizes, turned, other colours, parts erased."""
     targets: Literal["classes", "images"] = "classes"
-    """What is told apart in training: the data's classes, or each image by itself, which needs no labels."""
+    """Classes of the training: those of the data, or each image as its own class, which needs no labels."""
     flip: bool = True
     """Whether half of the training images are mirrored; false where left and right matter, as in letters."""
     image_mean: tuple[float, float, float] | None = None
@@ -110,7 +110,7 @@ class LossConfig(Section):
     """The objective; every term can be weighted."""
 
     classifier: Literal["separate", "joint"] = "separate"
-    """What the student tells apart in its classification: the classes of a domain, or those of all domains."""
+    """Label space of the student's classifier: the classes of one domain, or those of all domains."""
     kind: Literal["normface", "cosface", "arcface"] = "normface"
     """Margin of the classification loss."""
     scale: float = Field(16.0, gt=0)
@@ -145,7 +145,7 @@ class LossConfig(Section):
     chunk_size: int | None = Field(None, gt=0)
     """Classes whose cosines are held at a time; `null` holds those of all, which costs memory with many classes."""
     sampled_classes: int | float | None = None
-    """Classes of its domain that a batch is told apart from: a number or a share; its own are always among them."""
+    """Number or share of its domain's classes that a batch is compared with; its own are always among them."""
 
     @property
     def needs_teachers(self) -> bool:

@@ -1,4 +1,4 @@
-"""What the original's files call their tensors, how they lay them out, and what they become here.
+"""Names and layouts of the tensors in the original's files, and their counterparts here.
 
 Kernels there are `(in, out)`, those of attention `(width, heads, head_width)`, convolutions HWIO. Our names are those
 that every version of transformers reads.

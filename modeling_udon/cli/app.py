@@ -13,7 +13,7 @@ def app(
     share: bool = False,
     requests_per_minute: Natural = 120,
 ) -> None:
-    """Serve a page on which one drops a picture and sees the nearest images.
+    """Serve a page that takes a picture and shows the nearest images.
 
     Args:
         host: Address to listen on, 0.0.0.0 for all.

@@ -1,4 +1,4 @@
-"""What a verb prints: safe lines in the terminal's own encoding."""
+"""Output of the verbs: safe lines in the terminal's own encoding."""
 
 import io
 import os

@@ -17,7 +17,7 @@ from modeling_udon.data.transforms import ImageTransform, RandomTransform
 from modeling_udon.faults import OneLineError
 from modeling_udon.text import printable
 
-# Substitutes that may be broken in their turn before there is no point in going on.
+# Substitutes that are tried before the image counts as an error.
 _MAX_SUBSTITUTES = 100
 # Keeps the generator of substitutes apart from that of the augmentation.
 _SUBSTITUTE = 1
@@ -147,7 +147,7 @@ class MultiDomainDataset(TorchDataset[DomainBatch]):
 
 
 class PositionGenerator:
-    """Random numbers for each position, of a generator that counts and need not be seeded anew.
+    """Random numbers for each position, of a counting generator that need not be seeded again.
 
     Args:
         key: What the numbers depend on besides the position.

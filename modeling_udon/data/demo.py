@@ -115,7 +115,7 @@ def build_symbols(rng: np.random.Generator) -> dict[str, Examples]:
     Source: the same fonts as `letters`. Symbols that look like a letter or like another symbol, also when turned, are
     left out, the rest are shuffled: 200 classes for training, 30 for validation, 90 for the test. The i-th training
     class has max(5, 240 / i^0.75) images, a power law as the counts of characters in texts; validation and test have
-    4 images a class, in different fonts.
+    4 images per class, in different fonts.
     """
     letters = set(characters_in(ALPHABETS))
     faces = find_faces([shape for shape in _shapes() if shape not in letters])

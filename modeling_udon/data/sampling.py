@@ -1,4 +1,4 @@
-"""Which domain each step takes, and which of its images.
+"""Sampling: the domain of each step, and the images of its batch.
 
 Everything drawn depends on the seed and on positions alone: not on workers, processes, or how often anything is
 logged. The state is the little that the past decides: steps taken, steps owed to each domain, weights, and the losses

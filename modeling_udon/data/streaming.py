@@ -1,8 +1,8 @@
 """Images of sharded Parquet, on a disk or on the Hub, read by the row group as they are drawn.
 
 Only footers and the column of labels are read when a domain opens. A row group that is drawn from goes once into a
-small store on this machine's disk, where all workers and processes map it: images cross the network once an epoch
-and a machine, not once a worker, and no process holds them in its own memory.
+small store on this machine's disk, where all workers and processes map it: images cross the network once per epoch
+and machine, not once per worker, and no process holds them in its own memory.
 """
 
 import fcntl
@@ -140,7 +140,7 @@ class ParquetImages:
             raise RowGroupError(
                 f"row groups of at most {MAX_GROUP_BYTES // 2**20} MiB of images. Got "
                 f"{sizes[largest] / 2**20:.0f} MiB in {self._split.files[self._split.group_files[largest]]}; write the "
-                "files anew with row groups of about 100 images, as `udon prepare` does, or leave `streaming` out."
+                "files again with row groups of about 100 images, as `udon prepare` does, or leave `streaming` out."
             )
 
     def _group(self, group: int) -> pa.ChunkedArray:
@@ -157,7 +157,7 @@ class ParquetImages:
         return self._open[group]
 
     def _store(self, group: int, path: Path) -> None:
-        """Reads a row group into the store, once for all processes; it appears whole or not at all."""
+        """Reads a row group into the store, once for all processes and atomically."""
         self._folder.mkdir(parents=True, exist_ok=True)
         draft = path.with_suffix(".part")
         with open(draft, "r+b", opener=_create) as file:

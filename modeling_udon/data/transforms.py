@@ -144,7 +144,7 @@ def normalize(pixels: torch.Tensor, mean: Sequence[float], std: Sequence[float])
     return planes.to(torch.float32, memory_format=torch.contiguous_format).mul_(scale).add_(shift)
 
 
-@lru_cache(maxsize=16)  # Made anew, they would wait for the device at each step.
+@lru_cache(maxsize=16)  # Made again, they would wait for the device at each step.
 def _scale_and_shift(
     mean: tuple[float, ...], std: tuple[float, ...], device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:

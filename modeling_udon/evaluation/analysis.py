@@ -1,4 +1,4 @@
-"""What stands behind a score: its interval, the domains that are mistaken for another, rare and frequent classes.
+"""Analysis of scores: intervals, confusion of domains, rare and frequent classes.
 
 Nothing here searches or embeds: all of it is made from the neighbours that the score was made from.
 """
@@ -63,7 +63,7 @@ def bootstrap_intervals(
 
 
 def domain_confusion(neighbours: Mapping[str, Neighbours]) -> dict[str, dict[str, float]]:
-    """To which domain the first neighbour belongs: a row a domain of the queries, fractions that sum to 1.
+    """To which domain the first neighbour belongs: one row per domain of the queries, fractions that sum to 1.
 
     Args:
         neighbours: Of the merged index.

@@ -97,7 +97,7 @@ def choose_queries(
     """Rows of the queries to show: the worst failures first, then some that went right.
 
     A failure has no right image among its first five neighbours though the index holds one; the higher the score of its
-    first neighbour, the surer the model was of the mistake, and the worse it is. Shown is one query a class at most,
+    first neighbour, the surer the model was of the mistake, and the worse it is. At most one query per class is shown,
     while there are others. What went right is taken evenly over the range of scores.
 
     Args:

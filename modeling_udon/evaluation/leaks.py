@@ -26,8 +26,8 @@ def find_leaks(domains: Mapping[str, Domain], split: str, content: Content, num_
     Args:
         domains: The opened domains.
         split: `"validation"` or `"test"`; query and index sets are looked for.
-        content: `"bytes"` compares encoded files, which is quick and misses a picture that was stored anew; `"pixels"`
-            compares decoded, upright pixels, which finds it wherever the format is lossless.
+        content: `"bytes"` compares encoded files, which is quick and misses a picture that was encoded again;
+            `"pixels"` compares decoded, upright pixels, which finds it wherever the format is lossless.
         num_threads: Threads that decode.
 
     Returns:

@@ -35,7 +35,7 @@ def recall_at_k(
         query_labels: Of length `num_queries`.
         index_labels: Of shape `(num_index,)`.
         k: How many neighbours count.
-        reduce: The mean over the queries, or with `False` a value a query, of shape `(num_queries,)`.
+        reduce: The mean over the queries, or with `False` one value per query, of shape `(num_queries,)`.
 
     Raises:
         ValueError: If lengths, ids or `k` do not fit together.
@@ -83,7 +83,7 @@ def mean_modified_precision_at_k(
         num_positives: Of shape `(num_queries,)`: the index rows that are right for each query, the query itself left
             out; see `count_positives`.
         k: The largest depth.
-        reduce: The mean over the queries, or with `False` a value a query, of shape `(num_queries,)`.
+        reduce: The mean over the queries, or with `False` one value per query, of shape `(num_queries,)`.
 
     Raises:
         ValueError: If lengths, ids or `k` do not fit together.
@@ -128,7 +128,7 @@ def mean_average_precision_at_r(
         query_labels: Of length `num_queries`.
         index_labels: Of shape `(num_index,)`.
         num_positives: Of shape `(num_queries,)`, the query itself left out; see `count_positives`.
-        reduce: The mean over the queries, or with `False` a value a query, of shape `(num_queries,)`.
+        reduce: The mean over the queries, or with `False` one value per query, of shape `(num_queries,)`.
 
     Raises:
         ValueError: If lengths or ids do not fit together, or a query has more positives than neighbours.
@@ -211,7 +211,7 @@ def _hits(
     """Which neighbours are right, of shape `(num_neighbours, num_queries)`: numpy is fast along the long axis."""
     flat, counts = flatten_labels(query_labels)
     if len(counts) != len(ids):
-        raise ValueError(f"{name} and query_labels must have one row a query, got {len(ids)} and {len(counts)} rows")
+        raise ValueError(f"{name} and query_labels must have one row per query, got {len(ids)} and {len(counts)} rows")
     _check_ids(name, ids, len(index_labels))
     if len(index_labels) == 0:
         return np.zeros(ids.T.shape, dtype=bool)

@@ -206,7 +206,7 @@ def integer_labels(images: EvaluationSplit) -> tuple[list[np.ndarray] | np.ndarr
     if images.index is None:
         return query, None
     index = _numbered(images.index.labels, numbers)
-    assert isinstance(index, np.ndarray), "what is searched has one label an image"
+    assert isinstance(index, np.ndarray), "what is searched has one label per image"
     return query, index
 
 

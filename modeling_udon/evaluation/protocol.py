@@ -256,7 +256,7 @@ def _merge(
     embeds, labels, query_labels, num_labels = [], [], {}, 0
     for name, domain in domains.items():
         flat, counts, index_embeds, index_labels = _checked(name, domain)
-        # Labels are numbered anew, after those of the domains before: equal numbers of two domains are not one class.
+        # Labels are numbered again, after those of the domains before: equal numbers of two domains are not one class.
         vocabulary, codes = np.unique(np.concatenate([flat, index_labels]), return_inverse=True)
         codes += num_labels
         num_labels += len(vocabulary)
@@ -279,8 +279,8 @@ def _checked(name: str, domain: EmbeddedDomain) -> tuple[np.ndarray, np.ndarray,
     if domain.index_embeds is None or domain.index_labels is None:
         if not np.all(counts == 1):
             raise ValueError(
-                f"domain {name!r}: a query set that is its own index must have one label a query, got several or none; "
-                "give index_embeds and index_labels"
+                f"domain {name!r}: a query set that is its own index must have one label per query, got several "
+                "or none; give index_embeds and index_labels"
             )
         index_embeds, index_labels = domain.query_embeds, flat
     else:

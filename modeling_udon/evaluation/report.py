@@ -158,7 +158,7 @@ def _confusion(confusion: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
 
 
 def _frequency(frequency: Mapping[str, Sequence[Mapping[str, float]]]) -> dict[str, Any]:
-    """A row a domain, a column a class of frequency, R@1 with the number of queries."""
+    """One row per domain, one column per class of frequency: R@1 with the number of queries."""
     bins = dict(sorted((row["from"], row.get("to")) for rows in frequency.values() for row in rows))
     table = []
     for name, rows in frequency.items():
@@ -178,7 +178,7 @@ def _frequency(frequency: Mapping[str, Sequence[Mapping[str, float]]]) -> dict[s
 
 
 def _quality(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """A row a dimension, a column a code: R@1, the bytes of a vector, and how near it comes to the best."""
+    """One row per dimension, one column per code: R@1, the bytes of a vector, and how near it comes to the best."""
     best = max((row["R@1"] for row in rows), default=0.0) or 1.0
     columns = list(dict.fromkeys(row["code"] for row in rows))
     by_dim: dict[str, dict[str, Any]] = {}

@@ -1,4 +1,4 @@
-"""The tables that `udon evaluate` prints: percent, right-aligned, a line a domain."""
+"""The tables that `udon evaluate` prints: percent, right-aligned, one line per domain."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any

@@ -1,4 +1,4 @@
-"""What the Hub's refusals mean, in words that hold nothing secret."""
+"""Explanations of the Hub's refusals, without secrets."""
 
 from huggingface_hub import constants as hub_constants
 

@@ -188,7 +188,7 @@ def find_student(folder: Path) -> TrainedStudent:
     elif results is not None and "train" in results["config"]:
         config = results["config"]
     else:
-        # A student whose run is not at hand: its own config, and the domains that it was tested on.
+        # A student without its run: its own config, and the domains that it was tested on.
         backbone = {"backbone": None, "backbone_config": model.backbone_config.to_dict()}
         domains = {} if results is None else results["config"]["domains"]
         config = {"model": backbone | {"embedding_dim": model.embedding_dim}, "domains": domains}

@@ -85,7 +85,7 @@ def make_space(
     say: Say = lambda text: None,
     force: bool = False,
 ) -> None:
-    """Writes a Space's folder, which appears whole or not at all; `python app.py` in it shows the page.
+    """Writes a Space's folder atomically; `python app.py` in it shows the page.
 
     Args:
         sides: One, or two to compare.

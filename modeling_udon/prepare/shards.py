@@ -159,7 +159,7 @@ def write_domain(
 def format_summary(name: str, summaries: Sequence[SplitSummary]) -> str:
     """A line for each split, and a few of the files that could not be read."""
     lines = [
-        f"{name}: {'split':<12}{'images':>9}{'classes':>9}{'images a class':>20}{'with one':>10}{'shorter side':>18}"
+        f"{name}: {'split':<12}{'images':>9}{'classes':>9}{'images per class':>20}{'with one':>10}{'shorter side':>18}"
     ]
     for summary in summaries:
         sizes = summary.class_sizes

@@ -1,4 +1,4 @@
-"""`udon app`: a page on which one drops a picture and sees the nearest images of an index, or of two side by side."""
+"""`udon app`: a page that takes a picture and shows the nearest images of an index, or of two side by side."""
 
 import math
 import os
@@ -96,7 +96,7 @@ def open_side(index: str | os.PathLike[str], load: Callable[[], Encoder], title:
         index: Folder that `udon index` wrote.
         load: Loads the model, once the index is known to be one.
         title: What the page calls the model; by default its Hub id, or the last two names of its folder, since the
-            others are nobody's business.
+            others are private.
 
     Raises:
         ValueError: If the index is none, or was made with another model.

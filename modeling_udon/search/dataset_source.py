@@ -55,7 +55,7 @@ class DatasetSource:
         column = self.images.with_format("arrow")[start:stop].column(0)  # no image becomes a Python object
         known = pc.struct_field(column, "path").to_pylist()
         inside = pc.is_valid(pc.struct_field(column, "bytes")).to_pylist()
-        # A path without bytes names a file from where one stands now, and not from where one may stand later.
+        # A path without bytes is relative to the current folder, which may be another later.
         paths = [
             f"{self.title}#{row}" if not path else path if is_inside else os.path.abspath(path)
             for row, (path, is_inside) in enumerate(zip(known, inside, strict=True), start)

@@ -4,7 +4,7 @@ Both backends give the same ids and the same scores, whatever the chunk size, th
 that the process allows for matrix products:
 
 1. The backend proposes a few more candidates than asked for. The last bits of its scores depend on the library, so
-2. each candidate is scored anew in float64 and rounded to float32, and candidates are ordered by score, then by row.
+2. each candidate is scored again in float64 and rounded to float32, and candidates are ordered by score, then by row.
 3. A query whose last neighbour scores too close to its last candidate, so that a row which was not proposed could tie
    (many duplicates, a collapsed model), is searched again in float64 with this order built into the comparison.
 """

@@ -54,7 +54,7 @@ def empty_index(kind: str, dim: int, num_images: int) -> Any:
         "pq": f"IVF1,PQ{num_bytes}x8np",
         "ivf": f"IVF{num_lists},Flat",
         "ivfpq": f"IVF{num_lists},PQ{num_bytes}x8np",
-        # A bit a dimension, by its sign after centring, with two correction factors (arXiv 2405.12497).
+        # One bit per dimension, by its sign after centring, with two correction factors (arXiv 2405.12497).
         "binary": "RaBitQ",
     }[kind]
     index = faiss.index_factory(dim, factory, faiss.METRIC_INNER_PRODUCT)

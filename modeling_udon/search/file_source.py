@@ -77,7 +77,7 @@ def read_list(file: Path, root: str, confined: bool) -> Iterator[str]:
     backslashes as separators; a line that begins with `#` is then a comment.
 
     Args:
-        file: The list, a path a line.
+        file: The list, one path per line.
         root: Folder that the paths start from.
         confined: Whether all paths must lie in it.
 
@@ -101,7 +101,7 @@ def read_list(file: Path, root: str, confined: bool) -> Iterator[str]:
                 yield path
         except UnicodeError as error:
             raise ValueError(
-                "`source` must be a folder, an image, a Parquet file, or a text file in UTF-8 with a path a line. "
+                "`source` must be a folder, an image, a Parquet file, or a text file in UTF-8 with one path per line. "
                 f"Got {str(file)!r}."
             ) from error
 

@@ -45,7 +45,7 @@ def build_index(
 
     Args:
         embeddings: Folders that `udon embed` wrote, all with the same model.
-        out: Folder of the index; it appears whole or not at all.
+        out: Folder of the index, written atomically.
         kind: One of `KINDS`, or `"auto"`.
         target_recall: Recall@10 that `ivf`, `ivfpq` and `hnsw` aim at: their effort is doubled until it is reached. An
             index of any kind that misses it is told of.

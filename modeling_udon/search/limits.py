@@ -1,4 +1,4 @@
-"""What the page lets in: a number of requests per minute and address, and no request that names an address to fetch."""
+"""Limits of the page: requests per minute and address, and no request that names a URL to fetch."""
 
 import json
 import time
@@ -45,7 +45,7 @@ class RateLimit:
     def _admits(self, address: str) -> bool:
         minute = int(self._clock() // SECONDS)
         if minute != self._minute:
-            # Starting anew each minute, the counts stay as few as the addresses of one.
+            # Reset each minute, so that there are never more counts than addresses in one minute.
             self._minute, self._sent = minute, Counter()
         self._sent[address] += 1
         return self._sent[address] <= self._per_minute

@@ -1,4 +1,4 @@
-"""A page of search results that stands alone: thumbnails and styles are within it, and it loads nothing."""
+"""Self-contained page of search results: thumbnails and styles are inlined, and nothing is loaded."""
 
 from html import escape
 from pathlib import Path

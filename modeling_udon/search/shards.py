@@ -51,7 +51,7 @@ class ShardFolder:
         return [shard for shard in range(self.num_shards) if not self.part(shard).is_file()]
 
     def write(self, shard: int, table: pa.Table, skipped: Sequence[tuple[str, str]]) -> None:
-        """Writes a shard, which appears whole or not at all, and before it the paths it skips, with the reasons."""
+        """Writes a shard atomically, and before it the paths it skips, with the reasons."""
         log = "".join(f"{table_cell(path)}\t{printable(reason)}\n" for path, reason in skipped)
         write_text(self._skipped(shard), log)
         with replaced_file(self.part(shard)) as draft:

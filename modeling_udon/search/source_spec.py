@@ -1,4 +1,4 @@
-"""What to embed, and what every kind of source offers."""
+"""Specification of a source of images, and the interface of every kind of source."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

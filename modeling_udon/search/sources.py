@@ -1,4 +1,4 @@
-"""Where images to embed come from: folders, list files and data sets, told by what a source is."""
+"""Sources of images to embed: folders, list files and data sets, recognised by their content."""
 
 import hashlib
 from collections import Counter

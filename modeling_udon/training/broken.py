@@ -72,7 +72,7 @@ class BrokenImages:
             if self.counts[domain] > self._max_share * max(num_drawn[domain], MIN_DRAWN):
                 raise BrokenImageError(
                     f"`data.max_broken_share` allows {self._max_share:g}, but {told}. The last: {images[-1]}; mend "
-                    f"the data that {self._path} names and start anew, or allow more and go on with --resume."
+                    f"the data that {self._path} names and start again, or allow more and go on with --resume."
                 )
         return lines
 

@@ -1,4 +1,4 @@
-"""How long training stands still for want of data."""
+"""Measures how long training waits for data."""
 
 import time
 from collections.abc import Iterable, Iterator

@@ -15,7 +15,7 @@ _WAYS_OUT = WaysOut(
     ),
     workers="lower data.num_workers or ask for more memory",
     disk="free some room, or lower train.keep_checkpoints",
-    folder="see to it, or choose another --output_dir",
+    folder="change its permissions, or choose another --output_dir",
     compiler="install one, such as g++, or set train.compile to false",
     go_on="what was saved last is whole: go on with --resume.",
 )

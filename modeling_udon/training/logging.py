@@ -68,7 +68,7 @@ class Reporter:
         self._path = run_dir / "metrics.jsonl"
         self._is_main = accelerator.is_main_process
         if self._is_main:
-            # A run that starts anew measures its start again.
+            # A run that is started again measures its start again.
             keep_rows(self._path, step if step else -1, validates)
         self._bar = tqdm(
             total=num_steps,

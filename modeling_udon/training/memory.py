@@ -1,4 +1,4 @@
-"""What prototypes and their cosines will take of a device's memory, known before anything is made."""
+"""Estimate of the device memory for prototypes and their cosines, before anything is allocated."""
 
 import math
 from collections.abc import Mapping
@@ -24,7 +24,7 @@ class PrototypeMemory:
         weights: All prototypes.
         moments: AdamW's two moments of them, once every domain has been trained.
         gradients: Of the domain with most classes, since a step trains one; with the copies of sampled rows.
-        cosines: Of a batch with the classes it is told apart from, with what the backward pass keeps of them.
+        cosines: Of a batch with the classes of its loss, with what the backward pass keeps of them.
         coasting: Copies while idle heads coast: for a validation, or after a step on sampled classes.
     """
 
@@ -57,7 +57,7 @@ def estimate_prototypes(
         embedding_dim: Size of the student embedding.
         teacher_dim: Size of the teacher embeddings; 0 where no teacher learns.
         batch_size: Images of one forward pass on one process.
-        loss: Says whether classes are told apart jointly, sampled, or gone over in chunks.
+        loss: Says whether the classifier is joint, and whether classes are sampled or come in chunks.
         coasting: Whether idle heads coast.
         distill_through_backbone: Whether distillation reads the student's own cosines, not a second set of them.
         nested: Numbers of first dimensions that are classified by themselves.

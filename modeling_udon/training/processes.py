@@ -1,4 +1,4 @@
-"""What the processes of a run tell each other beside gradients: when to end, and what the main one has found."""
+"""Messages between the processes of a run beside gradients: when to end, and what the main process has found."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

@@ -1,4 +1,4 @@
-"""What has changed since a run was started, and whether it may go on with it."""
+"""Resume checks: changes since a run was started, and which of them are allowed."""
 
 import difflib
 from collections.abc import Collection, Mapping

@@ -255,7 +255,7 @@ def test_what_cannot_be_streamed_is_refused(folder: Path, tmp_path: Path, monkey
     monkeypatch.setattr(streaming, "MAX_GROUP_BYTES", 50)
     message = refuse(folder)
     assert "`domains.cars.streaming` must have row groups of at most 0 MiB of images. Got 0 MiB in " in message
-    assert "train-2.parquet; write the files anew with row groups of about 100 images" in message
+    assert "train-2.parquet; write the files again with row groups of about 100 images" in message
 
 
 def test_streamed_images_are_selected_as_those_of_a_data_set(folder: Path) -> None:

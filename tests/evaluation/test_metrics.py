@@ -187,7 +187,7 @@ IDS, LABELS, INDEX = [[0, 1], [1, 0]], [0, 1], [0, 1]
         ),
         (
             lambda: count_positives(LABELS, INDEX, [0]),
-            "exclude and query_labels must have one row a query, got 1 and 2",
+            "exclude and query_labels must have one row per query, got 1 and 2",
         ),
         (lambda: count_positives(LABELS, INDEX, [0, 2]), "exclude must be rows of the index, 0 to 1, .* got 2"),
     ],
