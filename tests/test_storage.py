@@ -128,3 +128,31 @@ def test_a_lock_is_refused_to_others_until_its_holder_ends(tmp_path: Path) -> No
     os.waitpid(process, 0)
     with locked(tmp_path, shared=True), locked(tmp_path, shared=True):
         pass
+
+
+@pytest.mark.parametrize("moment", ["before it is opened", "before it is locked"])
+def test_a_draft_that_another_writer_took_for_left_behind_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    swept: list[Path] = []
+    opened, lock = os.open, storage._lock
+
+    def sweep() -> None:
+        if not swept:
+            swept.extend(tmp_path.glob(".x.*.new"))
+            swept[0].rmdir()
+
+    def open_late(path: Path, flags: int) -> int:
+        if moment == "before it is opened":
+            sweep()
+        return opened(path, flags)
+
+    def lock_late(descriptor: int, kind: int) -> bool:
+        sweep()
+        return lock(descriptor, kind)
+
+    monkeypatch.setattr(storage.os, "open", open_late)
+    monkeypatch.setattr(storage, "_lock", lock_late)
+    with storage.replaced_folder(tmp_path / "x") as draft:
+        (draft / "file").write_text("whole")
+    assert swept and [path.name for path in tmp_path.iterdir()] == ["x"]

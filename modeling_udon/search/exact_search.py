@@ -184,7 +184,7 @@ def _search_again(
 def _matrix(name: str, values: np.ndarray) -> np.ndarray:
     array = np.ascontiguousarray(values, dtype=np.float32)
     if np.ndim(values) != 2:
-        raise ValueError(f"{name} must be a matrix with one embedding a row, got shape {np.shape(values)}")
+        raise ValueError(f"{name} must be a matrix with one embedding per row, got shape {np.shape(values)}")
     return array
 
 
@@ -193,7 +193,7 @@ def _own_rows(exclude: np.ndarray | None, num_queries: int, num_index: int) -> n
         return np.full(num_queries, -1)
     own_rows = np.asarray(exclude)
     if own_rows.shape != (num_queries,):
-        raise ValueError(f"exclude must have a row for each of the {num_queries} queries, got shape {own_rows.shape}")
+        raise ValueError(f"exclude must have one row for each of the {num_queries} queries, got shape {own_rows.shape}")
     low, high = own_rows.min(initial=-1), own_rows.max(initial=-1)
     if low < -1 or high >= num_index:
         wrong = low if low < -1 else high

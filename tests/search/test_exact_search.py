@@ -145,12 +145,12 @@ WITH_NAN[1, 2] = np.nan
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"queries": VECTORS[0]}, r"queries must be a matrix with one embedding a row, got shape \(8,\)"),
+        ({"queries": VECTORS[0]}, r"queries must be a matrix with one embedding per row, got shape \(8,\)"),
         ({"index": VECTORS[None]}, r"index must be a matrix .* got shape \(1, 3, 8\)"),
         ({"index": VECTORS[:, :4]}, "same dimension, got 8 and 4; embed both with the same model"),
         ({"k": 0}, "k must be at least 1, got 0"),
         ({"chunk_size": 0}, "chunk_size must be at least 1, got 0"),
-        ({"exclude": np.array([0])}, r"exclude must have a row for each of the 3 queries, got shape \(1,\)"),
+        ({"exclude": np.array([0])}, r"exclude must have one row for each of the 3 queries, got shape \(1,\)"),
         ({"exclude": np.array([0, 1, 3])}, "exclude must hold rows of the index, 0 to 2, or -1 for none, got 3"),
         ({"exclude": np.array([0, -2, 1])}, "exclude must hold rows .* got -2"),
         ({"queries": WITH_NAN}, "queries must be finite, got NaN or infinity in row 1"),
