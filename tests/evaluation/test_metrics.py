@@ -172,7 +172,7 @@ IDS, LABELS, INDEX = [[0, 1], [1, 0]], [0, 1], [0, 1]
         (lambda: recall_at_k([[0.0], [1.0]], LABELS, INDEX), "neighbour_ids must hold integers, got float64"),
         (lambda: recall_at_k([[2], [0]], LABELS, INDEX), "neighbour_ids must be rows of the index, 0 to 1, .* got 2"),
         (lambda: recall_at_k([[-2], [0]], LABELS, INDEX), "neighbour_ids must be rows .* or -1 for none, got -2"),
-        (lambda: recall_at_k(IDS, [0], INDEX), "neighbour_ids and query_labels .* one row a query, got 2 and 1 rows"),
+        (lambda: recall_at_k(IDS, [0], INDEX), "neighbour_ids and query_labels .* one row per query, got 2 and 1 rows"),
         (lambda: recall_at_k(IDS, ["a", "b"], INDEX), "query_labels must hold integers, got <U1; map names"),
         (lambda: recall_at_k(IDS, [["a"], ["b", "c"]], INDEX), "query_labels must hold integers, got <U1"),
         (lambda: recall_at_k(IDS, np.zeros((2, 1, 1), int), INDEX), r"query_labels must be .* got shape \(2, 1, 1\)"),
