@@ -68,7 +68,7 @@ def build_index(
     if result.recall is not None and result.recall < target_recall:
         better = "build it with --kind ivf, hnsw or flat, or ask for less"
         say(f"WARNING: recall {100 * result.recall:.1f} % misses the {100 * target_recall:g} % of --recall; {better}")
-    say(f"{result.bytes_per_image:,.1f} bytes an image, index in {out}")
+    say(f"{result.bytes_per_image:,.1f} bytes per image, index in {out}")
     return result
 
 

@@ -157,7 +157,7 @@ def domain(**changes):
         (domain(query_embeds=np.ones((0, 6)), query_labels=[]), "domain 'cars' must have at least one query, got none"),
         (
             domain(index_embeds=None, index_labels=None, query_labels=[0, [0, 1], 1]),
-            "domain 'cars': a query set that is its own index must have one label a query",
+            "domain 'cars': a query set that is its own index must have one label per query",
         ),
     ],
 )
