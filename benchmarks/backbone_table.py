@@ -74,7 +74,6 @@ class Kind:
         text: Whether it is a checkpoint of images and texts, whole.
         image_size: Side of its images.
         processor: Name of its image processor.
-        tiny: Whether two processes and the default tests try it too.
     """
 
     name: str
@@ -350,7 +349,6 @@ def try_kind(kind: Kind, data: Path, folder: Path) -> dict[str, Any]:
     row["two"] = max(abs(a - b) / abs(a) for a, b in zip(losses_of(run), losses_of(two), strict=True))
     config = UdonConfig.from_pretrained(run / "best")
     facts = backbone_facts(config.backbone_config)
-    processor = json.loads((run / "best" / "preprocessor_config.json").read_text(encoding="utf-8"))
     row |= {
         "best": run / "best",
         "tower": type(AutoModel.from_config(config.backbone_config)).__name__
@@ -359,7 +357,7 @@ def try_kind(kind: Kind, data: Path, folder: Path) -> dict[str, Any]:
         "pooling": config.pooling,
         "norm": facts.norm or "its own",
         "sizes": {"any": "any", "request": "interpolated", "own": "its own"}[facts.sizes],
-        "statistics": processor["image_mean"],
+        "statistics": facts.statistics,
         "token": facts.prefix,
     }
     return row
@@ -402,15 +400,15 @@ def main() -> None:
 
 def render(rows: Sequence[dict[str, Any]]) -> str:
     """The table in Markdown."""
-    head = (
-        "model type|class|tokens before the patches|pooling|final norm|image sizes|1 process|2 processes|`best/` equal"
-    )
-    lines = [f"| {head.replace('|', ' | ')} |", "|---" * 9 + "|"]
+    head = "model type|class|tokens before the patches|pooling|final norm|image sizes|statistics|1 process|2 processes"
+    head += "|`best/` equal"
+    lines = [f"| {head.replace('|', ' | ')} |", "|---" * 10 + "|"]
     for row in rows:
         if "refusal" in row:
-            cells = [row["name"], f"refused: {row['refusal']}", *[""] * 7]
+            cells = [row["name"], f"refused: {row['refusal']}", *[""] * 8]
         else:
             cells = [row["name"], row["tower"], str(row["token"]), f"`{row['pooling']}`", row["norm"], row["sizes"]]
+            cells.append(row["statistics"])
             cells += ["trains", f"trains ({row['two']:.0e})", f"{row['difference']:.0e}"]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)

@@ -41,19 +41,6 @@ class ChannelStatistics:
                 f"Got {self.mean} and {self.std}; take those that the backbone was trained with."
             )
 
-    @classmethod
-    def of_processor(cls, processor: Any) -> "ChannelStatistics":
-        """Reads the statistics of an image processor of transformers.
-
-        Raises:
-            ValueError: If it has none, or none for three channels.
-        """
-        values = processor.to_dict()
-        if not values.get("do_normalize", True):
-            # The processor only scales pixels to 0 to 1.
-            return UNIT_RANGE
-        return cls(tuple(values["image_mean"]), tuple(values["image_std"]))
-
     def normalize(self, pixels: torch.Tensor) -> torch.Tensor:
         """`(pixels / 255 - mean) / std`: uint8 `(B, H, W, 3)` -> float32 `(B, 3, H, W)`; see `transforms.normalize`."""
         return normalize(pixels, self.mean, self.std)
@@ -106,7 +93,11 @@ class ProcessorTransform:
 
     def __call__(self, image: np.ndarray) -> np.ndarray:
         """`(height, width, 3)` -> the processor's size, uint8."""
-        done = self.processor(image, do_rescale=False, do_normalize=False, input_data_format="channels_last")
+        plain = {"do_rescale": False, "do_normalize": False}
+        if "include_top" in self.processor.to_dict():
+            # EfficientNet's processor would divide by the deviation all the same.
+            plain["include_top"] = False
+        done = self.processor(image, **plain, input_data_format="channels_last")
         return np.ascontiguousarray(np.asarray(done["pixel_values"][0]).transpose(1, 2, 0)).astype(np.uint8)
 
 

@@ -52,6 +52,8 @@ def write_onnx(model: UdonModel, image_size: int, folder: Path) -> None:
         ImportError: If a package of the extra is missing.
     """
     require("onnxscript", "export")
+    # Those of timm do not say it.
+    channels = getattr(model.config.backbone_config, "num_channels", 3)
     num_bytes = sum(value.nbytes for value in model.state_dict().values())
     path = folder / FLOAT_FILE
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -59,7 +61,7 @@ def write_onnx(model: UdonModel, image_size: int, folder: Path) -> None:
     with _without_notes():
         torch.onnx.export(
             _Embed(model).eval(),
-            (torch.zeros(2, model.config.backbone_config.num_channels, image_size, image_size),),
+            (torch.zeros(2, channels, image_size, image_size),),
             str(path),
             input_names=[INPUT],
             output_names=[OUTPUT],
