@@ -207,7 +207,7 @@ def test_images_can_be_told_apart_instead_of_classes(make_values: Values, run_tr
             {"system": "uscrr", "sampling__strategy": "dynamic"},
             "`sampling.strategy` must be 'round_robin' for system 'uscrr'. Got 'dynamic'; leave one out.",
         ),
-        ({"system": "usc"}, "`system`: input should be 'udon', 'uscrr'"),
+        ({"system": "usc"}, "`system`: input should be 'udon', 'centred', 'anchor', 'uscrr'"),
         ({"system": "separate_teachers"}, "`teachers` must name trained runs"),
         ({"system": "udon", "teachers": "runs/x"}, "`teachers` must name trained runs"),
         ({"system": "separate_teachers", "teachers": {"blobs": "runs/x"}}, "`teachers` must name a run for each of"),
