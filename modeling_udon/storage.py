@@ -147,7 +147,7 @@ def replaced_folder(folder: Path, replace: bool = True) -> Iterator[Path]:
         yield draft
         for path in (*draft.rglob("*"), draft):
             sync(path)
-        if not replace and folder.exists():
+        if not (replace or is_new(folder)):
             raise InUseError(f"`out` must be a new folder. Got {str(folder)!r}, which another process has just made.")
         _put_in_place(draft, folder)
     finally:
@@ -170,12 +170,17 @@ def check_out(folder: Path, mark: str, whose: str, what: str, force: bool) -> No
     Raises:
         ValueError: If the folder exists and is none of those, or is one and `force` is not given.
     """
-    if not folder.exists():
+    if is_new(folder):
         return
     if not (folder / mark).is_file():
         raise ValueError(f"`out` must be a new folder, or one {whose}. Got {str(folder)!r}.")
     if not force:
         raise ValueError(f"`out` must be a new folder. Got {str(folder)!r}, {what}; give --force to replace it.")
+
+
+def is_new(folder: Path) -> bool:
+    """Whether nothing is there but perhaps an empty folder."""
+    return not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
 
 
 def recover_folder(folder: Path) -> None:

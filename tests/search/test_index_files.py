@@ -202,6 +202,10 @@ def test_the_folder_one_stands_in_can_be_the_index(many, tmp_path, monkeypatch, 
     monkeypatch.chdir(tmp_path / "i")
     assert udon("index", many[1], "--out", ".", "--force").code == 0
     assert check_whole(tmp_path / "i") == 1
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    assert udon("index", many[0], "--out", ".").code == 0
+    assert check_whole(tmp_path / "empty") == 0
 
 
 @pytest.mark.parametrize(("kind", "recall", "told"), [("pq", 1, True), ("ivf", 1, False), ("binary", 0.9, True)])
