@@ -6,6 +6,7 @@
 import json
 import sys
 import types
+from collections.abc import Iterator
 from typing import Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel
@@ -20,13 +21,21 @@ _BOUNDS = {"gt": "above {}", "ge": "at least {}", "lt": "below {}", "le": "at mo
 
 def describe_configuration() -> str:
     """Returns a table of keys for the run, for each section and for a domain, as Markdown."""
-    fields = TrainConfig.model_fields
-    sections = {name: model for name, field in fields.items() if (model := _section_of(field)) is not None}
-    run = {name: field for name, field in fields.items() if name not in sections}
-    parts = [_table("The run", "Keys at the top of the file.", run, "")]
-    parts += [_table(f"`{name}`", model.__doc__, model.model_fields, f"{name}.") for name, model in sections.items()]
-    parts.append(_table("A domain", DomainSpec.__doc__, DomainSpec.model_fields, "domains.NAME."))
-    return "\n".join(parts)
+    run = "Keys at the top of the file."
+    tables = [
+        *_tables("The run", run, TrainConfig, ""),
+        *_tables("A domain", DomainSpec.__doc__, DomainSpec, "domains.NAME."),
+    ]
+    return "\n".join(tables)
+
+
+def _tables(title: str, summary: str | None, model: type[BaseModel], prefix: str) -> Iterator[str]:
+    """The table of a section's own keys, then those of the sections in it."""
+    sections = {name: inner for name, field in model.model_fields.items() if (inner := _section_of(field)) is not None}
+    own = {name: field for name, field in model.model_fields.items() if name not in sections}
+    yield _table(title, summary, own, prefix)
+    for name, inner in sections.items():
+        yield from _tables(f"`{prefix}{name}`", inner.__doc__, inner, f"{prefix}{name}.")
 
 
 def _section_of(field: FieldInfo) -> type[BaseModel] | None:

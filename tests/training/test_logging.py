@@ -27,8 +27,10 @@ def test_each_domain_is_told_to_have_risen_fallen_or_stayed() -> None:
 
 def test_a_validation_is_one_line_in_percent() -> None:
     scores = SplitScores(merged=make_scores(a=0.25, b=0.75), separate=make_scores(a=1.0, b=1.0))
-    assert format_validation(7, scores, best=True) == "validation at step 7: mean R@1 50.0 (best) | a 25.0 b 75.0"
-    assert "(best)" not in format_validation(7, scores, best=False)
+    assert (
+        format_validation(7, scores, "R@1", best=True) == "validation at step 7: mean R@1 50.0 (best) | a 25.0 b 75.0"
+    )
+    assert "(best)" not in format_validation(7, scores, "R@1", best=False)
 
 
 def test_the_weights_over_time_are_thinned_but_end_with_the_last(tmp_path: Path) -> None:
