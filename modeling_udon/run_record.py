@@ -90,7 +90,7 @@ def read_run(folder: str | Path) -> RunRecord:
             raise ValueError(f"--run must be the folder of a run with a best student, got {folder} without {needed}")
     try:
         saved = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-        saved.pop("versions", None)
+        saved.pop("versions")  # written last: without them, the end is missing
         domains = {name: DomainSpec.model_validate(spec) for name, spec in saved["domains"].items()}
         seed = saved["seed"]
     except (yaml.YAMLError, ValueError, KeyError, AttributeError, TypeError):

@@ -183,8 +183,8 @@ def find_student(folder: Path) -> TrainedStudent:
     if config_path.is_file():
         with damage_of(config_path, yaml.YAMLError):
             config = yaml.safe_load(config_path.read_text(encoding="utf-8"))
-            if not isinstance(config, dict):
-                raise TypeError("it holds no keys with values")
+            if not isinstance(config, dict) or "versions" not in config:  # a run writes them last
+                raise TypeError("its end is missing")
     elif results is not None and "train" in results["config"]:
         config = results["config"]
     else:

@@ -29,7 +29,7 @@ def write_run(folder: Path, *, path: str, spec: dict[str, Any] | None = None, so
     image_processor(16, IMAGENET_STANDARD).save_pretrained(folder / "best")
     domains = {"acme": {"path": path, **(spec or {})}}
     config = {"model": {"backbone": None, "backbone_config": backbone, "embedding_dim": 8}, "domains": domains}
-    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    (folder / "config.yaml").write_text(yaml.safe_dump(config | {"versions": {}}))
     if sources is not None:
         (folder / "sources.json").write_text(json.dumps(sources.to_json()))
     return folder
