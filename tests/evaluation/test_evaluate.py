@@ -15,8 +15,10 @@ from datasets import Dataset, Features
 from datasets import Image as ImageFeature
 from PIL import Image
 from torch.nn import functional as F
-from transformers import ViTConfig, ViTModel
+from transformers import TimmWrapperConfig, ViTConfig, ViTModel
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from modeling_udon.backbones import ImageFeatures
 from modeling_udon.data.dataset import read_images
 from modeling_udon.data.domains import Domain, EvaluationSplit, ImageSplit, open_domain
 from modeling_udon.data.labels import Labels
@@ -396,39 +398,38 @@ def test_timm_that_is_missing_is_named(udon, config, monkeypatch):
     assert code == 1 and "--model timm:NAME needs timm, which is missing: pip install timm" in err
 
 
-def fake_timm(monkeypatch, hidden):
-    model = types.SimpleNamespace(
-        forward_features=lambda pixels: hidden,
-        forward_head=lambda hidden, pre_logits: hidden.amax(dim=1),
-        num_features=6,
-    )
-    model.eval = lambda: model
-    data = {"input_size": (3, 12, 12), "mean": (0.5,) * 3, "std": (0.5,) * 3}
-    timm = types.SimpleNamespace(
-        __version__="1",
-        create_model=lambda name, pretrained, num_classes: model,
-        data=types.SimpleNamespace(resolve_model_data_config=lambda model: data),
-    )
-    monkeypatch.setitem(sys.modules, "timm", timm)
+class StandInForTimm(torch.nn.Module):
+    """The wrapper of transformers around a model of timm, which needs timm itself; gives the same whatever it sees."""
+
+    def __init__(self, hidden, num_prefix_tokens=0, output_fmt=""):
+        super().__init__()
+        self.config = TimmWrapperConfig(architecture="resnet18", num_labels=0, hidden_size=6)
+        self.timm_model = types.SimpleNamespace(num_prefix_tokens=num_prefix_tokens, output_fmt=output_fmt)
+        self.hidden = hidden
+
+    def forward(self, pixel_values):
+        pooled = self.hidden.amax(dim=1) if self.hidden.ndim == 3 else None
+        return BaseModelOutputWithPooling(last_hidden_state=self.hidden, pooler_output=pooled)
 
 
-@pytest.mark.parametrize("pooling", ["cls", "mean", "pooler"])
-def test_a_model_of_timm_is_pooled_as_named(monkeypatch, pooling):
-    tokens = torch.randn(2, 5, 6)
-    fake_timm(monkeypatch, tokens)
-    encoder = Encoder.open("timm:tiny", pooling=pooling)
-    expected = {"cls": tokens[:, 0], "mean": tokens.mean(dim=1), "pooler": tokens.amax(dim=1)}[pooling]
-    found = encoder.embed(torch.zeros(2, 12, 12, 3, dtype=torch.uint8), "any")["features"]
-    torch.testing.assert_close(found, F.normalize(expected, dim=1))
-    assert encoder.transform(np.zeros((30, 20, 3), np.uint8)).shape == (12, 12, 3)
+@pytest.mark.parametrize("pooling", ["cls", "mean", "cls+mean", "pooler"])
+def test_a_model_of_timm_is_pooled_as_named(pooling):
+    tokens = torch.randn(2, 6, 6)
+    features = ImageFeatures(StandInForTimm(tokens, num_prefix_tokens=2), pooling)
+    # The class token and a register are no patches.
+    mean = tokens[:, 2:].mean(dim=1)
+    both = torch.cat([F.normalize(tokens[:, 0], dim=1), F.normalize(mean, dim=1)], dim=1)
+    expected = {"cls": tokens[:, 0], "mean": mean, "cls+mean": both, "pooler": tokens.amax(dim=1)}[pooling]
+    torch.testing.assert_close(features(torch.zeros(2, 3, 12, 12)), expected)
 
 
 @pytest.mark.parametrize("channels_last", [True, False])
-def test_a_map_of_timm_is_averaged_over_its_places(monkeypatch, channels_last):
+def test_a_map_of_timm_is_averaged_over_its_places(channels_last):
     places = torch.randn(2, 3, 4, 6)
-    fake_timm(monkeypatch, places if channels_last else places.permute(0, 3, 1, 2))
-    pixels = torch.zeros(2, 12, 12, 3, dtype=torch.uint8)
-    found = Encoder.open("timm:tiny", pooling="mean").embed(pixels)["features"]
-    torch.testing.assert_close(found, F.normalize(places.mean(dim=(1, 2)), dim=1))
-    with pytest.raises(ValueError, match="`pooling` must fit the model's output. Got cls for"):
-        Encoder.open("timm:tiny", pooling="cls")
+    model = StandInForTimm(
+        places if channels_last else places.permute(0, 3, 1, 2), output_fmt="NHWC" if channels_last else "NCHW"
+    )
+    found = ImageFeatures(model, "mean")(torch.zeros(2, 3, 12, 12))
+    torch.testing.assert_close(found, places.mean(dim=(1, 2)))
+    with pytest.raises(ValueError, match="`pooling` must be one that the model has. Got cls for 'timm_wrapper'"):
+        ImageFeatures(model, "cls")
