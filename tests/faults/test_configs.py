@@ -298,7 +298,7 @@ def trained(place: Place) -> Path:
     for file in ("best/config.json", "checkpoints/best/model.safetensors"):
         (run / file).parent.mkdir(parents=True, exist_ok=True)
         (run / file).touch()
-    (run / "config.yaml").write_text(place.tiny_config().read_text())
+    (run / "config.yaml").write_text(place.tiny_config().read_text() + "versions: {}\n")
     return run
 
 
