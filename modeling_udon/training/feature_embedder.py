@@ -44,9 +44,11 @@ class FeatureEmbedder(ImageEmbedder):
         work = (self.accelerator, self.num_workers, self.say, self.exact)
         features = self.cache.open_images(images, (name, split), self.source, *work)
         lost = np.flatnonzero(np.isnan(features[:, 0]))
-        inputs = torch.from_numpy(np.nan_to_num(features)).to(self.accelerator.device)
-        embeds = {"backbone": inputs} if encoder.kind == "backbone" else _heads(self.model, inputs, name)
         self.progress(name, len(images))
+        embeds: dict[str, torch.Tensor] = {}
+        if self.accelerator.is_main_process:
+            inputs = torch.from_numpy(np.nan_to_num(features)).to(self.accelerator.device)
+            embeds = {"backbone": inputs} if encoder.kind == "backbone" else _heads(self.model, inputs, name)
         return EmbeddedImages(
             {kind: values.float().cpu().numpy() for kind, values in embeds.items()},
             tuple(BrokenImage(name, split, int(row), "", "it has no features") for row in lost),

@@ -1,6 +1,7 @@
 """Training data of a run: images, or features of a frozen backbone, with what has to be known of them before step 0."""
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from modeling_udon.modeling_udon import UdonModel
 from modeling_udon.training.centring import CENTRE_IMAGES, set_centre
 from modeling_udon.training.feature_teachers import START, FeatureTeacher, read_features
 from modeling_udon.training.features import FeatureDataset, backbone_source, encoder_source, make_feature_cache
+from modeling_udon.training.processes import on_main
 from modeling_udon.training.run import Run
 from modeling_udon.training.setup import training_transform
 
@@ -90,7 +92,7 @@ def _centre(run: Run, own: Mapping[str, np.ndarray]) -> torch.Tensor:
     embedder = ImageEmbedder(run.config.eval.batch_size, run.config.data.num_workers, run.accelerator, exact=True)
     was_training = run.model.training
     run.model.eval()
-    means = []
+    means: list[np.ndarray] = []
     for name in run.sampler.names:
         images = run.domains[name].images
         # Evenly spaced, since many data sets are sorted by class.
@@ -101,7 +103,9 @@ def _centre(run: Run, own: Mapping[str, np.ndarray]) -> torch.Tensor:
             chosen = Dataset.from_dict(
                 {"image": images[rows.tolist()]["image"]}, Features({"image": Image(decode=False)})
             )
-            features = embedder(chosen, encoder, name).embeddings["backbone"]
+            embedded = embedder(chosen, encoder, name).embeddings
+            # The main process alone has them.
+            features = on_main(run.accelerator, partial(embedded.__getitem__, "backbone"))
         means.append(np.nanmean(features, axis=0))
     run.model.train(was_training)
     return torch.from_numpy(np.mean(means, axis=0))
