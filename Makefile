@@ -12,7 +12,7 @@ LAUNCH_ARGS = --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_b
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test test-faults lint types docs test-oldest test-matrix test-javascript clean
+.PHONY: help demo test test-faults test-long lint types docs test-oldest test-matrix test-javascript clean
 
 help:  ## Show this list
 	@awk -F ':.*  ## ' '/^[a-z-]+:.*  ## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -44,6 +44,9 @@ docs: $(VENV)/.dev-installed  ## Build the documentation site into build/docs; a
 
 test-faults: $(VENV)/.dev-installed  ## Break runs and inputs in every way that is promised for, and show a table (an hour)
 	@$(VENV)/bin/python -m pytest tests/faults -m "long or not long" $(PYTEST_ARGS)
+
+test-long: $(VENV)/.dev-installed  ## Run the slow tests that `make test` leaves out, such as all types of backbones
+	@$(VENV)/bin/python -m pytest -m long --ignore tests/faults $(PYTEST_ARGS)
 
 # Old libraries warn about what came after them, so a warning is no error here.
 test-oldest: $(VENV_OLDEST)/.dev-installed  ## Run all tests with the oldest supported versions

@@ -70,6 +70,7 @@ def in_process(systems: ModuleType, tiny_benchmark: Path, monkeypatch: pytest.Mo
     return trained
 
 
+@pytest.mark.long
 def test_every_row_trains_from_its_config_and_stands_in_the_table(
     systems: ModuleType, in_process: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
