@@ -16,7 +16,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from modeling_udon.config import ConfigError, TrainConfig
-from modeling_udon.config_sections import Section
+from modeling_udon.config_sections import Section, section_of
 from modeling_udon.domain_spec import DomainSpec
 from modeling_udon.run_record import MOVED, REMOVED, OldRunError, RunRecord, read_run
 from modeling_udon.strict_yaml import load_strict
@@ -315,9 +315,10 @@ def _hint(location: tuple[str | int, ...]) -> str:
 def _known_keys(location: tuple[str | int, ...]) -> list[str]:
     model: type[BaseModel] = TrainConfig
     for part in location:
-        field = model.model_fields.get(str(part))
+        if isinstance(part, int):  # a place in a list of sections
+            continue
+        field = model.model_fields.get(part)
         if field is None:
             return list(DomainSpec.model_fields)
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            model = field.annotation
+        model = section_of(field) or model
     return list(model.model_fields) if location[:1] != ("domains",) else list(DomainSpec.model_fields)

@@ -13,6 +13,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from modeling_udon.config import TrainConfig
+from modeling_udon.config_sections import section_of
 from modeling_udon.domain_spec import DomainSpec
 
 # Bounds as pydantic keeps them, and how a table says them.
@@ -31,18 +32,11 @@ def describe_configuration() -> str:
 
 def _tables(title: str, summary: str | None, model: type[BaseModel], prefix: str) -> Iterator[str]:
     """The table of a section's own keys, then those of the sections in it."""
-    sections = {name: inner for name, field in model.model_fields.items() if (inner := _section_of(field)) is not None}
+    sections = {name: inner for name, field in model.model_fields.items() if (inner := section_of(field)) is not None}
     own = {name: field for name, field in model.model_fields.items() if name not in sections}
     yield _table(title, summary, own, prefix)
     for name, inner in sections.items():
         yield from _tables(f"`{prefix}{name}`", inner.__doc__, inner, f"{prefix}{name}.")
-
-
-def _section_of(field: FieldInfo) -> type[BaseModel] | None:
-    for kind in (field.annotation, *get_args(field.annotation)):
-        if isinstance(kind, type) and issubclass(kind, BaseModel):
-            return kind if kind is not DomainSpec else None
-    return None
 
 
 def _table(title: str, summary: str | None, fields: dict[str, FieldInfo], prefix: str) -> str:

@@ -1,15 +1,22 @@
 """Sections of the training configuration that make up the method: model, data, loss, sampling, optimiser, ablations."""
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, field_validator, model_validator
+from pydantic.fields import FieldInfo
 
 
 class Section(BaseModel):
     """Base of all sections: frozen, unknown keys refused, infinite and undefined numbers too."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+
+
+def section_of(field: FieldInfo) -> type[Section] | None:
+    """The section that a key holds: one, one or `null`, or a list of them; `None` for a plain value."""
+    kinds = (field.annotation, *get_args(field.annotation))
+    return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Section)), None)
 
 
 class LoraConfig(Section):
@@ -58,6 +65,14 @@ class ModelConfig(Section):
     """How attention is computed; `null` leaves it to transformers, which takes the fastest that the backbone has."""
     gradient_checkpointing: bool = False
     """Whether activations are computed again in the backward pass: less memory, about a third more time."""
+
+    @model_validator(mode="after")
+    def _of_a_trained_one(self) -> "ModelConfig":
+        if self.keep_layers is not None and self.backbone is None:
+            raise ValueError("`keep_layers` must go with `backbone`; `backbone_config` has `num_hidden_layers`")
+        if self.keep_layers is not None and str(self.backbone).startswith("timm:"):
+            raise ValueError("`keep_layers` must be left out for a model of timm")
+        return self
 
     @model_validator(mode="after")
     def _nested(self) -> "ModelConfig":

@@ -87,7 +87,7 @@ def read_run(folder: str | Path) -> RunRecord:
     folder = Path(folder)
     for needed in ("config.yaml", "best/config.json"):
         if not (folder / needed).is_file():
-            raise ValueError(f"--run must be the folder of a run with a best student, got {folder} without {needed}")
+            raise ValueError(f"--run must be the folder of a run with a best student. Got {folder} without {needed}.")
     try:
         saved = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
         saved.pop("versions")  # written last: without them, the end is missing
@@ -95,6 +95,6 @@ def read_run(folder: str | Path) -> RunRecord:
         seed = saved["seed"]
     except (yaml.YAMLError, ValueError, KeyError, AttributeError, TypeError):
         raise ValueError(
-            f"--run must be the folder of a run as it was written, got {folder} with a damaged config.yaml"
+            f"--run must be the folder of a run as it was written. Got {folder} with a damaged config.yaml"
         ) from None
     return RunRecord(folder, migrate(saved, folder / "config.yaml"), domains, seed)

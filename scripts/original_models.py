@@ -231,12 +231,10 @@ def _describe_scenic_clip(arrays: Mapping[str, np.ndarray]) -> Original:
     inner = _shape(arrays, f"{blocks}0/mlp/c_fc/kernel", 2)[1]
     num_positions = _shape(arrays, f"{prefix}{_CLIP_POSITIONS}", 2)[0]
     num_blocks = _num_blocks(arrays, re.escape(blocks) + r"(\d+)/")
-    tower = "vision_model"
+    tower, positions = "vision_model", "vision_model.embeddings.position_embedding.weight"
     tensors = {
         f"{prefix}class_embedding": Tensor((width,), {f"{tower}.embeddings.class_embedding": same}),
-        f"{prefix}{_CLIP_POSITIONS}": Tensor(
-            (num_positions, width), {f"{tower}.embeddings.position_embedding.weight": same}
-        ),
+        f"{prefix}{_CLIP_POSITIONS}": Tensor((num_positions, width), {positions: same}),
         **convolution(f"{prefix}conv1", f"{tower}.embeddings.patch_embedding", (patch, channels, width)),
         **norm(f"{prefix}ln_pre", f"{tower}.pre_layrnorm", width),
         **norm(f"{prefix}ln_post", f"{tower}.post_layernorm", width),
@@ -246,7 +244,7 @@ def _describe_scenic_clip(arrays: Mapping[str, np.ndarray]) -> Original:
         tensors |= _block(theirs, _SCENIC_CLIP_PARTS, ours, _CLIP_PARTS, (width, heads, head_width, inner))
     image_size = _image_size(f"{prefix}{_CLIP_POSITIONS}", num_positions, patch)
     config = _clip_config(image_size, patch, channels, width, num_blocks, heads, inner)
-    return Original(config, f"{tower}.embeddings.position_embedding.weight", tensors)
+    return Original(config, positions, tensors)
 
 
 def _describe_openai_clip(arrays: Mapping[str, np.ndarray]) -> Original:
@@ -258,14 +256,14 @@ def _describe_openai_clip(arrays: Mapping[str, np.ndarray]) -> Original:
     num_blocks = _num_blocks(arrays, re.escape(blocks) + r"(\d+)\.")
     if width % _CLIP_HEAD_WIDTH:
         raise ValueError(f"FILE must have a tower of a multiple of {_CLIP_HEAD_WIDTH} in width. Got {width}.")
-    tower = "vision_model"
+    tower, kinds = "vision_model", ("weight", "bias")
     plain = {
         "class_embedding": ((width,), "embeddings.class_embedding"),
         "positional_embedding": ((num_positions, width), "embeddings.position_embedding.weight"),
         "conv1.weight": ((width, channels, patch, patch), "embeddings.patch_embedding.weight"),
     }
     for theirs, ours in (("ln_pre", "pre_layrnorm"), ("ln_post", "post_layernorm")):
-        plain |= {f"{theirs}.{kind}": ((width,), f"{ours}.{kind}") for kind in ("weight", "bias")}
+        plain |= {f"{theirs}.{kind}": ((width,), f"{ours}.{kind}") for kind in kinds}
     tensors = {}
     for number in range(num_blocks):
         theirs, ours = f"transformer.resblocks.{number}", f"encoder.layers.{number}"
@@ -276,16 +274,13 @@ def _describe_openai_clip(arrays: Mapping[str, np.ndarray]) -> Original:
         ):
             plain[f"{theirs}.{part}.weight"] = ((outputs, inputs), f"{ours}.{name}.weight")
             plain[f"{theirs}.{part}.bias"] = ((outputs,), f"{ours}.{name}.bias")
-        for number_of_norm in "12":
-            for kind in ("weight", "bias"):
-                plain[f"{theirs}.ln_{number_of_norm}.{kind}"] = ((width,), f"{ours}.layer_norm{number_of_norm}.{kind}")
+        plain |= {f"{theirs}.ln_{n}.{kind}": ((width,), f"{ours}.layer_norm{n}.{kind}") for n in "12" for kind in kinds}
         for kind, shape in (("weight", (3 * width, width)), ("bias", (3 * width,))):
             parts = {f"{tower}.{ours}.self_attn.{part}_proj.{kind}": third(place) for place, part in enumerate("qkv")}
             tensors[f"visual.{theirs}.attn.in_proj_{kind}"] = Tensor(shape, parts)
     tensors |= {f"visual.{name}": Tensor(shape, {f"{tower}.{ours}": same}) for name, (shape, ours) in plain.items()}
     image_size = _image_size("visual.positional_embedding", num_positions, patch)
-    heads = width // _CLIP_HEAD_WIDTH
-    config = _clip_config(image_size, patch, channels, width, num_blocks, heads, inner)
+    config = _clip_config(image_size, patch, channels, width, num_blocks, width // _CLIP_HEAD_WIDTH, inner)
     return Original(config, f"{tower}.embeddings.position_embedding.weight", tensors)
 
 

@@ -3,12 +3,20 @@
 import importlib.util
 import sys
 from pathlib import Path
+from types import ModuleType
 
-_PATH = Path(__file__).parent.parent / "benchmarks" / "backbone_table.py"
-_spec = importlib.util.spec_from_file_location("backbone_table", _PATH)
-assert _spec is not None and _spec.loader is not None
-table = importlib.util.module_from_spec(_spec)
-sys.modules["backbone_table"] = table  # Its dataclass looks for the module by name.
-_spec.loader.exec_module(table)
+_FOLDER = Path(__file__).parent.parent / "benchmarks"
 
-KINDS = {kind.name: kind for kind in table.KINDS}
+
+def _load(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, _FOLDER / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # The other one imports it by this name.
+    spec.loader.exec_module(module)
+    return module
+
+
+kinds = _load("backbone_kinds")
+table = _load("backbone_table")
+KINDS = {kind.name: kind for kind in kinds.KINDS}

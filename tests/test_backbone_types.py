@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from backbone_zoo import KINDS, table
+from backbone_zoo import KINDS, kinds, table
 from safetensors.torch import load_file, save_file
 from transformers import AutoImageProcessor, AutoModel, Dinov2Model, ViTModel
 from transformers import logging as transformers_logging
@@ -67,7 +67,7 @@ def open_kind(tmp_path: Path) -> Callable[..., UdonModel]:
     """Writes a tiny backbone and opens it as a run does."""
 
     def open_it(name: str, image_size: int | None = None, **model: Any) -> UdonModel:
-        table.write_backbone(KINDS[name], tmp_path / "backbone")
+        kinds.write_backbone(KINDS[name], tmp_path / "backbone")
         named = ModelConfig(backbone=str(tmp_path / "backbone"), **model)
         size = image_size or KINDS[name].image_size
         return build_udon(named, {"embedding_dim": 8, "pooling": named.pooling}, size).eval()
@@ -81,7 +81,7 @@ def trained(data: Path, pictures: list[Path], tmp_path_factory: pytest.TempPathF
     runs, root = {}, tmp_path_factory.mktemp("trained")
     for number, name in enumerate((*COMMON, *POOLINGS)):
         kind, backbone = KINDS[name if name in KINDS else "vit"], root / f"{number}" / "backbone"
-        table.write_backbone(kind, backbone)
+        kinds.write_backbone(kind, backbone)
         pooling = {"pooling": name} if name in POOLINGS else {}
         runs[name] = table.train_here(table.values_of(kind, backbone, data, root / f"{number}", **pooling))
     elsewhere = table.open_elsewhere([run / "best" for run in runs.values()], pictures)
@@ -98,13 +98,13 @@ def test_a_trained_backbone_gives_a_student_that_embeds_elsewhere_as_here(
     assert np.abs(here - elsewhere).max() < 2e-6
     assert np.abs(here[0] - here[1]).max() > 1e-4
     processor = json.loads((run / "best" / "preprocessor_config.json").read_text())
-    twice = [value**2 for value in table.STD] if name == "efficientnet" else table.STD
-    assert processor["image_mean"] == table.MEAN and processor["image_std"] == pytest.approx(twice)
+    twice = [value**2 for value in kinds.STD] if name == "efficientnet" else kinds.STD
+    assert processor["image_mean"] == kinds.MEAN and processor["image_std"] == pytest.approx(twice)
 
 
 @pytest.mark.parametrize("name", IN_TWO)
 def test_two_processes_train_a_trained_backbone_as_one_does(name: str, data: Path, tmp_path: Path) -> None:
-    table.write_backbone(KINDS[name], tmp_path / "backbone")
+    kinds.write_backbone(KINDS[name], tmp_path / "backbone")
     folders = {what: tmp_path / what for what in ("one", "two")}
     values = {what: table.values_of(KINDS[name], tmp_path / "backbone", data, path) for what, path in folders.items()}
     one, two = table.losses_of(table.train_here(values["one"])), table.losses_of(table.train_in_two(values["two"]))
@@ -115,14 +115,14 @@ def test_two_processes_train_a_trained_backbone_as_one_does(name: str, data: Pat
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_a_backbone_without_features_of_images_is_refused_in_one_line(name: str, data: Path, tmp_path: Path) -> None:
-    table.write_backbone(KINDS[name], tmp_path / "backbone")
+    kinds.write_backbone(KINDS[name], tmp_path / "backbone")
     with pytest.raises(ConfigError, match=REFUSED[name]) as refusal:
         table.train_here(table.values_of(KINDS[name], tmp_path / "backbone", data, tmp_path / "run"))
     assert "\n" not in str(refusal.value)
 
 
 def test_the_way_out_for_a_masked_autoencoder_is_true(tmp_path: Path) -> None:
-    table.write_backbone(KINDS["vit_mae"], tmp_path / "mae")
+    kinds.write_backbone(KINDS["vit_mae"], tmp_path / "mae")
     transformers_logging.set_verbosity_error()
     ViTModel.from_pretrained(tmp_path / "mae", add_pooling_layer=False).save_pretrained(tmp_path / "vit")
     transformers_logging.set_verbosity_warning()
@@ -184,14 +184,14 @@ def test_a_processor_that_scales_otherwise_has_the_statistics_of_its_arithmetic(
 
 
 def test_a_processor_in_a_file_of_a_processor_of_texts_and_images_is_found(tmp_path: Path, data: Path) -> None:
-    table.write_backbone(KINDS["clip, whole"], tmp_path / "backbone")
+    kinds.write_backbone(KINDS["clip, whole"], tmp_path / "backbone")
     path = tmp_path / "backbone" / "preprocessor_config.json"
     (tmp_path / "backbone" / "processor_config.json").write_text(
         json.dumps({"image_processor": json.loads(path.read_text())})
     )
     path.unlink()
     run = table.train_here(table.values_of(KINDS["clip, whole"], tmp_path / "backbone", data, tmp_path))
-    assert json.loads((run / "best" / "preprocessor_config.json").read_text())["image_mean"] == table.MEAN
+    assert json.loads((run / "best" / "preprocessor_config.json").read_text())["image_mean"] == kinds.MEAN
 
 
 @pytest.mark.parametrize("name", ["vit", "clip, whole", "dinov2"])
@@ -220,7 +220,7 @@ def test_image_sizes_in_a_list_are_sizes(open_kind: Any) -> None:
         size = KINDS[name].image_size
         udon.config.backbone_config.image_size = [size, size]
         check_backbone(udon, size)
-    values = {"model_type": "vit", **table.VIT, "image_size": [32, 32]}
+    values = {"model_type": "vit", **kinds.VIT, "image_size": [32, 32]}
     named = ModelConfig(backbone_config=values)
     for size in (32, 48):
         udon = build_udon(named, {"embedding_dim": 8}, size)
@@ -246,7 +246,7 @@ def test_features_that_differ_from_pass_to_pass_are_refused(open_kind: Any, monk
 @pytest.mark.parametrize("name", ["beit", "data2vec-vision"])
 @pytest.mark.parametrize("use_mean", [False, True])
 def test_beit_is_pooled_after_its_norm(name: str, use_mean: bool, tmp_path: Path) -> None:
-    values = {"model_type": name, **table.VIT, "use_mean_pooling": use_mean}
+    values = {"model_type": name, **kinds.VIT, "use_mean_pooling": use_mean}
     udon = UdonModel(UdonConfig(values, embedding_dim=4)).eval()
     with torch.no_grad():
         for parameter in udon.parameters():
@@ -267,7 +267,7 @@ def test_beit_is_pooled_after_its_norm(name: str, use_mean: bool, tmp_path: Path
 
 
 def test_a_data2vec_student_of_before_embeds_as_before(tmp_path: Path) -> None:
-    values = {"model_type": "data2vec-vision", **table.VIT}
+    values = {"model_type": "data2vec-vision", **kinds.VIT}
     old = UdonModel(UdonConfig(values, embedding_dim=4, pooling="mean", token_norm=None)).eval()
     assert old.backbone.pooler is None
     old.save_pretrained(tmp_path)
@@ -281,13 +281,13 @@ def test_a_data2vec_student_of_before_embeds_as_before(tmp_path: Path) -> None:
 
 def test_a_run_that_starts_from_another_keeps_its_statistics(data: Path, tmp_path: Path) -> None:
     kind = KINDS["vit"]
-    table.write_backbone(kind, tmp_path / "backbone")
+    kinds.write_backbone(kind, tmp_path / "backbone")
     old = table.train_here(table.values_of(kind, tmp_path / "backbone", data, tmp_path / "old"))
     path = tmp_path / "backbone" / "preprocessor_config.json"
     path.write_text(path.read_text().replace("0.31", "0.77"))
     values = table.values_of(kind, tmp_path / "backbone", data, tmp_path / "new") | {"init": {"run": str(old)}}
     new = table.train_here(values)
-    assert json.loads((new / "best" / "preprocessor_config.json").read_text())["image_mean"] == table.MEAN
+    assert json.loads((new / "best" / "preprocessor_config.json").read_text())["image_mean"] == kinds.MEAN
     values |= {"name": "other", "data": values["data"] | {"image_mean": [0.5, 0.5, 0.5]}}
     with pytest.raises(ConfigError, match=r"`data.image_mean` must be that of the run in `init.run`, \[0.31"):
         table.train_here(values)
@@ -299,7 +299,7 @@ def test_a_run_that_starts_from_another_keeps_its_statistics(data: Path, tmp_pat
 
 def test_batch_norm_does_not_count_images_of_noise(data: Path, tmp_path: Path) -> None:
     kind = KINDS["resnet"]
-    table.write_backbone(kind, tmp_path / "backbone")
+    kinds.write_backbone(kind, tmp_path / "backbone")
     values = table.values_of(kind, tmp_path / "backbone", data, tmp_path)
     counted = {}
     for what, train in (("one", table.train_here), ("two", table.train_in_two)):
@@ -326,19 +326,19 @@ def test_a_model_of_timm_is_published_as_its_wrapper(data: Path, pictures: list[
     source = tmp_path / "source"
     source.mkdir()
     model = timm.create_model("test_vit", num_classes=7)
-    cfg = {"input_size": [3, 160, 160], "mean": table.MEAN, "std": table.STD}
+    cfg = {"input_size": [3, 160, 160], "mean": kinds.MEAN, "std": kinds.STD}
     config = {"architecture": "test_vit", "num_classes": 7, "pretrained_cfg": cfg}
     (source / "config.json").write_text(json.dumps(config))
     save_file(model.state_dict(), source / "model.safetensors")
     name = f"timm:local-dir:{source}"
-    kind = table.Kind("timm", "timm_wrapper", {}, image_size=80)
+    kind = kinds.Kind("timm", "timm_wrapper", {}, image_size=80)
     for pooling in ("pooler", "cls", "cls+mean"):
         values = table.values_of(kind, Path(name), data, tmp_path / pooling, pooling=pooling)
         values["model"]["backbone"] = name
         run = table.train_here(values)
         published = UdonConfig.from_pretrained(run / "best").backbone_config
         assert (published.model_type, published.architecture) == ("timm_wrapper", "test_vit")
-        assert json.loads((run / "best" / "preprocessor_config.json").read_text())["image_mean"] == table.MEAN
+        assert json.loads((run / "best" / "preprocessor_config.json").read_text())["image_mean"] == kinds.MEAN
         (elsewhere,) = table.open_elsewhere([run / "best"], pictures)
         assert np.abs(table.embed_here(run / "best", pictures) - elsewhere).max() < 2e-6
     mean = Encoder.open(name, pooling="mean", image_size=160)
@@ -358,7 +358,7 @@ def test_transformers_4_loads_what_5_has_written(data: Path, pictures: list[Path
     runs = []
     for number, name in enumerate(("altclip, whole", "metaclip_2_vision_model", "swin")):
         folder = tmp_path / f"{number}"
-        table.write_backbone(KINDS[name], folder / "backbone")
+        kinds.write_backbone(KINDS[name], folder / "backbone")
         runs.append(table.train_here(table.values_of(KINDS[name], folder / "backbone", data, folder)))
     elsewhere = table.open_elsewhere([run / "best" for run in runs], pictures, python)
     for run, embeds in zip(runs, elsewhere, strict=True):

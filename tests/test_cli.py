@@ -117,8 +117,8 @@ def test_a_verb_of_two_functions_has_the_options_of_both_and_hands_the_answer_on
     ("arguments", "words"),
     [
         (["index", "a"], "the following arguments are required: --out"),
-        (["index", "a", "--out", "b", "--recall", "2"], "must be a number above 0 and at most 1, got '2'"),
-        (["search", "a", "--index", "b", "--model", "c", "-k", "0"], "must be a whole number of at least 1, got '0'"),
+        (["index", "a", "--out", "b", "--recall", "2"], "must be a number above 0 and at most 1. Got '2'"),
+        (["search", "a", "--index", "b", "--model", "c", "-k", "0"], "must be a whole number of at least 1. Got '0'"),
         (["index", "a", "--out", "b", "--kind", "best"], "invalid choice: 'best'"),
         (["evaluate", "--run", "a", "--model", "b"], "not allowed with argument --run"),
     ],

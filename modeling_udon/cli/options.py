@@ -23,7 +23,7 @@ class Value:
 def _whole_number(least: int) -> Callable[[str], int]:
     def parse(text: str) -> int:
         if not text.isdecimal() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"must be a whole number of at least {least}, got {text!r}")
+            raise argparse.ArgumentTypeError(f"must be a whole number of at least {least}. Got {text!r}.")
         return int(text)
 
     return parse
@@ -35,7 +35,7 @@ def _share(text: str) -> float:
     except ValueError:
         value = 0.0
     if not 0 < value <= 1:
-        raise argparse.ArgumentTypeError(f"must be a number above 0 and at most 1, got {text!r}")
+        raise argparse.ArgumentTypeError(f"must be a number above 0 and at most 1. Got {text!r}.")
     return value
 
 

@@ -31,13 +31,13 @@ def read_file(path: Path, root: Path | None = None) -> bytes:
     """
     file = as_on_disk(path if root is None else os.path.join(root, path))
     if root is not None and not _is_below(os.path.realpath(file), os.path.realpath(root)):
-        raise ValueError("data must lie in the manifest's folder, got a link out of it; --allow-outside reads it")
+        raise ValueError("data must lie in the manifest's folder. Got a link out of it; --allow-outside reads it.")
     status = os.stat(file)
     if not stat.S_ISREG(status.st_mode):
-        raise ValueError(f"data must be a file, got {_KINDS[stat.S_IFMT(status.st_mode)]}; leave it out")
+        raise ValueError(f"data must be a file. Got {_KINDS[stat.S_IFMT(status.st_mode)]}; leave it out.")
     if status.st_size > MAX_FILE_BYTES:
         raise ValueError(
-            f"data must be a file of at most {MAX_FILE_BYTES:,} bytes, got {status.st_size:,}; "
+            f"data must be a file of at most {MAX_FILE_BYTES:,} bytes. Got {status.st_size:,}; "
             "shrink it or leave it out"
         )
     with open(file, "rb") as opened:

@@ -120,7 +120,7 @@ def _open_image(data: bytes) -> Image.Image:
         raise ValueError(_too_large(f"more than {2 * (Image.MAX_IMAGE_PIXELS or 0):,}")) from error
     except Exception as error:  # On damaged headers Pillow's readers raise nearly every type there is.
         raise ValueError(
-            f"data must be an image ({', '.join(IMAGE_FORMATS)}), got {len(data)} bytes that begin with {data[:12]!r}: "
+            f"data must be an image ({', '.join(IMAGE_FORMATS)}). Got {len(data)} bytes that begin with {data[:12]!r}: "
             "the file is of another kind, or its header is damaged or of size zero; leave it out or fetch it again"
         ) from error
     width, height = image.size
@@ -130,7 +130,7 @@ def _open_image(data: bytes) -> Image.Image:
 
 
 def _too_large(got: str) -> str:
-    return f"data must be an image of at most {MAX_IMAGE_PIXELS:,} pixels, got {got}: shrink it or leave it out"
+    return f"data must be an image of at most {MAX_IMAGE_PIXELS:,} pixels. Got {got}: shrink it or leave it out"
 
 
 def _decode_with_pillow(image: Image.Image, data: bytes = b"") -> np.ndarray:
@@ -141,7 +141,7 @@ def _decode_with_pillow(image: Image.Image, data: bytes = b"") -> np.ndarray:
     except Exception as error:  # As above; there is nothing of ours in that call that a caller could mend.
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(
-            f"data must be a whole image, got a damaged or truncated {image.format} of "
+            f"data must be a whole image. Got a damaged or truncated {image.format} of "
             f"{image.width} x {image.height} pixels ({reason}); leave it out or fetch it again"
         ) from error
 
@@ -237,7 +237,7 @@ def to_8_bit(values: np.ndarray, signed: bool = False) -> np.ndarray:
         white = 32767 if signed and high <= 32767 else 65535
     if low < -white / 8 or high > white * _OVERSHOOT or (white == 255 and is_float and high < _LEAST_FLOAT_LEVEL):
         raise ValueError(
-            f"data must hold values of 0 to 1, 0 to 255 or 0 to 65535, got {low:g} to {high:g}; scale them before"
+            f"data must hold values of 0 to 1, 0 to 255 or 0 to 65535. Got {low:g} to {high:g}; scale them before"
         )
     if is_float:
         return np.clip(np.nan_to_num(values, nan=0.0) * (255 / white), 0, 255).round().astype(np.uint8)
@@ -260,7 +260,7 @@ def encode_array(values: np.ndarray) -> bytes:
         values = values[:, :, 0]
     if values.dtype.kind not in "biuf" or not (values.ndim == 2 or (values.ndim == 3 and values.shape[-1] in (3, 4))):
         raise ValueError(
-            f"data must be numbers of shape (H, W), (H, W, 3) or (3, H, W), got {values.dtype} of shape {values.shape}"
+            f"data must be numbers of shape (H, W), (H, W, 3) or (3, H, W). Got {values.dtype} of shape {values.shape}"
         )
     file = io.BytesIO()
     Image.fromarray(np.ascontiguousarray(to_8_bit(values))).save(file, "PNG", compress_level=1)

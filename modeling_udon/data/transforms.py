@@ -49,7 +49,7 @@ class TrainTransform:
         check_image_size(self.image_size)
         if self.resize_size is not None and self.resize_size < self.image_size:
             raise ValueError(
-                f"resize_size must be at least image_size, {self.image_size}, got {self.resize_size}; "
+                f"resize_size must be at least image_size, {self.image_size}. Got {self.resize_size}; "
                 f"leave it out for {round(self.image_size * 256 / 224)}"
             )
 
@@ -122,7 +122,7 @@ def _cut_long_ends(image: np.ndarray) -> np.ndarray:
 def check_image_size(image_size: int) -> None:
     """Refuses a size that no image can have."""
     if image_size < 1:
-        raise ValueError(f"image_size must be at least 1, got {image_size}; the backbones here use 224")
+        raise ValueError(f"image_size must be at least 1. Got {image_size}; the backbones here use 224.")
 
 
 def normalize(pixels: torch.Tensor, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
@@ -136,7 +136,7 @@ def normalize(pixels: torch.Tensor, mean: Sequence[float], std: Sequence[float])
     """
     if pixels.dtype != torch.uint8 or pixels.ndim != 4 or pixels.shape[-1] != 3:
         raise ValueError(
-            f"pixels must be uint8 of shape (B, H, W, 3), got {pixels.dtype} of shape {tuple(pixels.shape)}; "
+            f"pixels must be uint8 of shape (B, H, W, 3). Got {pixels.dtype} of shape {tuple(pixels.shape)}; "
             "pass the stacked results of a transform"
         )
     scale, shift = _scale_and_shift(tuple(mean), tuple(std), pixels.device)

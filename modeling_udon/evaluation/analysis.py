@@ -46,9 +46,9 @@ def bootstrap_intervals(
         ValueError: If `num_samples` is below 1 or `confidence` not between 0 and 1.
     """
     if num_samples < 1:
-        raise ValueError(f"num_samples must be at least 1, got {num_samples}")
+        raise ValueError(f"num_samples must be at least 1. Got {num_samples}.")
     if not 0 < confidence < 1:
-        raise ValueError(f"confidence must be between 0 and 1, got {confidence}; 0.95 is usual")
+        raise ValueError(f"confidence must be between 0 and 1. Got {confidence}; 0.95 is usual.")
     tails = [50 * (1 - confidence), 50 * (1 + confidence)]
     metrics = list(next(iter(values.values())))
     domains: dict[str, dict[str, list[float]]] = {}

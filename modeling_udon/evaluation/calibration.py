@@ -58,7 +58,7 @@ def threshold_at(scores: Mapping[str, np.ndarray], false_accept_rate: float) -> 
         ValueError: If the rate is out of range, or an index held one class alone.
     """
     if not 0 < false_accept_rate < 1:
-        raise ValueError(f"--false-accept-rate must be above 0 and below 1, got {false_accept_rate}")
+        raise ValueError(f"--false-accept-rate must be above 0 and below 1. Got {false_accept_rate}.")
     flat = np.concatenate(list(scores.values()))
     if not np.isfinite(flat).all():
         raise ValueError("calibration must have an index of at least two classes; add images or domains")

@@ -55,7 +55,7 @@ def reduce_domains(domains: Mapping[str, EmbeddedDomain], dim: int) -> dict[str,
     """
     full_dim = next(iter(domains.values())).query_embeds.shape[1]
     if not 1 <= dim <= full_dim:
-        raise ValueError(f"dim must be between 1 and {full_dim}, the dimension of the embeddings, got {dim}")
+        raise ValueError(f"dim must be between 1 and {full_dim}, the dimension of the embeddings. Got {dim}.")
     mean, components = fit_pca(_index_vectors(domains))
     return {
         name: replace(

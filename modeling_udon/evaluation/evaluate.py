@@ -212,7 +212,7 @@ class Subject:
         for needed in (split, *(["validation"] if calibrate else [])):
             if not domains_with(self.domains, needed):
                 names = ", ".join(self.domains)
-                raise ValueError(f"--config must name at least one domain with a {needed} split, got {names}")
+                raise ValueError(f"--config must name at least one domain with a {needed} split. Got {names}.")
         encoder = self.encoder
         if encoder is not None and (wrong := [wanted for wanted in pca if wanted > encoder.dim]):
             raise ValueError(f"--pca must be at most {encoder.dim}, the dimension of {encoder.name}. Got {wrong[0]}.")

@@ -196,7 +196,9 @@ def flatten_labels(query_labels: QueryLabels) -> tuple[np.ndarray, np.ndarray]:
         labels = np.empty(0, dtype=object)
     if labels.dtype != object:
         if labels.ndim not in (1, 2):
-            raise ValueError(f"query_labels must be an integer or a list of integers a query, got shape {labels.shape}")
+            raise ValueError(
+                f"query_labels must be an integer or a list of integers a query. Got shape {labels.shape}."
+            )
         per_query = 1 if labels.ndim == 1 else labels.shape[1]
         flat = _integers("query_labels", labels.reshape(-1), ndim=1)
         return flat, np.full(len(labels), per_query, dtype=np.int64)
@@ -211,7 +213,7 @@ def _hits(
     """Which neighbours are right, of shape `(num_neighbours, num_queries)`: numpy is fast along the long axis."""
     flat, counts = flatten_labels(query_labels)
     if len(counts) != len(ids):
-        raise ValueError(f"{name} and query_labels must have one row per query, got {len(ids)} and {len(counts)} rows")
+        raise ValueError(f"{name} and query_labels must have one row per query. Got {len(ids)} and {len(counts)} rows.")
     _check_ids(name, ids, len(index_labels))
     if len(index_labels) == 0:
         return np.zeros(ids.T.shape, dtype=bool)
@@ -232,11 +234,11 @@ def _hits(
 def _first_neighbours(neighbour_ids: Integers, k: int) -> np.ndarray:
     """The first `k` columns."""
     if k < 1:
-        raise ValueError(f"k must be at least 1, got {k}")
+        raise ValueError(f"k must be at least 1. Got {k}.")
     ids = _integers("neighbour_ids", neighbour_ids, ndim=2)
     if k > ids.shape[1]:
         raise ValueError(
-            f"k must be at most the number of neighbours given, got k={k} for neighbour_ids of shape {ids.shape}; "
+            f"k must be at most the number of neighbours given. Got k={k} for neighbour_ids of shape {ids.shape}; "
             "search with a larger k (-1 stands for a neighbour that does not exist)"
         )
     return ids[:, :k]
@@ -245,9 +247,11 @@ def _first_neighbours(neighbour_ids: Integers, k: int) -> np.ndarray:
 def _positives(num_positives: Integers, num_queries: int) -> np.ndarray:
     positives = _integers("num_positives", num_positives, ndim=1)
     if len(positives) != num_queries:
-        raise ValueError(f"num_positives must have a value for each of the {num_queries} queries, got {len(positives)}")
+        raise ValueError(
+            f"num_positives must have a value for each of the {num_queries} queries. Got {len(positives)}."
+        )
     if positives.min(initial=0) < 0:
-        raise ValueError(f"num_positives must not be negative, got {positives.min()}; use count_positives")
+        raise ValueError(f"num_positives must not be negative. Got {positives.min()}; use count_positives.")
     return positives
 
 
@@ -255,7 +259,7 @@ def _check_ids(name: str, ids: np.ndarray, num_index: int) -> None:
     low, high = ids.min(initial=-1), ids.max(initial=-1)
     if low < -1 or high >= num_index:
         raise ValueError(
-            f"{name} must be rows of the index, 0 to {num_index - 1}, or -1 for none, got {low if low < -1 else high}"
+            f"{name} must be rows of the index, 0 to {num_index - 1}, or -1 for none. Got {low if low < -1 else high}"
         )
 
 
@@ -271,13 +275,13 @@ def _integers(name: str, values: Integers, ndim: int) -> np.ndarray:
     try:
         array = _to_numpy(values)
     except ValueError:  # numpy's answer to lists of unequal lengths
-        raise ValueError(f"{name} must have {ndim} dimension(s), got lists of unequal lengths") from None
+        raise ValueError(f"{name} must have {ndim} dimension(s). Got lists of unequal lengths.") from None
     if array.size == 0:  # numpy reads an empty list as floats
         array = array.astype(np.int64)
     if array.ndim != ndim:
-        raise ValueError(f"{name} must have {ndim} dimension(s), got shape {array.shape}")
+        raise ValueError(f"{name} must have {ndim} dimension(s). Got shape {array.shape}.")
     if array.dtype.kind not in "iu":
-        raise ValueError(f"{name} must hold integers, got {array.dtype}; map names to integers first")
+        raise ValueError(f"{name} must hold integers. Got {array.dtype}; map names to integers first.")
     return array.astype(np.int64, copy=False)
 
 

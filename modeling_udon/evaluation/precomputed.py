@@ -57,10 +57,10 @@ def _read_images(place: Path, images: ImageSplit) -> np.ndarray:
     table = _read_table(place)
     rows = table["row"].to_numpy() if "row" in table.column_names else np.arange(len(table))
     if rows.dtype.kind not in "iu":
-        raise ValueError(f"--embeddings must have whole numbers in column 'row', got {table['row'].type} in {place}")
+        raise ValueError(f"--embeddings must have whole numbers in column 'row'. Got {table['row'].type} in {place}.")
     if not np.array_equal(np.sort(rows), np.arange(len(images))):
         raise ValueError(
-            f"--embeddings must hold one for each of the {len(images)} images of {place}, got {len(table)} with "
+            f"--embeddings must hold one for each of the {len(images)} images of {place}. Got {len(table)} with "
             f"{len(np.unique(rows[rows < len(images)]))} of their rows; embed the same data again"
         )
     if "path" in table.column_names:
@@ -68,7 +68,7 @@ def _read_images(place: Path, images: ImageSplit) -> np.ndarray:
     vectors = _vectors(table["embedding"], place)
     norms = np.linalg.norm(vectors, axis=1, keepdims=True)
     if not (np.isfinite(norms) & (norms > 0)).all():
-        raise ValueError(f"--embeddings must be finite and not zero, got another in {place}")
+        raise ValueError(f"--embeddings must be finite and not zero. Got another in {place}.")
     ordered = np.empty_like(vectors)
     ordered[rows] = vectors / norms
     return ordered
@@ -80,11 +80,11 @@ def _vectors(column: pa.ChunkedArray, place: Path) -> np.ndarray:
     is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
     values = kind.value_type if is_list else None
     if values is None or not (pa.types.is_floating(values) or pa.types.is_integer(values)):
-        raise ValueError(f"--embeddings must be lists of numbers in column 'embedding', got {kind} in {place}")
+        raise ValueError(f"--embeddings must be lists of numbers in column 'embedding'. Got {kind} in {place}.")
     lengths = set(pc.list_value_length(column).to_pylist())
     if len(lengths) != 1 or None in lengths or 0 in lengths:
         shown = ", ".join("none" if length is None else str(length) for length in sorted(lengths, key=str)[:5])
-        raise ValueError(f"--embeddings must all have the same number of dimensions, got {shown} in {place}")
+        raise ValueError(f"--embeddings must all have the same number of dimensions. Got {shown} in {place}.")
     return np.stack(column.to_numpy()).astype(np.float32)
 
 
@@ -92,11 +92,11 @@ def _read_table(place: Path) -> pa.Table:
     single = place.with_name(f"{place.name}.parquet")
     files = sorted(place.glob("*.parquet")) if place.is_dir() else [single] if single.is_file() else []
     if not files:
-        raise ValueError(f"--embeddings must hold {place}/*.parquet or {single}, got neither; make it with udon embed")
+        raise ValueError(f"--embeddings must hold {place}/*.parquet or {single}. Got neither; make it with udon embed.")
     with damage_of(files[0], pa.ArrowException):
         names = pq.read_schema(files[0]).names
     if "embedding" not in names:
-        raise ValueError(f"--embeddings must have a column 'embedding', got {', '.join(names)} in {files[0]}")
+        raise ValueError(f"--embeddings must have a column 'embedding'. Got {', '.join(names)} in {files[0]}.")
     columns = [name for name in ("path", "row", "embedding") if name in names]
     tables = []
     for file in files:
@@ -112,5 +112,5 @@ def _check_paths(place: Path, paths: pa.ChunkedArray, rows: np.ndarray, images: 
         wanted = images.images[row]["image"]["path"]
         if wanted and path and Path(wanted).name != Path(path).name:
             raise ValueError(
-                f"--embeddings must be of the data's images, got {path} where {place} has {wanted}, in row {row}"
+                f"--embeddings must be of the data's images. Got {path} where {place} has {wanted}, in row {row}"
             )

@@ -252,7 +252,7 @@ def _merge(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, dict[str, np.ndarray | list[np.ndarray]]]:
     """The embeddings of all index sets, their labels, where each domain begins, and the query labels by domain."""
     if not domains:
-        raise ValueError("domains must name at least one domain, got none")
+        raise ValueError("domains must name at least one domain. Got none.")
     embeds, labels, query_labels, num_labels = [], [], {}, 0
     for name, domain in domains.items():
         flat, counts, index_embeds, index_labels = _checked(name, domain)
@@ -266,7 +266,7 @@ def _merge(
         labels.append(codes[len(flat) :])
     dims = {name: part.shape[1] for name, part in zip(domains, embeds, strict=True)}
     if len(set(dims.values())) > 1:
-        raise ValueError(f"domains of one merged index must have the same dimension, got {dims}; use search_separate")
+        raise ValueError(f"domains of one merged index must have the same dimension. Got {dims}; use search_separate.")
     starts = np.cumsum([0, *map(len, embeds)])[:-1]
     return np.concatenate(embeds), np.concatenate(labels), starts, query_labels
 
@@ -279,7 +279,7 @@ def _checked(name: str, domain: EmbeddedDomain) -> tuple[np.ndarray, np.ndarray,
     if domain.index_embeds is None or domain.index_labels is None:
         if not np.all(counts == 1):
             raise ValueError(
-                f"domain {name!r}: a query set that is its own index must have one label per query, got several "
+                f"domain {name!r}: a query set that is its own index must have one label per query. Got several "
                 "or none; give index_embeds and index_labels"
             )
         index_embeds, index_labels = domain.query_embeds, flat
@@ -291,11 +291,11 @@ def _checked(name: str, domain: EmbeddedDomain) -> tuple[np.ndarray, np.ndarray,
     ):
         if embeds.ndim != 2 or len(embeds) != num_labels:
             raise ValueError(
-                f"domain {name!r}: {what}_embeds must have one row for each of the {num_labels} {what}_labels, "
-                f"got shape {embeds.shape}"
+                f"domain {name!r}: {what}_embeds must have one row for each of the {num_labels} {what}_labels. "
+                f"Got shape {embeds.shape}"
             )
     if len(counts) == 0:
-        raise ValueError(f"domain {name!r} must have at least one query, got none")
+        raise ValueError(f"domain {name!r} must have at least one query. Got none.")
     return flat, counts, index_embeds, index_labels
 
 
@@ -315,7 +315,7 @@ def _parse(metric: str) -> tuple[str, int]:
         return "mAP", 0
     match = re.fullmatch(r"(R|mMP)@([1-9]\d*)", metric)
     if match is None:
-        raise ValueError(f'a metric must be "R@k" or "mMP@k" with k from 1, or "mAP@R", got {metric!r}')
+        raise ValueError(f'a metric must be "R@k" or "mMP@k" with k from 1, or "mAP@R". Got {metric!r}.')
     return match[1], int(match[2])
 
 

@@ -254,7 +254,7 @@ def _export_int8(
     """Quantises the graph and says what that costs; `loading` is the batch size and the number of workers."""
     domains = {name: open_domain(name, spec, seed) for name, spec in specs.items()}
     if not domains_with(domains, split):
-        raise ValueError(f"--config must name at least one domain with a {split} split, got {', '.join(specs)}")
+        raise ValueError(f"--config must name at least one domain with a {split} split. Got {', '.join(specs)}.")
     quantise(folder)
     graph = open_onnx(folder / INT8_FILE)
     scores = []

@@ -88,7 +88,9 @@ def read_image(item: Any) -> Image.Image:
     """
     if isinstance(item, dict):
         if "image" not in item:
-            raise ValueError(f"an input must be an image or hold one as `image`, got the keys {sorted(map(str, item))}")
+            raise ValueError(
+                f"an input must be an image or hold one as `image`. Got the keys {sorted(map(str, item))}."
+            )
         item = item["image"]
     if isinstance(item, Image.Image):
         return _convert(item)
@@ -101,7 +103,7 @@ def read_image(item: Any) -> Image.Image:
         except Image.DecompressionBombError:
             raise ValueError(f"an image must have at most {MAX_PIXELS:,} pixels") from None
         except Exception:  # On damaged headers Pillow's readers raise nearly every type there is.
-            raise ValueError(f"an input must be an image ({', '.join(FORMATS)}), got {len(content)} bytes") from None
+            raise ValueError(f"an input must be an image ({', '.join(FORMATS)}). Got {len(content)} bytes.") from None
         return _convert(image)
 
 
@@ -115,17 +117,17 @@ def _read_bytes(item: Any) -> bytes:
         except (binascii.Error, ValueError):
             raise ValueError("an input must be base64 text; addresses are not fetched") from None
     if not isinstance(item, bytes | bytearray):
-        raise ValueError(f"an input must be base64 text, bytes or a dict with `image`, got {type(item).__name__}")
+        raise ValueError(f"an input must be base64 text, bytes or a dict with `image`. Got {type(item).__name__}.")
     if len(item) > MAX_BYTES:
-        raise ValueError(f"an image must have at most {MAX_BYTES:,} bytes, got {len(item):,}")
+        raise ValueError(f"an image must have at most {MAX_BYTES:,} bytes. Got {len(item):,}.")
     return bytes(item)
 
 
 def _convert(image: Image.Image) -> Image.Image:
     if image.width * image.height > MAX_PIXELS:
-        raise ValueError(f"an image must have at most {MAX_PIXELS:,} pixels, got {image.width} x {image.height}")
+        raise ValueError(f"an image must have at most {MAX_PIXELS:,} pixels. Got {image.width} x {image.height}.")
     if image.mode == "F":
-        raise ValueError("an image must hold whole numbers, got floats")
+        raise ValueError("an image must hold whole numbers. Got floats.")
     try:
         image = _cut_ends(ImageOps.exif_transpose(image))
         if image.mode.startswith("I"):
@@ -136,7 +138,7 @@ def _convert(image: Image.Image) -> Image.Image:
             image = Image.alpha_composite(white, image.convert("RGBA"))
         return image.convert("RGB")
     except Exception as error:  # As above.
-        raise ValueError(f"an image must be whole, got a damaged one ({type(error).__name__})") from None
+        raise ValueError(f"an image must be whole. Got a damaged one ({type(error).__name__}).") from None
 
 
 def _cut_ends(image: Image.Image) -> Image.Image:
@@ -152,5 +154,5 @@ def _read_request(data: Any) -> Any:
         raise ValueError("a request must hold `inputs` alone: this model takes no `parameters`")
     inputs = data["inputs"]
     if isinstance(inputs, list) and len(inputs) > MAX_IMAGES:
-        raise ValueError(f"`inputs` must hold at most {MAX_IMAGES} images, got {len(inputs)}")
+        raise ValueError(f"`inputs` must hold at most {MAX_IMAGES} images. Got {len(inputs)}.")
     return inputs

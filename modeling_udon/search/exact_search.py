@@ -60,12 +60,12 @@ def exact_search(
     queries, index = _matrix("queries", queries), _matrix("index", index)
     if queries.shape[1] != index.shape[1]:
         raise ValueError(
-            f"queries and index must have the same dimension, got {queries.shape[1]} and {index.shape[1]}; "
+            f"queries and index must have the same dimension. Got {queries.shape[1]} and {index.shape[1]}; "
             "embed both with the same model"
         )
     for name, value in (("k", k), ("chunk_size", chunk_size)):
         if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
+            raise ValueError(f"{name} must be at least 1. Got {value}.")
     own_rows = _own_rows(exclude, len(queries), len(index))
     chosen = _device(backend, device)
     resident = torch.tensor(index, device=chosen) if backend == "torch" else None
@@ -97,11 +97,11 @@ def exact_search(
 
 def _device(backend: str, device: str | torch.device | None) -> torch.device:
     if backend not in ("faiss", "torch"):
-        raise ValueError(f'backend must be "faiss" or "torch", got {backend!r}')
+        raise ValueError(f'backend must be "faiss" or "torch". Got {backend!r}.')
     if backend == "torch":
         return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device is not None:
-        raise ValueError(f'device must be left out with backend="faiss", got {device}; use backend="torch"')
+        raise ValueError(f'device must be left out with backend="faiss". Got {device}; use backend="torch"')
     return torch.device("cpu")
 
 
@@ -184,7 +184,7 @@ def _search_again(
 def _matrix(name: str, values: np.ndarray) -> np.ndarray:
     array = np.ascontiguousarray(values, dtype=np.float32)
     if np.ndim(values) != 2:
-        raise ValueError(f"{name} must be a matrix with one embedding per row, got shape {np.shape(values)}")
+        raise ValueError(f"{name} must be a matrix with one embedding per row. Got shape {np.shape(values)}.")
     return array
 
 
@@ -193,11 +193,13 @@ def _own_rows(exclude: np.ndarray | None, num_queries: int, num_index: int) -> n
         return np.full(num_queries, -1)
     own_rows = np.asarray(exclude)
     if own_rows.shape != (num_queries,):
-        raise ValueError(f"exclude must have one row for each of the {num_queries} queries, got shape {own_rows.shape}")
+        raise ValueError(
+            f"exclude must have one row for each of the {num_queries} queries. Got shape {own_rows.shape}."
+        )
     low, high = own_rows.min(initial=-1), own_rows.max(initial=-1)
     if low < -1 or high >= num_index:
         wrong = low if low < -1 else high
-        raise ValueError(f"exclude must hold rows of the index, 0 to {num_index - 1}, or -1 for none, got {wrong}")
+        raise ValueError(f"exclude must hold rows of the index, 0 to {num_index - 1}, or -1 for none. Got {wrong}.")
     return own_rows
 
 
@@ -205,5 +207,5 @@ def _largest_norm(name: str, embeds: np.ndarray) -> float:
     squares = np.einsum("nd,nd->n", embeds, embeds)
     finite = np.isfinite(squares)
     if not finite.all():
-        raise ValueError(f"{name} must be finite, got NaN or infinity in row {finite.argmin()}; did training diverge?")
+        raise ValueError(f"{name} must be finite. Got NaN or infinity in row {finite.argmin()}; did training diverge?")
     return float(squares.max(initial=0)) ** 0.5

@@ -50,8 +50,6 @@ def build_udon(model: ModelConfig, sizes: dict[str, object], image_size: int) ->
     """
     if model.backbone is None:
         assert model.backbone_config is not None, "checked by the config"
-        if model.keep_layers is not None:
-            raise ValueError("`model.keep_layers` must go with `model.backbone`. Got one with `model.backbone_config`.")
         values = _known_values(model.backbone_config)
         config = UdonConfig(backbone_config=values, attn_implementation=model.attn_implementation, **sizes)  # type: ignore[arg-type]
         config.interpolate_pos_encoding = needs_interpolation(config.backbone_config, image_size)
@@ -79,8 +77,6 @@ def open_trained(model: ModelConfig, image_size: int) -> tuple[PreTrainedModel, 
     """
     assert model.backbone is not None
     if model.backbone.startswith(TIMM_PREFIX):
-        if model.keep_layers is not None:
-            raise ValueError("`model.keep_layers` must be left out for a model of timm. Got one; leave it out.")
         return open_timm(model.backbone, image_size), False
     check_remote_code(model.backbone, model.revision, model.trust_remote_code)
     source = {"revision": model.revision, "trust_remote_code": model.trust_remote_code}

@@ -84,5 +84,5 @@ def test_a_rectangle_is_erased_as_often_as_said() -> None:
 
 
 def test_a_size_that_no_image_has_is_refused() -> None:
-    with pytest.raises(ValueError, match="image_size must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="image_size must be at least 1. Got 0"):
         StrongTransform(0)

@@ -270,7 +270,7 @@ def test_an_empty_file_is_refused():
 )
 def test_what_is_no_image_is_refused_with_its_first_bytes(data):
     with pytest.raises(
-        ValueError, match=r"^data must be an image \(JPEG, PNG, .*\), got \d+ bytes that begin"
+        ValueError, match=r"^data must be an image \(JPEG, PNG, .*\). Got \d+ bytes that begin"
     ) as error:
         decode_image(data)
     assert repr(data[:12]) in str(error.value) and "\n" not in str(error.value)
@@ -278,7 +278,7 @@ def test_what_is_no_image_is_refused_with_its_first_bytes(data):
 
 @pytest.mark.parametrize("make", [lambda w, h: png_header(w, h), jpeg_of_claimed_size], ids=["png", "jpeg"])
 def test_a_too_large_image_is_refused_from_its_header(make):
-    limit = "^data must be an image of at most 89,478,485 pixels, got "
+    limit = "^data must be an image of at most 89,478,485 pixels. Got "
     with pytest.raises(ValueError, match=limit + "10000 x 10000 = 100,000,000: shrink it or leave it out$"):
         decode_image(make(10_000, 10_000))
     with pytest.raises(ValueError, match=limit + "more than 178,956,970: shrink it or leave it out$"):
@@ -298,7 +298,7 @@ def test_a_file_that_was_cut_short_anywhere_is_refused(file_format, options):
     data = encode(PICTURE, file_format, **options)
     tail = 30  # A PNG may lack its last chunk, a GIF its trailer: all pixels are there.
     for length in [2, *range(10, len(data) - tail, 97), len(data) - tail]:
-        with pytest.raises(ValueError, match="^data must be (an image|a whole image, got a damaged or truncated) "):
+        with pytest.raises(ValueError, match="^data must be (an image|a whole image. Got a damaged or truncated) "):
             decode_image(data[:length])
 
 
@@ -434,14 +434,14 @@ def test_by_default_the_square_is_as_256_is_to_224(image_size, side):
 @pytest.mark.parametrize("image_size", [0, -1])
 def test_an_image_size_below_one_is_refused(transform, image_size):
     with pytest.raises(
-        ValueError, match=f"^image_size must be at least 1, got {image_size}; the backbones here use 224$"
+        ValueError, match=rf"^image_size must be at least 1. Got {image_size}; the backbones here use 224\.$"
     ):
         transform(image_size)
 
 
 def test_a_square_that_is_smaller_than_its_crop_is_refused():
     with pytest.raises(
-        ValueError, match="^resize_size must be at least image_size, 224, got 200; leave it out for 256$"
+        ValueError, match="^resize_size must be at least image_size, 224. Got 200; leave it out for 256$"
     ):
         TrainTransform(224, resize_size=200)
 
@@ -534,7 +534,7 @@ def test_normalize_gives_the_same_on_a_gpu():
 @pytest.mark.parametrize("pixels", [torch.zeros(1, 8, 8, 3), torch.zeros(1, 3, 8, 8, dtype=torch.uint8)])
 def test_pixels_of_another_type_or_layout_are_refused(pixels):
     with pytest.raises(
-        ValueError, match=r"^pixels must be uint8 of shape \(B, H, W, 3\), got torch\..* of shape \(1, .*\); pass"
+        ValueError, match=r"^pixels must be uint8 of shape \(B, H, W, 3\). Got torch\..* of shape \(1, .*\); pass"
     ):
         normalize(pixels, *CLIP)
 

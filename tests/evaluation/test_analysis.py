@@ -102,8 +102,8 @@ def test_intervals_are_the_same_for_the_same_seed_alone():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"num_samples": 0}, "num_samples must be at least 1, got 0"),
-        ({"confidence": 95.0}, "confidence must be between 0 and 1, got 95.0; 0.95 is usual"),
+        ({"num_samples": 0}, "num_samples must be at least 1. Got 0"),
+        ({"confidence": 95.0}, "confidence must be between 0 and 1. Got 95.0; 0.95 is usual"),
     ],
 )
 def test_intervals_refuse_what_is_out_of_range(options, message):
@@ -181,7 +181,7 @@ def test_components_are_learned_on_the_index_of_all_domains():
         reduced["apart"].index_embeds, project(domains["apart"].index_embeds, mean, components, 3)
     )
     assert reduced["own"].index_embeds is None and reduced["own"].query_embeds.shape == (30, 3)
-    with pytest.raises(ValueError, match="dim must be between 1 and 8, the dimension of the embeddings, got 9"):
+    with pytest.raises(ValueError, match="dim must be between 1 and 8, the dimension of the embeddings. Got 9"):
         reduce_domains(domains, 9)
 
 

@@ -71,7 +71,7 @@ def test_the_threshold_is_the_least_that_keeps_the_rate(seed, rate):
 
 @pytest.mark.parametrize("rate", [0.0, 1.0, -0.1])
 def test_a_rate_out_of_range_is_refused(rate):
-    with pytest.raises(ValueError, match=f"--false-accept-rate must be above 0 and below 1, got {rate}"):
+    with pytest.raises(ValueError, match=f"--false-accept-rate must be above 0 and below 1. Got {rate}"):
         threshold_at({"a": np.ones(3)}, rate)
 
 

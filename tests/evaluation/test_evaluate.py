@@ -243,7 +243,7 @@ def test_embeddings_of_one_file_go_by_their_order(udon, config, tmp_path):
     ("change", "words"),
     [
         (lambda table: table[1:], ["must hold one for each of the 40 images", "got 39 with 39 of their rows"]),
-        (lambda table: table.drop_columns(["embedding"]), ["must have a column 'embedding', got row in"]),
+        (lambda table: table.drop_columns(["embedding"]), ["must have a column 'embedding'. Got row in"]),
         (
             lambda table: pa.table({"row": table["row"], "embedding": [[0.0, 0.0]] * len(table)}),
             ["must be finite and not zero"],
@@ -274,7 +274,7 @@ def test_embeddings_of_other_images_are_refused(tmp_path):
         return read_split(tmp_path, {"a": domain}, "test")["a"]["precomputed"]
 
     assert read("a.png", "elsewhere/b.png", "c.png").query_embeds.tolist() == [pytest.approx([0.6, 0.8])] * 3
-    with pytest.raises(ValueError, match=r"must be of the data's images, got c.png where .*/b.png, in row 1"):
+    with pytest.raises(ValueError, match=r"must be of the data's images. Got c.png where .*/b.png, in row 1"):
         read("a.png", "c.png", "b.png")
 
 
@@ -336,7 +336,7 @@ def test_a_run_on_other_data_is_refused_under_a_config_of_the_same_domains_too(u
         ([], "one of the arguments --run --model --embeddings is required"),
         (
             ["--run", "nowhere"],
-            "--run must be the folder of a run with a best student, got nowhere without config.yaml",
+            "--run must be the folder of a run with a best student. Got nowhere without config.yaml",
         ),
         (["--model", "raw-pixels"], "--config must name the domains of a --model or --embeddings"),
         (["--model", "{vit}", "--config", "{config}"], "--pooling must be named for {vit}, which is not a UDON model"),
@@ -389,7 +389,7 @@ def test_a_config_without_the_split_is_refused(udon, config, tmp_path):
     other = tmp_path / "other.yaml"
     other.write_text(yaml.safe_dump(values))
     code, _, err = udon("evaluate", "--model", "raw-pixels", "--config", other)
-    assert code == 2 and "--config must name at least one domain with a test split, got blobs, noise, stripes" in err
+    assert code == 2 and "--config must name at least one domain with a test split. Got blobs, noise, stripes" in err
 
 
 def test_timm_that_is_missing_is_named(udon, config, monkeypatch):

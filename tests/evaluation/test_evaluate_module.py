@@ -58,5 +58,5 @@ def test_batches_add_up(retrieval):
 
 
 def test_what_does_not_fit_is_refused_as_by_the_functions(retrieval):
-    with pytest.raises(ValueError, match="k must be at most the number of neighbours given, got k=3"):
+    with pytest.raises(ValueError, match="k must be at most the number of neighbours given. Got k=3"):
         retrieval.compute(predictions=[[1, 2]], references=[7], index_labels=[7, 7, 3], k=3)

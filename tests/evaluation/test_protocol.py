@@ -136,7 +136,7 @@ def test_teachers_of_different_dimensions_are_scored_separately():
         "b": EmbeddedDomain(unit_vectors(generator, 8, dim=5), [0, 1] * 4),
     }
     assert set(score_separate(domains)["domains"]) == {"a", "b"}
-    with pytest.raises(ValueError, match="same dimension, got {'a': 3, 'b': 5}; use search_separate"):
+    with pytest.raises(ValueError, match="same dimension. Got {'a': 3, 'b': 5}; use search_separate"):
         score_merged(domains)
 
 
@@ -149,12 +149,12 @@ def domain(**changes):
 @pytest.mark.parametrize(
     ("domains", "message"),
     [
-        ({}, "domains must name at least one domain, got none"),
+        ({}, "domains must name at least one domain. Got none"),
         (domain(index_labels=None), "domain 'cars': index_embeds and index_labels must be given together"),
-        (domain(query_labels=[0, 1]), r"domain 'cars': query_embeds .* each of the 2 query_labels, got shape \(3, 6\)"),
-        (domain(index_labels=[0]), r"domain 'cars': index_embeds .* each of the 1 index_labels, got shape \(3, 6\)"),
-        (domain(query_embeds=np.ones(3)), r"domain 'cars': query_embeds must have .* got shape \(3,\)"),
-        (domain(query_embeds=np.ones((0, 6)), query_labels=[]), "domain 'cars' must have at least one query, got none"),
+        (domain(query_labels=[0, 1]), r"domain 'cars': query_embeds .* each of the 2 query_labels. Got shape \(3, 6\)"),
+        (domain(index_labels=[0]), r"domain 'cars': index_embeds .* each of the 1 index_labels. Got shape \(3, 6\)"),
+        (domain(query_embeds=np.ones(3)), r"domain 'cars': query_embeds must have .* Got shape \(3,\)"),
+        (domain(query_embeds=np.ones((0, 6)), query_labels=[]), "domain 'cars' must have at least one query. Got none"),
         (
             domain(index_embeds=None, index_labels=None, query_labels=[0, [0, 1], 1]),
             "domain 'cars': a query set that is its own index must have one label per query",
@@ -171,13 +171,13 @@ def test_a_domain_that_does_not_fit_is_named(domains, message):
 @pytest.mark.parametrize("metric", ["R@0", "recall@1", "mMP", "mAP@10", ""])
 def test_an_unknown_metric_is_named(metric):
     with pytest.raises(
-        ValueError, match=f'a metric must be "R@k" or "mMP@k" with k from 1, or "mAP@R", got {metric!r}'
+        ValueError, match=f'a metric must be "R@k" or "mMP@k" with k from 1, or "mAP@R". Got {metric!r}'
     ):
         search_merged(domain(), (metric,))
 
 
 def test_scoring_deeper_than_the_search_is_refused():
-    with pytest.raises(ValueError, match=r"k must be at most .* got k=5 for .* \(3, 1\); search with a larger k"):
+    with pytest.raises(ValueError, match=r"k must be at most .* Got k=5 for .* \(3, 1\); search with a larger k"):
         score(search_merged(domain(), ("R@1",)), METRICS)
 
 

@@ -73,13 +73,13 @@ VECTORS = np.random.default_rng(0).normal(size=(40, 8)).astype("f4")
 @pytest.mark.parametrize(
     ("column", "words"),
     [
-        (pa.array(["x"] * 40), "must be lists of numbers in column 'embedding', got string"),
-        (pa.array([{"x": 1.0}] * 40), "must be lists of numbers in column 'embedding', got struct"),
-        (pa.array([["x"]] * 40), "must be lists of numbers in column 'embedding', got list"),
-        (pa.array([[[1.0] * 4]] * 40), "must be lists of numbers in column 'embedding', got list<"),
-        (pa.array([None] * 40, pa.list_(pa.float32())), "must all have the same number of dimensions, got none"),
-        (pa.array([[]] * 40, pa.list_(pa.float32())), "must all have the same number of dimensions, got 0"),
-        (pa.array([[1.0] * (1 + row % 3) for row in range(40)]), "the same number of dimensions, got 1, 2, 3"),
+        (pa.array(["x"] * 40), "must be lists of numbers in column 'embedding'. Got string"),
+        (pa.array([{"x": 1.0}] * 40), "must be lists of numbers in column 'embedding'. Got struct"),
+        (pa.array([["x"]] * 40), "must be lists of numbers in column 'embedding'. Got list"),
+        (pa.array([[[1.0] * 4]] * 40), "must be lists of numbers in column 'embedding'. Got list<"),
+        (pa.array([None] * 40, pa.list_(pa.float32())), "must all have the same number of dimensions. Got none"),
+        (pa.array([[]] * 40, pa.list_(pa.float32())), "must all have the same number of dimensions. Got 0"),
+        (pa.array([[1.0] * (1 + row % 3) for row in range(40)]), "the same number of dimensions. Got 1, 2, 3"),
         (pa.array([[float("nan")] * 8] * 40), "must be finite and not zero"),
         (pa.array([[float("inf")] * 8] * 40), "must be finite and not zero"),
         (pa.array([[0.0] * 8] * 40), "must be finite and not zero"),
@@ -109,7 +109,7 @@ def test_a_table_of_vectors_that_cannot_be_used_is_named(
     if kind == "cut off":
         (tmp_path / "vectors" / "blobs" / "test.parquet").write_bytes(b"PAR1")
     line = one_line(udon("evaluate", "--embeddings", tmp_path / "vectors", "--config", config))
-    assert ("'row', got string in" if kind == "rows of text" else "test.parquet' must be whole") in line
+    assert ("'row'. Got string in" if kind == "rows of text" else "test.parquet' must be whole") in line
 
 
 def test_a_file_where_a_folder_is_due_is_named(

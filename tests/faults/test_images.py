@@ -167,8 +167,8 @@ def larger_than_allowed(path: Path) -> None:
 
 
 JPEG, PNG, GIF, BMP = (encode(PICTURE, file_format) for file_format in ("JPEG", "PNG", "GIF", "BMP"))
-NO_IMAGE, DAMAGED = "data must be an image (JPEG", "data must be a whole image, got a damaged or truncated"
-TOO_LARGE = "data must be an image of at most 89,478,485 pixels, got "
+NO_IMAGE, DAMAGED = "data must be an image (JPEG", "data must be a whole image. Got a damaged or truncated"
+TOO_LARGE = "data must be an image of at most 89,478,485 pixels. Got "
 PAGE = b"<!DOCTYPE html>\n<html><body>404 Not Found</body></html>"
 ICC = chunk(b"iCCP", b"p\0\0" + zlib.compress(bytes(200 * 2**20), 9))
 TEXT = chunk(b"zTXt", b"t\0\0" + zlib.compress(bytes(200 * 2**20), 9))
@@ -232,9 +232,9 @@ KINDS = [
     Kind("PNG with a colour profile of 200 MB in 200 kB", "profile.png", holds(png_with(ICC)), "data must be "),
     Kind("file of 50 GB", "huge.png", larger_than_allowed, "data must be a file of at most 1,073,741,824 bytes"),
     # No files, or none that can be read.
-    Kind("folder named x.jpg", "folder.jpg", Path.mkdir, "data must be a file, got a folder", unlisted=True),
-    Kind("pipe", "pipe.jpg", os.mkfifo, "data must be a file, got a pipe"),
-    Kind("link to an endless device", "device.jpg", link_to("/dev/zero"), "data must be a file, got a device"),
+    Kind("folder named x.jpg", "folder.jpg", Path.mkdir, "data must be a file. Got a folder", unlisted=True),
+    Kind("pipe", "pipe.jpg", os.mkfifo, "data must be a file. Got a pipe"),
+    Kind("link to an endless device", "device.jpg", link_to("/dev/zero"), "data must be a file. Got a device"),
     Kind("broken link", "broken.jpg", link_to("nowhere.jpg"), "No such file"),
     Kind("link to itself", "loop.jpg", link_to("loop.jpg"), "Too many levels of symbolic links"),
     Kind("file without permission to read", "locked.png", locked, "Permission denied"),

@@ -9,8 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from huggingface_hub import HfApi
+import torch
+from huggingface_hub import HfApi, ModelCard
 from loopback import WRITE_TOKEN, LoopbackHub, known_to_clients, running_hub
+from tiny_models import TINY_VIT
+
+from modeling_udon import UdonConfig, UdonModel
+from modeling_udon.data.preprocessing import ChannelStatistics, image_processor
+from modeling_udon.hub.student_folder import write_student
 
 ROOT = Path(__file__).parents[2]
 Values = Callable[..., dict[str, Any]]
@@ -75,3 +81,24 @@ def run_udon() -> Callable[..., subprocess.CompletedProcess[str]]:
         )
 
     return run
+
+
+@pytest.fixture
+def make_student(tmp_path: Path) -> Callable[..., Path]:
+    """Exports a student of random weights, biases and norms included."""
+
+    def make(kind: str = "vit", **values: Any) -> Path:
+        torch.manual_seed(0)
+        config = UdonConfig(
+            backbone_config=TINY_VIT | {"model_type": kind, "num_hidden_layers": 2}, embedding_dim=8, **values
+        )
+        model = UdonModel(config)
+        with torch.no_grad():
+            for value in model.parameters():
+                value.add_(0.2 * torch.randn_like(value))
+        folder = tmp_path / "student"
+        processor = image_processor(16, ChannelStatistics((0.5, 0.4, 0.3), (0.5, 0.5, 0.4)))
+        write_student(folder, model, processor, ModelCard("---\n---\n"))
+        return folder
+
+    return make

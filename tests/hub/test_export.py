@@ -11,48 +11,20 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import load_file
+from tiny_models import TINY_VIT
 from transformers import AutoImageProcessor, ViTConfig, ViTModel
 
-from modeling_udon import UdonConfig, UdonModel
+from modeling_udon import UdonModel
 from modeling_udon.data.dataset import read_images
 from modeling_udon.data.domains import open_domain
-from modeling_udon.data.preprocessing import IMAGENET_STANDARD, ChannelStatistics, image_processor
+from modeling_udon.data.preprocessing import IMAGENET_STANDARD, image_processor
 from modeling_udon.domain_spec import DomainSpec
 from modeling_udon.encoder import Encoder
 from modeling_udon.hub import export as formats
-from modeling_udon.hub.student_folder import write_student
 
-SIZES = {
-    "image_size": 16,
-    "patch_size": 8,
-    "hidden_size": 16,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "intermediate_size": 32,
-}
 SENTENCES = "sentence-transformers"
-
-
-@pytest.fixture
-def make_student(tmp_path: Path) -> Callable[..., Path]:
-    """Exports a student of random weights, biases and norms included."""
-
-    def make(kind: str = "vit", **values: Any) -> Path:
-        torch.manual_seed(0)
-        config = UdonConfig(backbone_config={"model_type": kind, **SIZES}, embedding_dim=8, **values)
-        model = UdonModel(config)
-        with torch.no_grad():
-            for value in model.parameters():
-                value.add_(0.2 * torch.randn_like(value))
-        folder = tmp_path / "student"
-        processor = image_processor(16, ChannelStatistics((0.5, 0.4, 0.3), (0.5, 0.5, 0.4)))
-        write_student(folder, model, processor, ModelCard("---\n---\n"))
-        return folder
-
-    return make
 
 
 @pytest.fixture
@@ -290,7 +262,9 @@ def test_what_does_not_go_together_is_refused(
 
 
 def test_a_model_of_another_kind_is_refused(udon: Callable[..., Any], tmp_path: Path) -> None:
-    ViTModel(ViTConfig(**SIZES)).save_pretrained(tmp_path / "vit")
+    ViTModel(ViTConfig(**{key: value for key, value in TINY_VIT.items() if key != "model_type"})).save_pretrained(
+        tmp_path / "vit"
+    )
     image_processor(16, IMAGENET_STANDARD).save_pretrained(tmp_path / "vit")
     done = udon("export", tmp_path / "vit", "--format", SENTENCES, "--out", tmp_path / "out")
     assert done.code == 2

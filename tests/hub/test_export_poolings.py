@@ -5,39 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from huggingface_hub import ModelCard
 
-from modeling_udon import UdonConfig, UdonModel
-from modeling_udon.data.preprocessing import IMAGENET_STANDARD, image_processor
-from modeling_udon.hub.student_folder import write_student
-
-SIZES = {
-    "image_size": 16,
-    "patch_size": 8,
-    "hidden_size": 16,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "intermediate_size": 32,
-}
 SENTENCES = "sentence-transformers"
-
-
-@pytest.fixture
-def make_student(tmp_path: Path) -> Callable[..., Path]:
-    """Writes a student of random weights, biases and norms included."""
-
-    def make(kind: str = "vit", **values: Any) -> Path:
-        torch.manual_seed(0)
-        model = UdonModel(UdonConfig(backbone_config={"model_type": kind, **SIZES}, embedding_dim=8, **values))
-        with torch.no_grad():
-            for value in model.parameters():
-                value.add_(0.2 * torch.randn_like(value))
-        folder = tmp_path / "student"
-        write_student(folder, model, image_processor(16, IMAGENET_STANDARD), ModelCard("---\n---\n"))
-        return folder
-
-    return make
 
 
 @pytest.mark.parametrize(

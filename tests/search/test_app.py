@@ -141,8 +141,8 @@ def write_bad_file(kind, folder):
     [
         ("text", "It must be an image (JPEG"),
         ("empty", "It must be the bytes of an image file, but it is empty"),
-        ("cut", "It must be a whole image, got a damaged or truncated PNG"),
-        ("many pixels", "It must be an image of at most 89,478,485 pixels, got 12000 x 12000"),
+        ("cut", "It must be a whole image. Got a damaged or truncated PNG"),
+        ("many pixels", "It must be an image of at most 89,478,485 pixels. Got 12000 x 12000"),
         ("50 MB", "It must be a file of at most 20 MB."),
         ("gone", "It must be uploaded again, since it is no longer there."),
     ],

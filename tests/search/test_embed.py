@@ -204,7 +204,7 @@ def test_two_processes_share_the_shards(embedded, pictures, student, tmp_path):
         (("demo:nope", "--model", "{student}"), "demo domain must be one of"),
         (("{latin}", "--model", "{student}"), "a text file in UTF-8"),
         (("{pictures}",), "the following arguments are required: --model"),
-        (("{pictures}", "--model", "{student}", "--batch-size", "0"), "must be a whole number of at least 1, got '0'"),
+        (("{pictures}", "--model", "{student}", "--batch-size", "0"), "must be a whole number of at least 1. Got '0'"),
         (("{pictures}", "--model", "{student}", "--out", "{latin}"), "`out` must be a folder"),
     ],
 )

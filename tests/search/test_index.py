@@ -167,7 +167,7 @@ def test_an_index_is_replaced_only_when_forced_and_only_as_a_whole(embeddings, t
         (("{e}", "{types}"), "`embeddings` must agree in the types of their columns"),
         (("{small}", "--kind", "pq"), "`kind` 'pq' needs at least 256 images. Got 20"),
         (("{e}", "--kind", "annoy"), "invalid choice: 'annoy'"),
-        (("{e}", "--recall", "1.5"), "must be a number above 0 and at most 1, got '1.5'"),
+        (("{e}", "--recall", "1.5"), "must be a number above 0 and at most 1. Got '1.5'"),
         (("{e}", "--force", "--out", "{e}"), "or one that udon index wrote"),
     ],
 )

@@ -210,7 +210,7 @@ def test_a_model_that_the_index_was_not_made_with_is_refused(
         (("{pictures}/cats/broken.png",), "`queries` must hold an image that can be read. Got none in 1 file(s)"),
         (("{empty}",), "`queries` must be images or folders that hold some"),
         (("{pictures}", "--index", "{empty}"), "`index` must be a folder that udon index wrote"),
-        (("{pictures}", "-k", "0"), "must be a whole number of at least 1, got '0'"),
+        (("{pictures}", "-k", "0"), "must be a whole number of at least 1. Got '0'"),
         (("{pictures}", "--html", "{empty}/no/page.html"), "`html` must be a file in a folder that exists"),
     ],
 )

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from run_readers import last_weights, read_losses, softmax
 from torch.nn import functional as F
 
 from modeling_udon import UdonConfig
@@ -44,19 +44,6 @@ def make_model(teachers: list[FeatureTeacher], **objective: Any) -> UdonForDisti
     opened.is_open = True
     parts = {"num_classes": DOMAINS, "feature_teachers": opened, "takes_features": True}
     return UdonForDistillation(config, loss, **parts)
-
-
-def last_weights(run: Path) -> dict[str, torch.Tensor]:
-    return load_file(run / "checkpoints" / "step-00000011" / "model.safetensors")
-
-
-def read_losses(run: Path) -> list[dict[str, float]]:
-    rows = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
-    return [{"loss": row["loss"], **row["losses"]} for row in rows if "losses" in row]
-
-
-def softmax(logits: list[float]) -> list[float]:
-    return [math.exp(logit) / sum(map(math.exp, logits)) for logit in logits]
 
 
 @pytest.mark.parametrize("chunk_size", [None, 2])

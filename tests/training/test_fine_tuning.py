@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
-from backbone_zoo import KINDS, table
+from backbone_zoo import KINDS, kinds
 from safetensors.torch import load_file
 from torch import nn
 
@@ -120,7 +120,7 @@ def test_merged_weights_embed_as_the_adapters_do(tmp_path: Path) -> None:
 
 
 def test_layers_that_cannot_be_adapted_are_refused_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    udon = UdonModel(UdonConfig({"model_type": "vit", **table.VIT}, embedding_dim=4))
+    udon = UdonModel(UdonConfig({"model_type": "vit", **kinds.VIT}, embedding_dim=4))
     with pytest.raises(ConfigError, match=r"`model.lora.target_modules` must name layers .* Got \['nowhere'\]"):
         add_adapters(udon.backbone, LoraConfig(target_modules=("nowhere",)))
     convolutions = UdonModel(UdonConfig({"model_type": "resnet", **KINDS["resnet"].values}, embedding_dim=4))

@@ -1,6 +1,5 @@
 """A teacher has a say only where it is better: gates beside plain loops, and the joint classifier that they go with."""
 
-import json
 import math
 import shutil
 from collections.abc import Callable
@@ -9,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from run_readers import last_weights, read_losses, softmax
 from torch.nn import functional as F
 
 from modeling_udon import UdonConfig
@@ -40,19 +39,6 @@ def make_model(through=True, **objective: Any) -> UdonForDistillation:
 def batch() -> tuple[torch.Tensor, torch.Tensor]:
     random = torch.Generator().manual_seed(3)
     return torch.randn(6, 3, 8, 8, generator=random), torch.tensor([0, 2, 1, 2, 0, 1])
-
-
-def last_weights(run: Path) -> dict[str, torch.Tensor]:
-    return load_file(run / "checkpoints" / "step-00000011" / "model.safetensors")
-
-
-def read_losses(run: Path) -> list[dict[str, float]]:
-    rows = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
-    return [{"loss": row["loss"], **row["losses"]} for row in rows if "losses" in row]
-
-
-def softmax(logits: list[float]) -> list[float]:
-    return [math.exp(logit) / sum(map(math.exp, logits)) for logit in logits]
 
 
 @pytest.mark.parametrize("domain", DOMAINS)
