@@ -242,7 +242,7 @@ def test_embeddings_of_one_file_go_by_their_order(udon, config, tmp_path):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda table: table[1:], ["must hold one for each of the 40 images", "got 39 with 39 of their rows"]),
+        (lambda table: table[1:], ["must hold one for each of the 40 images", "Got 39 with 39 of their rows"]),
         (lambda table: table.drop_columns(["embedding"]), ["must have a column 'embedding'. Got row in"]),
         (
             lambda table: pa.table({"row": table["row"], "embedding": [[0.0, 0.0]] * len(table)}),

@@ -142,9 +142,9 @@ def bomb() -> bytes:
         pytest.param(text(bomb()), "at most 50,000,000 pixels", id="bomb"),
         pytest.param(text(encode(Image.new("1", (8000, 7000)))), "at most 50,000,000 pixels", id="large"),
         pytest.param(text(encode(draw(1).convert("F"), "TIFF")), "whole numbers", id="floats"),
-        pytest.param(None, "got NoneType", id="nothing"),
-        pytest.param({"url": "x"}, "got the keys ['url']", id="dict without an image"),
-        pytest.param([["nested"]], "got list", id="nested"),
+        pytest.param(None, "Got NoneType", id="nothing"),
+        pytest.param({"url": "x"}, "Got the keys ['url']", id="dict without an image"),
+        pytest.param([["nested"]], "Got list", id="nested"),
     ],
 )
 def test_a_bad_image_is_answered_with_what_is_wrong(handler: EndpointHandler, item: Any, complaint: str) -> None:
@@ -158,7 +158,7 @@ def test_too_many_bytes_are_refused_before_they_are_decoded(
 ) -> None:
     monkeypatch.setattr(handler_module, "MAX_BYTES", 100)
     assert "at most 100 bytes" in handler({"inputs": text(encode(draw(1)))})["error"]
-    assert "at most 100 bytes, got" in handler({"inputs": encode(draw(1))})["error"]
+    assert "at most 100 bytes. Got" in handler({"inputs": encode(draw(1))})["error"]
 
 
 @pytest.mark.parametrize(
