@@ -6,8 +6,9 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from modeling_udon.faults import OneLineError
 
 # What the C libraries of Linux and macOS call the exchange of two names in one step, and its arguments.
 _AT_FDCWD, _RENAME_EXCHANGE, _RENAME_SWAP = -100, 2, 2
+_SECONDS_BETWEEN_TRIES = 0.02
 
 
 class InUseError(ValueError):
@@ -26,27 +28,38 @@ class DamagedFileError(OneLineError, ValueError):
 
 
 @contextmanager
-def locked(folder: Path, shared: bool = False, argument: str = "out") -> Iterator[None]:
+def locked(folder: Path, shared: bool = False, argument: str = "out", wait: float = 0) -> Iterator[None]:
     """Holds a lock on a folder, which the system takes back from a process that ends, however it ends.
 
     Args:
         folder: An existing folder. Where its file system has no such locks, none is held.
         shared: Whether others may hold the lock at the same time, for reading.
         argument: The user's argument that named the folder.
+        wait: Seconds to wait for another process.
 
     Raises:
         InUseError: If another process holds it.
     """
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        if not _lock(descriptor, fcntl.LOCK_SH if shared else fcntl.LOCK_EX):
+    kind, last_try = fcntl.LOCK_SH if shared else fcntl.LOCK_EX, time.monotonic() + wait
+    while True:
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            is_free = _lock(descriptor, kind)
+            # A `replaced_folder` may have put another folder here since it was opened: the lock of the old one is
+            # nobody's any more.
+            if is_free and os.path.samestat(os.fstat(descriptor), os.stat(folder)):
+                yield
+                return
+        finally:
+            os.close(descriptor)
+        if is_free:
+            continue
+        if time.monotonic() >= last_try:
             raise InUseError(
                 f"`{argument}` must be a folder that no other process is using. Got {str(folder)!r}, which another "
                 "udon command uses; wait for it to end, or name another folder."
             )
-        yield
-    finally:
-        os.close(descriptor)
+        time.sleep(_SECONDS_BETWEEN_TRIES)
 
 
 @contextmanager
@@ -126,7 +139,9 @@ def damage_of(
 
 
 @contextmanager
-def replaced_folder(folder: Path, replace: bool = True) -> Iterator[Path]:
+def replaced_folder(
+    folder: Path, replace: bool = True, guard: Callable[[], AbstractContextManager[None]] = nullcontext
+) -> Iterator[Path]:
     """Gives an empty folder to fill, which then takes the place of `folder` as a whole, or not at all.
 
     Each writer has a draft of its own: of several at once, the last one stays, whole. The two names are exchanged in
@@ -135,6 +150,7 @@ def replaced_folder(folder: Path, replace: bool = True) -> Iterator[Path]:
     Args:
         folder: The folder; its parents are made.
         replace: Whether a folder that has come to be there in the meantime is replaced.
+        guard: Gives what is held while the folder is put in its place, such as a lock against its other writers.
 
     Raises:
         InUseError: If `replace` is false and the folder is there at the end.
@@ -147,9 +163,12 @@ def replaced_folder(folder: Path, replace: bool = True) -> Iterator[Path]:
         yield draft
         for path in (*draft.rglob("*"), draft):
             sync(path)
-        if not (replace or is_new(folder)):
-            raise InUseError(f"`out` must be a new folder. Got {str(folder)!r}, which another process has just made.")
-        _put_in_place(draft, folder)
+        with guard():
+            if not (replace or is_new(folder)):
+                raise InUseError(
+                    f"`out` must be a new folder. Got {str(folder)!r}, which another process has just made."
+                )
+            _put_in_place(draft, folder)
     finally:
         # The draft, or after the exchange the old folder. On a full disk, half a checkpoint would take the room that
         # the next one needs.

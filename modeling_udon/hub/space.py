@@ -30,7 +30,7 @@ from modeling_udon.encoder import Encoder
 from modeling_udon.hub.errors import reason_of
 from modeling_udon.hub.student_folder import write_student
 from modeling_udon.search.image_index import ImageIndex
-from modeling_udon.search.index_folder import INDEX_FILE, METADATA_FILE, open_metadata, write_about
+from modeling_udon.search.index_folder import INDEX_FILE, METADATA_FILE, write_about
 from modeling_udon.search.query import check_model
 from modeling_udon.search.thumbnails import find_thumbnail
 from modeling_udon.storage import replaced_folder
@@ -225,10 +225,15 @@ def _write_model(encoder: Encoder, target: Path, title: str, trust_remote_code: 
 
 def _copy_index(index: ImageIndex, target: Path, title: str, say: Say) -> None:
     """Copies an index without what it says of this machine, and with a thumbnail wherever there can be one."""
+    if len(index.segments) > 1 or index.manifest.deleted is not None:
+        raise ValueError(
+            f"`index` must be compact. Got {str(index.folder)!r}, to which rows were added or of which some were "
+            f"removed; run udon index --compact --out {index.folder}"
+        )
     shutil.copyfile(index.folder / INDEX_FILE, target / INDEX_FILE)
-    sources = [{"folder": "", "root": "", "start": source["start"]} for source in index.about.sources]
+    sources = [{"folder": "", "root": ""} for _ in index.about.sources]
     about = replace(index.about, model=title, sources=sources)
-    table = open_metadata(index.folder)
+    table = index.table
     kept = table.drop_columns([name for name in ("path", "thumbnail") if name in table.column_names])
     schema = kept.schema.append(pa.field("path", pa.string())).append(pa.field("thumbnail", pa.binary()))
     num_missing = 0
@@ -237,7 +242,7 @@ def _copy_index(index: ImageIndex, target: Path, title: str, say: Say) -> None:
         tqdm(total=len(table), desc="pictures", unit="image", disable=None) as progress,
     ):
         for start in range(0, len(table), _ROWS):
-            rows = [index.describe(row) for row in range(start, min(start + _ROWS, len(table)))]
+            rows = [index.describe(int(row)) for row in index.rows[start : start + _ROWS]]
             thumbnails = [find_thumbnail(row.get("thumbnail"), row["file"], row.get("sha256")) for row in rows]
             paths = [Path(row["path"]).name if os.path.isabs(row["path"]) else row["path"] for row in rows]
             block = kept.slice(start, len(rows))
@@ -246,7 +251,7 @@ def _copy_index(index: ImageIndex, target: Path, title: str, say: Say) -> None:
             writer.write_table(block)
             num_missing += thumbnails.count(None)
             progress.update(len(rows))
-    write_about(target, about)
+    write_about(target, about, index.manifest.parts, index.manifest.next_row)
     if num_missing:
         say(
             f"{num_missing:,} of {len(table):,} images of {index.folder} will be shown without a picture: their files "

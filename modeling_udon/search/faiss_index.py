@@ -15,6 +15,8 @@ _FEW_ROWS = 2_000
 # A byte tells so many codewords from each other.
 LEAST_FOR_PQ = 256
 _SEED = 0
+# Up to here added rows are compared one by one.
+_FEW_ADDED = 20_000
 # What it takes to begin with a list of an index, in rows.
 _LIST_COST = 150
 # Up to this share of an index, the rows of a filter are copied: scattered over their lists they are slow to look at.
@@ -63,6 +65,13 @@ def empty_index(kind: str, dim: int, num_images: int) -> Any:
     if isinstance(index, faiss.IndexIVFPQ):
         index.pq.cp.min_points_per_centroid = 1
     return index
+
+
+def empty_like(index: Any, num_images: int) -> Any:
+    """An index for rows that are added to another: exact where they are few, else with the other's lists and codes."""
+    if isinstance(index, faiss.IndexIVF) and num_images > _FEW_ADDED:
+        return _empty_part(index)
+    return faiss.IndexFlat(index.d, faiss.METRIC_INNER_PRODUCT)
 
 
 def num_training_rows(index: Any) -> int:

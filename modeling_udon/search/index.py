@@ -5,12 +5,14 @@ An approximate index is compared with exact search when it is built, and its eff
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import faiss
 import numpy as np
+import pyarrow as pa
 
 from modeling_udon.search.exact_search import exact_search
 from modeling_udon.search.faiss_index import (
@@ -21,9 +23,19 @@ from modeling_udon.search.faiss_index import (
     sample_rows,
     search_others,
 )
-from modeling_udon.search.index_folder import ABOUT_FILE, INDEX_FILE, IndexAbout, write_about, write_metadata
-from modeling_udon.search.shards import Embeddings, open_embeddings
-from modeling_udon.storage import check_out, locked, replaced_folder
+from modeling_udon.search.index_folder import (
+    ABOUT_FILE,
+    INDEX_FILE,
+    METADATA_FILE,
+    VECTORS_FILE,
+    IndexAbout,
+    unified,
+    write_about,
+    write_metadata,
+)
+from modeling_udon.search.segments import INTERNAL_FIELDS, PART, PART_ROW, ROW, is_exact
+from modeling_udon.search.shards import Embeddings, Part, open_embeddings
+from modeling_udon.storage import check_out, locked, replaced_folder, sync
 
 RECALL_AT = 10
 _NUM_RECALL_QUERIES = 500
@@ -31,6 +43,70 @@ _NUM_RECALL_QUERIES = 500
 _NUM_TIES = 50
 _TIE = 1e-6
 _LEAST_GAIN = 0.002
+# What a build waits for others that change the index which it replaces.
+_PATIENCE_SECONDS = 600.0
+
+
+class RowSource(Protocol):
+    """Rows to be indexed, which can be read more than once."""
+
+    @property
+    def num_rows(self) -> int:
+        """How many there are."""
+
+    def blocks(self, columns: bool = True) -> Iterator[tuple[np.ndarray, pa.Table]]:
+        """Blocks of embeddings of shape `(num_rows, dim)`, float32, each with a table of its other columns."""
+
+
+class NumberedSource(RowSource, Protocol):
+    """Rows whose columns begin with the internal ones of an index."""
+
+    @property
+    def schema(self) -> pa.Schema:
+        """The columns of their tables."""
+
+
+@dataclass(frozen=True)
+class EmbeddedRows:
+    """Rows of shards with the numbers that they have in an index.
+
+    Attributes:
+        embeddings: Embeddings that the shards are of.
+        parts: The shards.
+        first_row: Number of the first row.
+        first_part: Number of the first shard.
+    """
+
+    embeddings: Embeddings
+    parts: Sequence[Part]
+    first_row: int
+    first_part: int
+
+    @property
+    def num_rows(self) -> int:
+        """See `RowSource`."""
+        return sum(part.num_live for part in self.parts)
+
+    @property
+    def schema(self) -> pa.Schema:
+        """See `NumberedSource`."""
+        return pa.schema([*self.embeddings.schema, *INTERNAL_FIELDS])
+
+    def blocks(self, columns: bool = True) -> Iterator[tuple[np.ndarray, pa.Table]]:
+        """See `RowSource`."""
+        row = self.first_row
+        for number, part in enumerate(self.parts, self.first_part):
+            for places, vectors, table in self.embeddings.blocks_of(part, columns):
+                yield vectors, table if not columns else numbered(table, row, number, places)
+                row += len(places)
+
+
+def numbered(table: pa.Table, first_row: int, part: int, places: np.ndarray) -> pa.Table:
+    """The table with the internal columns of an index: rows from `first_row` on, of one shard, from places in it."""
+    rows = np.arange(first_row, first_row + len(table))
+    for name, values in ((ROW, rows), (PART, np.full(len(table), part, np.int32)), (PART_ROW, places)):
+        table = table.append_column(name, pa.array(values))
+    return table
 
 
 def build_index(
@@ -39,6 +115,7 @@ def build_index(
     kind: str = "auto",
     target_recall: float = 0.95,
     force: bool = False,
+    keep_vectors: bool = True,
     say: Callable[[str], None] = lambda text: None,
 ) -> IndexAbout:
     """Builds an index over embeddings, measures its recall, and writes it with the metadata.
@@ -50,6 +127,8 @@ def build_index(
         target_recall: Recall@10 that `ivf`, `ivfpq` and `hnsw` aim at: their effort is doubled until it is reached. An
             index of any kind that misses it is told of.
         force: Whether to replace an index in `out`.
+        keep_vectors: Whether kinds that compress keep the exact vectors beside them on the disk, to rerank with and to
+            compact from.
         say: Called with lines for the user.
 
     Raises:
@@ -58,51 +137,124 @@ def build_index(
     """
     check_out(Path(out), ABOUT_FILE, "that udon index wrote", "an index", force)
     with ExitStack() as held:
-        opened = [open_embeddings(Path(folder)) for folder in embeddings]
-        for part in opened:
-            held.enter_context(locked(part.folder, shared=True, argument="embeddings"))
-        # Once more, now that no `udon embed` can replace a shard between its vectors and its other columns.
-        opened = [open_embeddings(part.folder) for part in opened]
-        with replaced_folder(Path(out), replace=force) as draft:
-            result = _build(opened, draft, kind, target_recall, say)
-    if result.recall is not None and result.recall < target_recall:
-        better = "build it with --kind ivf, hnsw or flat, or ask for less"
-        say(f"WARNING: recall {100 * result.recall:.1f} % misses the {100 * target_recall:g} % of --recall; {better}")
-    say(f"{result.bytes_per_image:,.1f} bytes per image, index in {out}")
+        opened = open_locked(embeddings, held)
+        with replaced_folder(Path(out), replace=force, guard=lambda: _writers_kept_out(Path(out))) as draft:
+            result = _build(opened, draft, kind, target_recall, keep_vectors, say)
+    tell(result, out, target_recall, say)
     return result
+
+
+def open_locked(embeddings: Sequence[str | os.PathLike[str]], held: ExitStack) -> list[Embeddings]:
+    """Opens embeddings of one model, and keeps writers out of them as long as `held` is open.
+
+    Raises:
+        ValueError: If a folder holds none, is being written to, or they are of several models.
+    """
+    for folder in [open_embeddings(Path(folder)).folder for folder in embeddings]:
+        held.enter_context(locked(folder, shared=True, argument="embeddings"))
+    # Once more, now that no `udon embed` can replace a shard between its vectors and its other columns.
+    opened = [open_embeddings(Path(folder)) for folder in embeddings]
+    same_model([(str(part.folder), part.about) for part in opened])
+    return opened
+
+
+def tell(about: IndexAbout, out: str | os.PathLike[str], target_recall: float, say: Callable[[str], None]) -> None:
+    """Says how good an index is that was built."""
+    if about.recall is not None and about.recall < target_recall:
+        better = "build it with --kind ivf, hnsw or flat, or ask for less"
+        say(f"WARNING: recall {100 * about.recall:.1f} % misses the {100 * target_recall:g} % of --recall; {better}")
+    say(f"{about.bytes_per_image:,.1f} bytes per image, index in {out}")
 
 
 def _build(
-    opened: Sequence[Embeddings], draft: Path, kind: str, target_recall: float, say: Callable[[str], None]
+    opened: Sequence[Embeddings],
+    draft: Path,
+    kind: str,
+    target_recall: float,
+    keep_vectors: bool,
+    say: Callable[[str], None],
 ) -> IndexAbout:
-    about = _same_model(opened)
-    num_images, dim = sum(part.num_rows for part in opened), about["dim"]
-    chosen = choose_kind(num_images) if kind == "auto" else kind
-    say(f"{num_images:,} embeddings of {dim} dimensions by {about['model']}, kind {chosen}")
-    index = empty_index(chosen, dim, num_images)
-    if not index.is_trained:
-        index.train(read_rows(opened, sample_rows(num_images, num_training_rows(index))))
-    for vectors in _vectors(opened):
-        index.add(vectors)
-    write_metadata(draft, opened)
-    faiss.write_index(index, str(draft / INDEX_FILE))
-    effort, recall = _measure(index, opened, num_images, target_recall, say)
-    result = IndexAbout(
-        kind=chosen,
-        dim=dim,
-        num_images=num_images,
+    rows: list[EmbeddedRows] = []
+    parts: list[dict[str, Any]] = []
+    sources: list[dict[str, Any]] = []
+    for number, part in enumerate(opened):
+        first_row = sum(before.num_rows for before in opened[:number])
+        rows.append(EmbeddedRows(part, part.parts, first_row, len(parts)))
+        parts += [{"source": number, "digest": shard.digest} for shard in part.parts]
+        sources.append({"folder": str(part.folder), "root": part.about["root"]})
+    about = opened[0].about
+    say(
+        f"{sum(part.num_rows for part in rows):,} embeddings of {about['dim']} dimensions by {about['model']}, kind "
+        f"{_kind(kind, rows)}"
+    )
+    made = IndexAbout(
+        kind=_kind(kind, rows),
+        dim=about["dim"],
+        num_images=sum(part.num_rows for part in rows),
         model=about["model"],
         fingerprint=about["fingerprint"],
-        effort=effort,
-        recall=recall,
-        sources=_sources(opened),
-        bytes_per_image=(draft / INDEX_FILE).stat().st_size / num_images,
+        effort=0,
+        recall=None,
+        sources=sources,
+        bytes_per_image=0.0,
+        letterbox=about.get("letterbox", False),
     )
-    write_about(draft, result)
+    result = write_base(draft, rows, made, target_recall, keep_vectors, say)
+    write_about(draft, result, parts)
     return result
 
 
-def read_rows(opened: Sequence[Embeddings], rows: np.ndarray) -> np.ndarray:
+def _kind(kind: str, rows: Sequence[RowSource]) -> str:
+    return choose_kind(sum(part.num_rows for part in rows)) if kind == "auto" else kind
+
+
+def write_base(
+    draft: Path,
+    rows: Sequence[NumberedSource],
+    about: IndexAbout,
+    target_recall: float,
+    keep_vectors: bool,
+    say: Callable[[str], None],
+) -> IndexAbout:
+    """Trains and writes the base of an index, all but its manifest; returns what it says of itself, as measured."""
+    num_images = about.num_images
+    index = empty_index(about.kind, about.dim, num_images)
+    if not index.is_trained:
+        index.train(read_rows(rows, sample_rows(num_images, num_training_rows(index))))
+    for vectors in _vectors(rows):
+        index.add(vectors)
+    write_metadata(
+        draft,
+        METADATA_FILE,
+        (table for part in rows for _, table in part.blocks()),
+        unified([part.schema for part in rows]),
+    )
+    if keep_vectors and not is_exact(index):
+        write_vectors(draft / VECTORS_FILE, rows, about)
+    faiss.write_index(index, str(draft / INDEX_FILE))
+    effort, recall = _measure(index, rows, num_images, target_recall, say)
+    size = (draft / INDEX_FILE).stat().st_size
+    return _with(about, effort=effort, recall=recall, bytes_per_image=size / num_images)
+
+
+def _with(about: IndexAbout, **changes: Any) -> IndexAbout:
+    return IndexAbout(**{**vars(about), **changes})
+
+
+def write_vectors(file: Path, rows: Sequence[RowSource], about: IndexAbout) -> None:
+    """Writes vectors as they were embedded, a block at a time."""
+    shape = sum(part.num_rows for part in rows), about.dim
+    written = np.lib.format.open_memmap(file, mode="w+", dtype=np.float32, shape=shape)
+    start = 0
+    for vectors in _vectors(rows):
+        written[start : start + len(vectors)] = vectors
+        start += len(vectors)
+    written.flush()
+    del written
+    sync(file)
+
+
+def read_rows(opened: Sequence[RowSource], rows: np.ndarray) -> np.ndarray:
     """The embeddings of some rows, which are in ascending order, of shape `(num_rows, dim)`; one shard at a time."""
     found, start = [], 0
     for vectors in _vectors(opened):
@@ -112,7 +264,7 @@ def read_rows(opened: Sequence[Embeddings], rows: np.ndarray) -> np.ndarray:
     return np.concatenate(found)
 
 
-def exact_neighbours(opened: Sequence[Embeddings], rows: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+def exact_neighbours(opened: Sequence[RowSource], rows: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
     """Scores and rows of the `k` exact neighbours of some rows, themselves left out; one shard at a time."""
     queries, start = read_rows(opened, rows), 0
     scores, ids = np.empty((len(rows), 0), dtype=np.float32), np.empty((len(rows), 0), dtype=np.int64)
@@ -127,26 +279,37 @@ def exact_neighbours(opened: Sequence[Embeddings], rows: np.ndarray, k: int) -> 
     return scores, ids
 
 
-def _vectors(opened: Sequence[Embeddings]) -> Iterator[np.ndarray]:
+def same_model(found: Sequence[tuple[str, Mapping[str, Any]]]) -> None:
+    """Refuses embeddings of several models.
+
+    Args:
+        found: For each folder its name and what it says of itself.
+
+    Raises:
+        ValueError: If they are not of one model.
+    """
+    folder, first = found[0]
+    for other, about in found[1:]:
+        if about["fingerprint"] != first["fingerprint"]:
+            raise ValueError(
+                f"`embeddings` must all be by one model. Got {folder!r} by {first['model']} "
+                f"({first['fingerprint']}) and {other!r} by {about['model']} ({about['fingerprint']})."
+            )
+
+
+def _vectors(opened: Sequence[RowSource]) -> Iterator[np.ndarray]:
     for part in opened:
         for vectors, _ in part.blocks(columns=False):
             yield vectors
 
 
-def _same_model(opened: Sequence[Embeddings]) -> Mapping[str, Any]:
-    first = opened[0].about
-    for part in opened[1:]:
-        if part.about["fingerprint"] != first["fingerprint"]:
-            raise ValueError(
-                f"`embeddings` must all be by one model. Got {str(opened[0].folder)!r} by {first['model']} "
-                f"({first['fingerprint']}) and {str(part.folder)!r} by {part.about['model']} "
-                f"({part.about['fingerprint']})."
-            )
-    return first
+def _writers_kept_out(folder: Path) -> AbstractContextManager[None]:
+    """Keeps those that change an index from writing into one that is just being replaced."""
+    return locked(folder, wait=_PATIENCE_SECONDS) if folder.is_dir() else nullcontext()
 
 
 def _measure(
-    index: Any, opened: Sequence[Embeddings], num_images: int, target: float, say: Callable[[str], None]
+    index: Any, opened: Sequence[RowSource], num_images: int, target: float, say: Callable[[str], None]
 ) -> tuple[int, float | None]:
     """Doubles the effort until the target is reached or it no longer helps; returns effort and recall."""
     k = min(RECALL_AT, num_images - 1)
@@ -169,11 +332,3 @@ def _measure(
         if recall >= target:
             break
     return best_effort, best_recall
-
-
-def _sources(opened: Sequence[Embeddings]) -> list[dict[str, Any]]:
-    starts = np.cumsum([0, *(part.num_rows for part in opened)]).tolist()
-    return [
-        {"folder": str(part.folder), "root": part.about["root"], "start": start}
-        for part, start in zip(opened, starts, strict=False)
-    ]

@@ -1,25 +1,29 @@
-"""The folder of an index: a FAISS index, the images' metadata, and what the index says of itself."""
+"""Index folder: segments of FAISS index and metadata, tombstones, and the manifest that each commit replaces.
+
+A file that a manifest names is never changed: a commit writes new files and then the manifest, in one step.
+"""
 
 import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-import faiss
+import numpy as np
 import pyarrow as pa
 
-from modeling_udon.search.shards import Embeddings
-from modeling_udon.storage import DamagedFileError, damage_of, standing_folder, write_json
+from modeling_udon.search.segments import ROW, Segment, SegmentFiles, open_metadata, open_segment
+from modeling_udon.storage import DamagedFileError, damage_of, replaced_file, standing_folder, write_json
 
 INDEX_FILE = "index.faiss"
 METADATA_FILE = "metadata.arrow"
+VECTORS_FILE = "vectors.npy"
 ABOUT_FILE = "index.json"
-# Of the folder: 1 had neither this number nor checksums.
-SCHEMA = 2
+# Of the folder: 1 had neither this number nor checksums, 2 could not be changed.
+SCHEMA = 3
 # Up to here a file is read whole when it is opened, which takes a second or two.
 _HASHED_BYTES = 2**30
 _END_BYTES = 2**20
@@ -32,13 +36,15 @@ class IndexAbout:
     Attributes:
         kind: One of `KINDS`.
         dim: Size of an embedding.
-        num_images: Rows of the index.
+        num_images: Images that a search can find.
         model: Name of the model of the embeddings.
         fingerprint: Its fingerprint.
         effort: Lists or candidates that a search looks at (`ivf`, `ivfpq`, `hnsw`), 0 for the other kinds.
-        recall: Share of the exact 10 nearest neighbours that a search finds, on a sample; `None` with one image.
-        sources: For each embedding folder its `folder`, the `root` of its paths, and its first row, `start`.
-        bytes_per_image: Size of the FAISS file by image.
+        recall: Share of the exact 10 nearest neighbours that a search finds, on a sample, when the index was built or
+            compacted; `None` with one image.
+        sources: For each embedding folder its `folder` and the `root` of its paths.
+        bytes_per_image: Size of the FAISS files by image.
+        letterbox: Whether images were padded to squares before they were embedded.
     """
 
     kind: str
@@ -50,77 +56,172 @@ class IndexAbout:
     recall: float | None
     sources: list[dict[str, Any]]
     bytes_per_image: float
+    letterbox: bool = False
 
 
-def open_index(folder: Path) -> tuple[IndexAbout, Any, pa.Table]:
-    """Opens an index: what it says of itself, the FAISS index and the images' columns, both memory-mapped.
+@dataclass(frozen=True)
+class Manifest:
+    """What the folder of an index holds.
+
+    Attributes:
+        about: What the index says of itself.
+        version: Grows with each commit.
+        next_row: The number that the next row gets; none is given twice.
+        parts: For each shard that rows came from the number of its source, and the digest of its content.
+        segments: The base, then what was added to it.
+        deleted: File of the numbers of rows that were removed, ascending; `None` for none.
+        files: Size and checksum of each file.
+    """
+
+    about: IndexAbout
+    version: int
+    next_row: int
+    parts: list[dict[str, Any]]
+    segments: list[SegmentFiles]
+    deleted: str | None = None
+    files: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def names(self) -> list[str]:
+        """The files of the folder, the manifest itself left out."""
+        return [name for files in self.segments for name in files.names()] + ([self.deleted] if self.deleted else [])
+
+
+@dataclass(frozen=True)
+class OpenedIndex:
+    """A manifest with its files opened: segments, and the numbers of the removed rows, ascending."""
+
+    manifest: Manifest
+    segments: list[Segment]
+    deleted: np.ndarray
+
+
+def open_index(folder: Path, known: OpenedIndex | None = None) -> OpenedIndex:
+    """Opens an index memory-mapped.
+
+    Args:
+        folder: The folder.
+        known: The same index opened earlier: its segments are not opened again where they are the same.
 
     Raises:
         ValueError: If the folder holds none, one of another schema, or one of whose files is damaged.
     """
     folder = standing_folder(folder)
     while True:
-        content = _read_manifest(folder)
+        manifest = read_manifest(folder)
         try:
-            opened = _open_files(folder, content)
-        except DamagedFileError:
-            if content == _read_manifest(folder):
+            opened = _open_files(folder, manifest, known)
+        except (DamagedFileError, FileNotFoundError):
+            if manifest == read_manifest(folder):
                 raise
             continue
         # Another process may have replaced the folder between two of its files.
-        if content == _read_manifest(folder):
+        if manifest == read_manifest(folder):
             return opened
 
 
-def write_about(folder: Path, about: IndexAbout) -> None:
-    """Writes what an index says of itself, with the checksums of its other files, which are written before."""
-    files = {name: _checksums(folder / name) for name in (INDEX_FILE, METADATA_FILE)}
-    write_json(folder / ABOUT_FILE, {"schema": SCHEMA, **asdict(about), "files": files})
+def read_manifest(folder: Path) -> Manifest:
+    """Reads the manifest of an index.
 
-
-def _read_manifest(folder: Path) -> dict[str, Any]:
+    Raises:
+        ValueError: If there is none, or it is damaged or of another schema.
+    """
     file = folder / ABOUT_FILE
     if not file.is_file():
         raise ValueError(f"`index` must be a folder that udon index wrote. Got {str(folder)!r}.")
-    with _damage_of(file):
+    with damage_of_index(file):
         content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         schema = content.get("schema", 1)
-        if schema == SCHEMA:
-            # A later version may have added keys under the same number; these are passed over.
-            content["about"] = IndexAbout(**{field.name: content[field.name] for field in fields(IndexAbout)})
     if schema != SCHEMA:
         raise ValueError(
             f"`index` must be of this version of udon, schema {SCHEMA}. Got {str(folder)!r} of schema {schema}; build "
             "it again with udon index --force."
         )
-    return content
+    with damage_of_index(file):
+        # A later version may have added keys under the same number; these are passed over.
+        about = IndexAbout(**{key.name: content[key.name] for key in fields(IndexAbout) if key.name in content})
+        others = {key.name: content[key.name] for key in fields(Manifest) if key.name not in ("about", "segments")}
+        known = [key.name for key in fields(SegmentFiles)]
+        segments = [SegmentFiles(**{key: files[key] for key in known}) for files in content["segments"]]
+        return Manifest(about=about, segments=segments, **others)
 
 
-def _open_files(folder: Path, content: Mapping[str, Any]) -> tuple[IndexAbout, Any, pa.Table]:
-    for name in (INDEX_FILE, METADATA_FILE):
-        with _damage_of(folder / name):
-            written, found = content["files"][name], _checksums(folder / name)
-            if wrong := next((what for what in found if found[what] != written[what]), None):
-                raise ValueError(f"its {wrong} is {found[wrong]} and was {written[wrong]}")
-    with _damage_of(folder / INDEX_FILE):
-        index = faiss.read_index(str(folder / INDEX_FILE), faiss.IO_FLAG_MMAP_IFC)
-    with _damage_of(folder / METADATA_FILE):
-        metadata = open_metadata(folder)
-    about: IndexAbout = content["about"]
-    with _damage_of(folder / ABOUT_FILE):
-        if not about.num_images == index.ntotal == len(metadata) or about.dim != index.d:
-            raise ValueError(
-                f"it tells of {about.num_images} rows, the other files hold {index.ntotal} and {len(metadata)}"
-            )
-    return about, index, metadata
+def write_manifest(folder: Path, manifest: Manifest, known: Mapping[str, Any] | None = None) -> None:
+    """Commits what the folder holds from now on; all files must be there.
+
+    Args:
+        folder: The folder.
+        manifest: What it holds; its checksums are computed here.
+        known: Checksums of files that were there before.
+    """
+    files = {name: (known or {}).get(name) or checksums(folder / name) for name in manifest.names()}
+    content = {key.name: getattr(manifest, key.name) for key in fields(Manifest) if key.name != "about"}
+    content |= {"files": files, "segments": [asdict(segment) for segment in manifest.segments]}
+    write_json(folder / ABOUT_FILE, {"schema": SCHEMA, **asdict(manifest.about), **content})
 
 
-def _damage_of(file: Path) -> AbstractContextManager[None]:
+def write_about(
+    folder: Path,
+    about: IndexAbout,
+    parts: Sequence[Mapping[str, Any]] = (),
+    next_row: int | None = None,
+    version: int = 1,
+) -> None:
+    """Commits an index of a base alone, whose files are there.
+
+    Args:
+        folder: The folder.
+        about: What the index says of itself.
+        parts: See `Manifest`.
+        next_row: The number of the next row; `None` where rows are numbered from 0.
+        version: Of the commit.
+    """
+    vectors = VECTORS_FILE if (folder / VECTORS_FILE).is_file() else None
+    base = SegmentFiles(INDEX_FILE, METADATA_FILE, vectors, about.num_images)
+    after = about.num_images if next_row is None else next_row
+    write_manifest(folder, Manifest(about, version, after, [dict(part) for part in parts], [base]))
+
+
+def write_deleted(folder: Path, name: str, rows: np.ndarray) -> None:
+    """Writes the numbers of removed rows, ascending, int64."""
+    with replaced_file(folder / name) as draft, draft.open("wb") as file:
+        np.save(file, rows)
+
+
+def write_metadata(folder: Path, name: str, tables: Any, schema: pa.Schema) -> None:
+    """Writes the columns beside the embeddings, a row for each of the index; missing columns are empty."""
+    with replaced_file(folder / name) as draft, pa.ipc.new_file(str(draft), schema) as writer:
+        for table in tables:
+            writer.write_table(fitted(table, schema))
+
+
+def fitted(table: pa.Table, schema: pa.Schema) -> pa.Table:
+    """The table with the columns of a schema; those that it lacks are empty."""
+    columns = [
+        table[column.name] if column.name in table.column_names else pa.nulls(len(table), column.type)
+        for column in schema
+    ]
+    return pa.table(columns, schema=schema)
+
+
+def unified(schemas: Sequence[pa.Schema]) -> pa.Schema:
+    """One schema with the columns of all.
+
+    Raises:
+        ValueError: If they do not agree in the types of their columns.
+    """
+    try:
+        return pa.unify_schemas(list(schemas))
+    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+        raise ValueError(f"`embeddings` must agree in the types of their columns: {error}") from error
+
+
+def damage_of_index(file: Path) -> AbstractContextManager[None]:
+    """Turns what libraries raise of a damaged file of an index into one line with its name."""
     kinds = pa.ArrowException, OSError, LookupError, RuntimeError
     return damage_of(file, *kinds, argument="index", way_out="build it again with udon index --force")
 
 
-def _checksums(file: Path) -> dict[str, Any]:
+def checksums(file: Path) -> dict[str, Any]:
     """Size of a file, and its SHA-256; of a large one, whose pages only a search should read, that of both ends."""
     size = file.stat().st_size
     with file.open("rb") as opened:
@@ -132,26 +233,47 @@ def _checksums(file: Path) -> dict[str, Any]:
     return {"bytes": size, "sha256_of_ends": digest.hexdigest()}
 
 
-def write_metadata(folder: Path, opened: Sequence[Embeddings]) -> None:
-    """Writes the columns beside the embeddings, a row for each of the index.
+def _open_files(folder: Path, manifest: Manifest, known: OpenedIndex | None) -> OpenedIndex:
+    before = {} if known is None else dict(zip(_keys(known.manifest), known.segments, strict=True))
+    segments = []
+    for files, key in zip(manifest.segments, _keys(manifest), strict=True):
+        if key not in before:
+            for name in files.names():
+                _check(folder, name, manifest.files)
+        segments.append(before.get(key) or _open_segment(folder, files, manifest.about))
+    deleted = np.empty(0, np.int64)
+    if manifest.deleted is not None:
+        _check(folder, manifest.deleted, manifest.files)
+        with damage_of_index(folder / manifest.deleted):
+            deleted = np.load(folder / manifest.deleted)
+    num_rows = sum(segment.num_rows for segment in segments) - len(deleted)
+    with damage_of_index(folder / ABOUT_FILE):
+        if manifest.about.num_images != num_rows:
+            raise ValueError(f"it tells of {manifest.about.num_images} rows, the other files hold {num_rows}")
+    return OpenedIndex(manifest, segments, deleted)
 
-    Raises:
-        ValueError: If the folders of embeddings do not agree in the types of their columns.
-    """
-    try:
-        schema = pa.unify_schemas([part.schema for part in opened])
-    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
-        raise ValueError(f"`embeddings` must agree in the types of their columns: {error}") from error
-    with pa.ipc.new_file(str(folder / METADATA_FILE), schema) as writer:
-        for part in opened:
-            for _, table in part.blocks():
-                columns = [
-                    table[field.name] if field.name in table.column_names else pa.nulls(len(table), field.type)
-                    for field in schema
-                ]
-                writer.write_table(pa.table(columns, schema=schema))
+
+def _keys(manifest: Manifest) -> list[str]:
+    """For each segment what it is known by: its files with their checksums."""
+    return [json.dumps([[name, manifest.files[name]] for name in files.names()]) for files in manifest.segments]
 
 
-def open_metadata(folder: Path) -> pa.Table:
-    """Opens the columns beside the embeddings, memory-mapped."""
-    return pa.ipc.open_file(pa.memory_map(str(folder / METADATA_FILE))).read_all()
+def _check(folder: Path, name: str, files: Mapping[str, Mapping[str, Any]]) -> None:
+    with damage_of_index(folder / name):
+        written, found = files[name], checksums(folder / name)
+        if wrong := next((what for what in found if found[what] != written[what]), None):
+            raise ValueError(f"its {wrong} is {found[wrong]} and was {written[wrong]}")
+
+
+def _open_segment(folder: Path, files: SegmentFiles, about: IndexAbout) -> Segment:
+    with damage_of_index(folder / files.metadata):
+        metadata = open_metadata(folder / files.metadata)
+        metadata.schema.field(ROW)
+    with damage_of_index(folder / files.faiss):
+        segment = open_segment(folder, files, metadata)
+    with damage_of_index(folder / ABOUT_FILE):
+        if not files.num_rows == segment.index.ntotal == len(metadata) or about.dim != segment.index.d:
+            raise ValueError(
+                f"it tells of {files.num_rows} rows, the other files hold {segment.index.ntotal} and {len(metadata)}"
+            )
+    return segment

@@ -1,5 +1,6 @@
-"""Embeddings on disk: a folder of Parquet shards that can be continued, written and read a shard at a time."""
+"""Embeddings on disk: a folder of Parquet shards that can be continued and updated, read a shard at a time."""
 
+import hashlib
 import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,16 +23,32 @@ MANIFEST_FILE = "manifest.json"
 LISTING_FILE = "listing.arrow"
 SKIPPED_FILE = "_skipped.log"
 METADATA_KEY = b"udon"
-SCHEMA = 2
+# Digest of a shard's content, by which an index knows it.
+DIGEST_KEY = b"udon_digest"
+# 2 had no updates; it is read as it is.
+SCHEMA = 3
+_READ_SCHEMAS = (2, SCHEMA)
 
 
 @dataclass(frozen=True)
 class ShardFolder:
-    """Folder of the embeddings of `num_images` images, a shard for each `shard_size` of them."""
+    """Folder of the embeddings of `num_images` images, a shard for each `shard_size` of them.
+
+    Attributes:
+        folder: The folder.
+        num_images: Images of the first listing.
+        shard_size: Images per shard.
+        parts: The names of the shards, once the folder was updated; before, they follow from the numbers above.
+        deleted: File of the rows that updates have removed.
+        listing: File of the listing that the folder answers to.
+    """
 
     folder: Path
     num_images: int
     shard_size: int
+    parts: Sequence[str] | None = None
+    deleted: str | None = None
+    listing: str = LISTING_FILE
 
     @property
     def num_shards(self) -> int:
@@ -48,14 +65,15 @@ class ShardFolder:
 
     def missing(self) -> list[int]:
         """The shards that are not there yet."""
+        if self.parts is not None:
+            return []
         return [shard for shard in range(self.num_shards) if not self.part(shard).is_file()]
 
     def write(self, shard: int, table: pa.Table, skipped: Sequence[tuple[str, str]]) -> None:
         """Writes a shard atomically, and before it the paths it skips, with the reasons."""
         log = "".join(f"{table_cell(path)}\t{printable(reason)}\n" for path, reason in skipped)
         write_text(self._skipped(shard), log)
-        with replaced_file(self.part(shard)) as draft:
-            pq.write_table(table, draft, row_group_size=self.shard_size, write_page_checksum=True)
+        write_part(self.part(shard), table, self.shard_size)
 
     def collect_skipped(self) -> list[str]:
         """Writes the log of skipped paths, if there are any; returns its lines."""
@@ -75,6 +93,21 @@ class ShardFolder:
 
 
 @dataclass(frozen=True)
+class Part:
+    """A shard: its file, its rows, the digest of its content, and the places of rows that an update has removed."""
+
+    path: Path
+    num_rows: int
+    digest: str
+    deleted: np.ndarray
+
+    @property
+    def num_live(self) -> int:
+        """Rows that were not removed."""
+        return self.num_rows - len(self.deleted)
+
+
+@dataclass(frozen=True)
 class Embeddings:
     """Finished embeddings.
 
@@ -87,21 +120,31 @@ class Embeddings:
     """
 
     folder: Path
-    parts: Sequence[Path]
+    parts: Sequence[Part]
     about: Mapping[str, Any]
     num_rows: int
     schema: pa.Schema
 
     def blocks(self, columns: bool = True) -> Iterator[tuple[np.ndarray, pa.Table]]:
-        """Reads a shard at a time: embeddings of shape `(num_rows, dim)` and a table of the other columns."""
+        """Reads a shard at a time: embeddings of shape `(num_rows, dim)`, float32, and a table of the other columns."""
         for part in self.parts:
-            with damage_of_embeddings(part):
-                file = pq.ParquetFile(part, page_checksum_verification=True)
-                for batch in file.iter_batches(batch_size=65_536, columns=None if columns else ["embedding"]):
-                    table = pa.Table.from_batches([batch])
-                    vectors = batch.column("embedding").flatten().to_numpy().reshape(-1, self.about["dim"])
-                    _check_vectors(vectors, part)
-                    yield vectors, table.drop_columns(["embedding"]).replace_schema_metadata(None)
+            for _, vectors, table in self.blocks_of(part, columns):
+                yield vectors, table
+
+    def blocks_of(self, part: Part, columns: bool = True) -> Iterator[tuple[np.ndarray, np.ndarray, pa.Table]]:
+        """Reads a shard: places of rows in it, their embeddings, and a table of their other columns."""
+        with damage_of_embeddings(part.path):
+            start, file = 0, pq.ParquetFile(part.path, page_checksum_verification=True)
+            for batch in file.iter_batches(batch_size=65_536, columns=None if columns else ["embedding"]):
+                places = np.setdiff1d(np.arange(start, start + len(batch)), part.deleted, assume_unique=True)
+                table = pa.Table.from_batches([batch])
+                vectors = batch.column("embedding").flatten().to_numpy().reshape(-1, self.about["dim"])
+                _check_vectors(vectors, part.path)
+                if len(places) < len(batch):
+                    table, vectors = table.take(pa.array(places - start)), vectors[places - start]
+                start += len(batch)
+                kept = table.drop_columns(["embedding"]).replace_schema_metadata(None)
+                yield places, vectors.astype(np.float32, copy=False), kept
 
 
 def make_folder(folder: Path) -> None:
@@ -149,6 +192,7 @@ def start_or_resume(folder: Path, identity: Mapping[str, Any], force: bool) -> b
 def write_manifest(shards: ShardFolder, identity: Mapping[str, Any]) -> None:
     """Writes down what the folder will hold; from here on the work can be continued."""
     content = {"schema": SCHEMA, "identity": identity, "num_images": shards.num_images, "shard_size": shards.shard_size}
+    content |= {"parts": shards.parts, "deleted": shards.deleted, "listing": shards.listing}
     write_json(shards.folder / WORK_FOLDER / MANIFEST_FILE, content)
 
 
@@ -159,7 +203,8 @@ def read_manifest(folder: Path) -> ShardFolder:
         ValueError: If its manifest is damaged, or of another version.
     """
     content = _read_manifest(folder)
-    return ShardFolder(folder, content["num_images"], content["shard_size"])
+    updates = {key: content[key] for key in ("parts", "deleted", "listing") if content.get(key) is not None}
+    return ShardFolder(folder, content["num_images"], content["shard_size"], **updates)
 
 
 def open_embeddings(folder: Path) -> Embeddings:
@@ -176,25 +221,65 @@ def open_embeddings(folder: Path) -> Embeddings:
             f"`embeddings` must be finished. Got {str(folder)!r}, which lacks {len(missing)} of {shards.num_shards} "
             "shards; run its udon embed again to go on."
         )
-    parts = [shards.part(shard) for shard in range(shards.num_shards)]
-    num_rows, schemas = 0, []
-    for part in parts:
-        with damage_of_embeddings(part):
-            file = pq.ParquetFile(part)
-            num_rows += file.metadata.num_rows
-            schemas.append(file.schema_arrow)
-            about = json.loads(schemas[-1].metadata[METADATA_KEY])
+    parts, schemas, about = opened_parts(shards)
+    num_rows = sum(part.num_live for part in parts)
     if num_rows == 0:
         raise ValueError(f"`embeddings` must hold at least one. Got {str(folder)!r} with none.")
-    schema = schemas[0]
-    return Embeddings(
-        folder, parts, about, num_rows, schema.remove_metadata().remove(schema.get_field_index("embedding"))
-    )
+    schema = unified_columns(schemas)
+    return Embeddings(folder, parts, about, num_rows, schema)
+
+
+def opened_parts(shards: ShardFolder) -> tuple[list[Part], list[pa.Schema], dict[str, Any]]:
+    """The shards that are there, their schemas, and what they say of themselves."""
+    names = shards.parts
+    if names is None:
+        names = [shards.part(shard).name for shard in range(shards.num_shards) if shards.part(shard).is_file()]
+    removed = _read_deleted(shards)
+    parts, schemas, about = [], [], {}
+    for name in names:
+        path = shards.folder / name
+        with damage_of_embeddings(path):
+            file = pq.ParquetFile(path)
+            schemas.append(file.schema_arrow)
+            about = json.loads(schemas[-1].metadata[METADATA_KEY])
+            digest = schemas[-1].metadata.get(DIGEST_KEY)
+            named = _digest_of_file(path) if digest is None else digest.decode()
+            parts.append(Part(path, file.metadata.num_rows, named, removed.get(name, np.empty(0, np.int64))))
+    return parts, schemas, about
+
+
+def unified_columns(schemas: Sequence[pa.Schema]) -> pa.Schema:
+    """The columns of all shards but `embedding`."""
+    plain = [schema.remove_metadata().remove(schema.get_field_index("embedding")) for schema in schemas]
+    try:
+        return pa.unify_schemas(plain)
+    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+        raise ValueError(f"`embeddings` must agree in the types of their columns: {error}") from error
+
+
+def write_part(path: Path, table: pa.Table, row_group_size: int) -> None:
+    """Writes a shard atomically, with the digest of its content."""
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table.combine_chunks())
+    digest = hashlib.sha256(sink.getvalue()).hexdigest()[:32]
+    table = table.replace_schema_metadata({**(table.schema.metadata or {}), DIGEST_KEY: digest.encode()})
+    with replaced_file(path) as draft:
+        pq.write_table(table, draft, row_group_size=row_group_size, write_page_checksum=True)
+
+
+def write_removed(file: Path, removed: Mapping[str, np.ndarray]) -> None:
+    """Writes which rows of which shards were removed."""
+    names = [name for name, places in removed.items() for _ in places]
+    places = np.concatenate([np.empty(0, np.int64), *removed.values()])
+    table = pa.table({"part": pa.array(names, pa.string()), "place": pa.array(places, pa.int64())})
+    with replaced_file(file) as draft, pa.ipc.new_file(str(draft), table.schema) as writer:
+        writer.write_table(table)
 
 
 def embedding_table(table: pa.Table, embeds: np.ndarray, about: Mapping[str, Any]) -> pa.Table:
     """Puts embeddings of shape `(num_rows, dim)` beside the other columns, and `about` into the schema."""
-    values = pa.array(np.ascontiguousarray(embeds, dtype=np.float32).reshape(-1))
+    values = pa.array(np.ascontiguousarray(embeds).reshape(-1))
     table = table.append_column("embedding", pa.FixedSizeListArray.from_arrays(values, about["dim"]))
     return table.replace_schema_metadata({METADATA_KEY: json.dumps(about).encode()})
 
@@ -213,12 +298,28 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     with damage_of_embeddings(file):
         content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         schema = content["schema"]
-    if schema != SCHEMA:
+    if schema not in _READ_SCHEMAS:
         raise ValueError(
             f"`embeddings` must be of this version of udon, schema {SCHEMA}. Got {str(folder)!r} of schema {schema}; "
             "embed the images again with --force."
         )
     return content
+
+
+def _read_deleted(shards: ShardFolder) -> dict[str, np.ndarray]:
+    if shards.deleted is None:
+        return {}
+    file = shards.folder / WORK_FOLDER / shards.deleted
+    with damage_of_embeddings(file), pa.memory_map(str(file)) as opened:
+        table = pa.ipc.open_file(opened).read_all()
+        table.validate(full=True)
+        names, places = np.array(table["part"].to_pylist(), dtype=object), table["place"].to_numpy()
+        return {name: np.sort(places[names == name]) for name in set(names.tolist())}
+
+
+def _digest_of_file(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:32]
 
 
 def damage_of_embeddings(file: Path) -> AbstractContextManager[None]:

@@ -180,7 +180,9 @@ def test_a_run_goes_on_with_more_processes_where_that_is_allowed(
     assert change["step"] == 2 and change["changes"]["processes"] == {"before": 1, "now": 2}
 
 
-@pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_bytes(b""), flip_bits], ids=["missing", "empty", "damaged"])
+@pytest.mark.parametrize(
+    "damage", [Path.unlink, lambda path: path.write_bytes(b""), flip_bits], ids=["missing", "empty", "damaged"]
+)
 @pytest.mark.parametrize("name", ["config.yaml", "domains.json", "baseline.json"])
 def test_a_file_of_the_run_that_is_missing_or_damaged_is_named_before_any_step(
     resume: Callable[..., Path], tmp_path: Path, name: str, damage: Callable[[Path], Any]

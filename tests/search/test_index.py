@@ -148,7 +148,7 @@ def test_an_index_is_replaced_only_when_forced_and_only_as_a_whole(embeddings, t
     assert udon(*arguments, "flat").code == 0
     refused = udon(*arguments, "sq8")
     assert refused.code == 2 and "give --force to replace it" in refused.err
-    monkeypatch.setattr(ann, "write_metadata", lambda folder, opened: 1 / 0)
+    monkeypatch.setattr(ann, "write_metadata", lambda *arguments: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         build_index([embeddings], tmp_path / "i", kind="sq8", force=True)
     monkeypatch.undo()

@@ -169,9 +169,9 @@ def test_keys_of_a_later_version_are_passed_over_and_another_schema_is_refused(m
     content = json.loads(file.read_text())
     file.write_text(json.dumps(content | {"colour": "red", "files": content["files"] | {"later.bin": {}}}))
     assert check_whole(tmp_path / "i") == 0
-    for schema in (1, 3):
+    for schema in (1, 2, 4):
         file.write_text(json.dumps(content | {"schema": schema}))
-        with pytest.raises(ValueError, match=f"of this version of udon, schema 2. Got .* of schema {schema}; build it"):
+        with pytest.raises(ValueError, match=f"of this version of udon, schema 3. Got .* of schema {schema}; build it"):
             ImageIndex(tmp_path / "i")
 
 
