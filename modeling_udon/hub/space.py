@@ -29,6 +29,7 @@ from modeling_udon.calibration import CALIBRATION_FILE
 from modeling_udon.encoder import Encoder
 from modeling_udon.hub.errors import reason_of
 from modeling_udon.hub.student_folder import write_student
+from modeling_udon.search.commits import check_compact
 from modeling_udon.search.image_index import ImageIndex
 from modeling_udon.search.index_folder import INDEX_FILE, METADATA_FILE, write_about
 from modeling_udon.search.query import check_model
@@ -225,11 +226,7 @@ def _write_model(encoder: Encoder, target: Path, title: str, trust_remote_code: 
 
 def _copy_index(index: ImageIndex, target: Path, title: str, say: Say) -> None:
     """Copies an index without what it says of this machine, and with a thumbnail wherever there can be one."""
-    if len(index.segments) > 1 or index.manifest.deleted is not None:
-        raise ValueError(
-            f"`index` must be compact. Got {str(index.folder)!r}, to which rows were added or of which some were "
-            f"removed; run udon index --compact --out {index.folder}"
-        )
+    check_compact(index)
     shutil.copyfile(index.folder / INDEX_FILE, target / INDEX_FILE)
     sources = [{"folder": "", "root": ""} for _ in index.about.sources]
     about = replace(index.about, model=title, sources=sources)

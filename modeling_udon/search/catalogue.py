@@ -7,26 +7,24 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import faiss
 import numpy as np
 import pyarrow as pa
 
-from modeling_udon.search.faiss_index import choose_kind, empty_like
+from modeling_udon.search.commits import PlacedRows, TableRows, clean, write_delta
+from modeling_udon.search.faiss_index import choose_kind
 from modeling_udon.search.image_index import ImageIndex
 from modeling_udon.search.index import EmbeddedRows, NumberedSource, numbered, open_locked, same_model, write_base
 from modeling_udon.search.index_folder import (
     IndexAbout,
     Manifest,
     read_manifest,
-    unified,
     write_about,
     write_deleted,
     write_manifest,
-    write_metadata,
 )
-from modeling_udon.search.segments import INTERNAL_FIELDS, PART, PART_ROW, SegmentFiles, is_exact
+from modeling_udon.search.segments import INTERNAL_FIELDS, PART, PART_ROW
 from modeling_udon.search.shards import Embeddings
-from modeling_udon.storage import InUseError, locked, replaced_file, replaced_folder
+from modeling_udon.storage import locked, replaced_folder
 
 # A delta takes earlier ones into itself that are at most so many times its size: their number grows with the logarithm.
 _TAKEN_IN = 2
@@ -49,46 +47,6 @@ class Changed:
     num_removed: int
     rows: np.ndarray
     seconds: float
-
-
-@dataclass(frozen=True)
-class _TableRows:
-    """Rows in memory, with the internal columns of an index."""
-
-    vectors: np.ndarray
-    table: pa.Table
-
-    @property
-    def num_rows(self) -> int:
-        return len(self.table)
-
-    @property
-    def schema(self) -> pa.Schema:
-        return self.table.schema
-
-    def blocks(self, columns: bool = True) -> Iterator[tuple[np.ndarray, pa.Table]]:
-        yield self.vectors, self.table
-
-
-@dataclass(frozen=True)
-class _PlacedRows:
-    """Rows of an index by their places in it, with its internal columns."""
-
-    index: ImageIndex
-    places: np.ndarray
-
-    @property
-    def num_rows(self) -> int:
-        return len(self.places)
-
-    @property
-    def schema(self) -> pa.Schema:
-        return self.index.table.schema
-
-    def blocks(self, columns: bool = True) -> Iterator[tuple[np.ndarray, pa.Table]]:
-        for start in range(0, len(self.places), 65_536):
-            some = self.places[start : start + 65_536]
-            yield self.index.vectors_at(some), self.index.table.take(pa.array(some)) if columns else self.index.table
 
 
 class Catalogue:
@@ -139,7 +97,7 @@ class Catalogue:
             if replace:
                 gone = index.rows_of([name for name in table["id"].to_pylist() if name is not None])
             first = index.manifest.next_row
-            rows = _TableRows(vectors, numbered(table, first, -1, np.full(len(table), -1)))
+            rows = TableRows(vectors, numbered(table, first, -1, np.full(len(table), -1)))
             self._commit(index, [rows], gone, index.manifest.parts, index.about.sources)
         return Changed(len(table), len(gone), np.arange(first, first + len(table)), time.perf_counter() - began)
 
@@ -230,7 +188,7 @@ class Catalogue:
             about = index.about
             kept = kind is None or kind == about.kind
             chosen = about.kind if kept else choose_kind(about.num_images) if kind == "auto" else str(kind)
-            rows = _PlacedRows(index, np.flatnonzero(index.is_live))
+            rows = PlacedRows(index, np.flatnonzero(index.is_live))
             manifest = index.manifest
             with replaced_folder(self.folder) as draft:
                 result = write_base(draft, [rows], replace(about, kind=chosen), target_recall, True, self._say)
@@ -282,11 +240,11 @@ class Catalogue:
             taken.append(segments.pop())
         kept = sum(segment.num_rows for segment in segments)
         places = kept + np.flatnonzero(~np.isin(index.rows[kept:], deleted))
-        rows = [*([_PlacedRows(index, places)] if len(places) else []), *added]
+        rows = [*([PlacedRows(index, places)] if len(places) else []), *added]
         deleted = np.intersect1d(deleted, index.rows[:kept] if num_added else index.rows)
         files = [segment.files for segment in segments]
         if num_added:
-            files.append(_write_delta(self.folder, version, rows, index))
+            files.append(write_delta(self.folder, version, rows, index))
         name = None
         if len(deleted):
             name = f"deleted-{version:05d}.npy"
@@ -296,35 +254,7 @@ class Catalogue:
         about = replace(index.about, num_images=num_images, sources=sources, bytes_per_image=size / max(num_images, 1))
         manifest = Manifest(about, version, index.manifest.next_row + num_added, parts, files, name)
         write_manifest(self.folder, manifest, index.manifest.files)
-        _clean(self.folder, manifest)
-
-
-def _write_delta(folder: Path, version: int, rows: Sequence[NumberedSource], index: ImageIndex) -> SegmentFiles:
-    """Writes rows as a segment: exact where they are few, else as the base's lists are."""
-    num_rows = sum(part.num_rows for part in rows)
-    delta = empty_like(index.segments[0].index, num_rows)
-    stem = f"delta-{version:05d}"
-    vectors = np.concatenate([block for part in rows for block, _ in part.blocks(columns=False)])
-    delta.add(vectors)
-    with replaced_file(folder / f"{stem}.faiss") as draft:
-        faiss.write_index(delta, str(draft))
-    kept = None
-    if not is_exact(delta) and index.segments[0].kept_vectors is not None:
-        kept = f"{stem}.npy"
-        with replaced_file(folder / kept) as draft, draft.open("wb") as file:
-            np.save(file, vectors)
-    schema = unified([index.table.schema, *(part.schema for part in rows)])
-    write_metadata(folder, f"{stem}.arrow", (table for part in rows for _, table in part.blocks()), schema)
-    return SegmentFiles(f"{stem}.faiss", f"{stem}.arrow", kept, num_rows)
-
-
-def _clean(folder: Path, manifest: Manifest) -> None:
-    """Removes what earlier commits, also such as were killed, have left."""
-    named = set(manifest.names())
-    for pattern in ("delta-*", "deleted-*", ".*.tmp"):
-        for path in folder.glob(pattern):
-            if path.name not in named:
-                path.unlink(missing_ok=True)
+        clean(self.folder, manifest)
 
 
 def _source(sources: list[dict[str, object]], found: Embeddings, index: Path, new: bool) -> int:
@@ -382,6 +312,3 @@ def _named(table: pa.Table) -> pa.Table:
         if name not in names:
             table = table.append_column(name, table[other].cast(pa.string()))
     return table.replace_schema_metadata(None)
-
-
-__all__ = ["Catalogue", "Changed", "InUseError"]

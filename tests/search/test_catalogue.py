@@ -224,10 +224,10 @@ def whole(folder, turn):
 @pytest.mark.parametrize(
     ("owner", "name"),
     [
-        (changing, "_write_delta"),
+        (changing, "write_delta"),
         (changing, "write_deleted"),
         (changing, "write_manifest"),
-        (changing, "_clean"),
+        (changing, "clean"),
         (faiss, "write_index"),
         (storage, "sync"),
         (changing, "write_base"),
