@@ -228,8 +228,7 @@ def _copy_index(index: ImageIndex, target: Path, title: str, say: Say) -> None:
     """Copies an index without what it says of this machine, and with a thumbnail wherever there can be one."""
     check_compact(index)
     shutil.copyfile(index.folder / INDEX_FILE, target / INDEX_FILE)
-    sources = [{"folder": "", "root": ""} for _ in index.about.sources]
-    about = replace(index.about, model=title, sources=sources)
+    about = replace(index.about, model=title, sources=[{"folder": "", "root": ""} for _ in index.about.sources])
     table = index.table
     kept = table.drop_columns([name for name in ("path", "thumbnail") if name in table.column_names])
     schema = kept.schema.append(pa.field("path", pa.string())).append(pa.field("thumbnail", pa.binary()))
@@ -242,10 +241,8 @@ def _copy_index(index: ImageIndex, target: Path, title: str, say: Say) -> None:
             rows = [index.describe(int(row)) for row in index.rows[start : start + _ROWS]]
             thumbnails = [find_thumbnail(row.get("thumbnail"), row["file"], row.get("sha256")) for row in rows]
             paths = [Path(row["path"]).name if os.path.isabs(row["path"]) else row["path"] for row in rows]
-            block = kept.slice(start, len(rows))
-            for name, values, kind in (("path", paths, pa.string()), ("thumbnail", thumbnails, pa.binary())):
-                block = block.append_column(name, pa.array(values, kind))
-            writer.write_table(block)
+            block = kept.slice(start, len(rows)).append_column("path", pa.array(paths, pa.string()))
+            writer.write_table(block.append_column("thumbnail", pa.array(thumbnails, pa.binary())))
             num_missing += thumbnails.count(None)
             progress.update(len(rows))
     write_about(target, about, index.manifest.parts, index.manifest.next_row)
