@@ -130,8 +130,9 @@ class LossConfig(Section):
     """Margin of the classification loss."""
     scale: float = Field(16.0, gt=0)
     """Factor on the cosines in the classification loss."""
-    scale_by: Literal["fixed", "log_classes"] = "fixed"
-    """Whether `scale` is that of any number of classes, or of 1,000, and goes by the logarithm of their number."""
+    scale_by: Literal["fixed", "log_classes", "adacos"] = "fixed"
+    """Whether `scale` is that of any number of classes, or of 1,000, and goes by the logarithm of their number; with
+    `adacos` each classifier has its own, which follows its cosines (AdaCos), and `scale` is not read."""
     label_smoothing: float = Field(0.0, ge=0, lt=1)
     """Share of the target that goes to all classes equally."""
     subcenters: PositiveInt = 1

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from modeling_udon.evaluation.changes import compare_with_start, format_changes
 from modeling_udon.evaluation.protocol import METRICS, Scores, mean_over_domains
 
 Row = Sequence[str]
@@ -14,7 +15,8 @@ def format_table(results: Mapping[str, Any], split: str = "test", model: str = "
 
 
 def _format_scores_of_split(results: Mapping[str, Any], split: str, model: str) -> str:
-    scores, baseline = results["splits"][split], results["baseline"]
+    # Baselines are of the test split.
+    scores, baseline = results["splits"][split], results["baseline"] if split == "test" else {}
     groups: dict[str, Scores] = {f"{model}, merged": scores["merged"], f"{model}, separate": scores["separate"]}
     if scores["teachers"]:
         groups["teachers, own domain"] = {"mean": mean_over_domains(scores["teachers"]), "domains": scores["teachers"]}
@@ -81,6 +83,8 @@ def format_measurement(results: Mapping[str, Any], split: str, model: str = "stu
         parts.append(_format_quality(analysis["quality_per_byte"]))
     if "leaks" in analysis:
         parts.append(_format_leaks(analysis["leaks"], split))
+    if changes := compare_with_start(results, split):
+        parts.append(format_changes(changes))
     # Last, where they are not overlooked.
     notes = [*format_notes(scores), *(f"WARNING: {line}" for line in analysis.get("known_classes", []))]
     parts += ["\n".join(notes)] if notes else []

@@ -7,6 +7,7 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from modeling_udon.evaluation.changes import Change, compare_with_start, name_worse
 from modeling_udon.hub.sources import Sources, domain_licenses
 from modeling_udon.search.results_page import html_text
 
@@ -192,12 +193,30 @@ def _results(results: Mapping[str, Any], scores: Mapping[str, Any]) -> dict[str,
         for key, title in (("untrained", "backbone before training"), ("raw_pixels", "raw pixels"))
         if key in baseline
     ]
+    changes = compare_with_start(results)
     return {
         "intervals": intervals is not None,
         "confidence": f"{100 * intervals['confidence']:.0f}" if intervals else "",
         "table": table,
         "baselines": [_line(["", *METRICS]), _line(["---"] * 3), *rows] if rows else [],
+        "changes": _changes(changes) if changes else [],
+        "worse": name_worse(changes) if changes else "",
     }
+
+
+def _changes(changes: Sequence[Change]) -> list[str]:
+    """A table of each domain before and after training, with the difference in points."""
+    columns = [f"{metric}{what}" for metric in METRICS for what in (" before", "", " difference")]
+    rows = [
+        [
+            text
+            for metric in METRICS
+            for text in (_percent(change.before[metric]), _percent(change.after[metric]), change.points(metric))
+        ]
+        for change in changes
+    ]
+    table = [_line([change.domain, *cells]) for change, cells in zip(changes, rows, strict=True)]
+    return [_line(["domain", *columns]), _line(["---"] * (1 + len(columns))), *table]
 
 
 def _training(

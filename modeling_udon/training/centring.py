@@ -23,11 +23,19 @@ def add_centre(model: UdonForDistillation) -> None:
 
 
 @torch.no_grad()
-def set_centre(model: UdonForDistillation, centre: torch.Tensor) -> None:
-    """Sets the mean, of shape `(feature_dim,)`, and moves the head so that it maps the mean where it mapped 0."""
+def set_centre(model: UdonForDistillation, centre: torch.Tensor, trained: bool) -> None:
+    """Sets the mean, and moves a new head so that it maps the mean where it mapped 0.
+
+    Args:
+        model: The training model.
+        centre: The mean, of shape `(feature_dim,)`.
+        trained: Whether the head is that of a student that was trained before; then it keeps what it maps, and `c`
+            alone is another.
+    """
     layer = first_layer(model.udon.student_head)
     model.get_buffer(_CENTRE).copy_(centre)
-    layer.bias.sub_(layer.weight @ model.get_buffer(_CENTRE))
+    if not trained:
+        layer.bias.sub_(layer.weight @ model.get_buffer(_CENTRE))
 
 
 def first_layer(head: UdonHead) -> nn.Linear:

@@ -19,7 +19,7 @@ def chunked_classification_loss(
     embeds: torch.Tensor,
     prototypes: torch.Tensor,
     labels: torch.Tensor,
-    scale: float = 16.0,
+    scale: float | torch.Tensor = 16.0,
     margin: float = 0.0,
     kind: str = "normface",
     chunk_size: int = 8192,
@@ -82,7 +82,12 @@ def chunked_logit_distillation_loss(
 
 @torch.no_grad()
 def chunked_confidence(
-    embeds: torch.Tensor, prototypes: torch.Tensor, labels: torch.Tensor, scale: float, by: str, chunk_size: int
+    embeds: torch.Tensor,
+    prototypes: torch.Tensor,
+    labels: torch.Tensor,
+    scale: float | torch.Tensor,
+    by: str,
+    chunk_size: int,
 ) -> torch.Tensor:
     """How well each image is classified, of shape `(batch_size,)`; see `gates.confidence`."""
     log_sum = embeds.new_full((len(embeds),), -torch.inf)
@@ -99,9 +104,30 @@ def chunked_confidence(
     return log_probs if by == "loss" else log_probs.exp() - (others - log_sum).exp()
 
 
+@torch.no_grad()
+def chunked_hardness(
+    embeds: torch.Tensor,
+    prototypes: torch.Tensor,
+    labels: torch.Tensor,
+    scale: float | torch.Tensor,
+    chunk_size: int,
+) -> torch.Tensor:
+    """What an adaptive scale depends on, of shape `(batch_size, 2)`; see `adaptive_scale.hardness`."""
+    wrong = embeds.new_full((len(embeds),), -torch.inf)
+    true_cosines = torch.zeros_like(wrong)
+    for chunk in _chunks(len(prototypes), chunk_size):
+        own, columns = _own(labels, chunk)
+        cosines = cosine_logits(embeds, prototypes[chunk])
+        of_columns = cosines.gather(1, columns)
+        true_cosines = torch.where(own, of_columns[:, 0], true_cosines)
+        of_wrong = (scale * cosines).scatter_(1, columns, torch.where(own[:, None], -torch.inf, scale * of_columns))
+        wrong = torch.logaddexp(wrong, of_wrong.logsumexp(1))
+    return torch.stack([wrong, true_cosines], dim=1)
+
+
 @dataclass(frozen=True)
 class _Hardness:
-    scale: float
+    scale: float | torch.Tensor
     margin: float
     kind: str
     smoothing: float

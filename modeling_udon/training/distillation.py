@@ -8,6 +8,7 @@ from torch import nn
 from modeling_udon.config import LossConfig
 from modeling_udon.configuration_udon import UdonConfig
 from modeling_udon.modeling_udon import UdonModel, init_lecun_normal_
+from modeling_udon.training.adaptive_scale import AdaptiveScales
 from modeling_udon.training.feature_teachers import FeatureTeachers
 from modeling_udon.training.gates import open_gates, running_means
 from modeling_udon.training.losses import retention_loss, squared_distance
@@ -20,6 +21,8 @@ RETENTION = "retention"
 WEIGHT_RETENTION = "weight_retention"
 # A buffer, so that a checkpoint has it: running confidence of student and teacher of each domain.
 GATE_STATE = "gate_means"
+# What each process moves by itself, by what all of them have seen; a run that starts from another begins anew.
+STEP_STATE = (GATE_STATE, "scales.student", "scales.teacher")
 
 
 class UdonForDistillation(nn.Module):
@@ -69,6 +72,8 @@ class UdonForDistillation(nn.Module):
         self.teacher_prototypes = _make_prototypes(config.domains, config.teacher_dim, self.objective)
         self._terms = Terms(self.objective)
         self._start = _with_copies(self.udon.backbone) if self.objective.retention > 0 else []
+        adapts = self.objective.scale_by == "adacos"
+        self.scales = AdaptiveScales(self.objective, list(self.num_classes.values())) if adapts else None
         if self.objective.gate == "per_domain":
             self.register_buffer(GATE_STATE, torch.zeros(len(self.num_classes), 2))
 
@@ -146,7 +151,9 @@ class UdonForDistillation(nn.Module):
             if bank is None and self.peers is not None and is_relational:
                 position = self.peers.rank * len(embeds.student)
                 bank = RelationalBank.gathered(self.peers.gather, embeds, position)
-            student = self._terms.cosines(embeds.student, self._student_prototypes(domain))
+            number, scales = self._number(domain), self.scales
+            scale = None if scales is None else scales.of_student(number)
+            student = self._terms.cosines(embeds.student, self._student_prototypes(domain), scale)
             student_labels = self._student_labels(labels, domain)
             dims = self.config.matryoshka_dims
             losses = {TERMS[0]: self._terms.nested_classification(student, student_labels, dims)}
@@ -155,7 +162,8 @@ class UdonForDistillation(nn.Module):
             distilled = self._distilled(embeds, own)
             if self.objective.needs_teachers:
                 prototypes = self._teacher_prototypes(domain, sampled_classes)
-                teacher = self._terms.cosines(_given(embeds.teacher), prototypes)
+                scale = None if scales is None else scales.teacher[number]
+                teacher = self._terms.cosines(_given(embeds.teacher), prototypes, scale)
                 gates, confidences = self._gates(own, teacher, labels, domain)
                 losses |= self._teach(distilled, teacher, labels, gates, bank)
             if embeds.frozen:
@@ -174,6 +182,7 @@ class UdonForDistillation(nn.Module):
             image_embeds=embeds.student,
             teacher_embeds=embeds.teacher,
             confidences=confidences,
+            hardness=None if scales is None else self._terms.hardness((student, student_labels), (teacher, labels)),
         )
 
     @torch.no_grad()
@@ -189,6 +198,13 @@ class UdonForDistillation(nn.Module):
             confidences = self.peers.gather(confidences[None]).mean(0)
         means = self.gate_means[self._number(domain)]
         means.copy_(torch.where(applied, running_means(means, confidences), means))
+
+    def observe_hardness(self, domain: str, hardness: torch.Tensor, applied: torch.Tensor) -> None:
+        """Moves adaptive scales on by the hardness of this process's images; see `AdaptiveScales.observe`."""
+        assert self.scales is not None, "without it there is no hardness"
+        if self.peers is not None:
+            hardness = self.peers.gather(hardness)
+        self.scales.observe(self._number(domain), hardness, applied)
 
     def domain_parameters(self, domain: str) -> dict[str, nn.Parameter]:
         """Returns the parameters that only batches of `domain` use, by their names in this model."""
@@ -284,7 +300,7 @@ class UdonForDistillation(nn.Module):
         first = self._first_class(domain)
         columns = slice(first, first + self.num_classes[domain])
         logits = None if student.logits is None else student.logits[:, columns]
-        return Cosines(student.embeds, self.student_prototypes[domain], logits)
+        return Cosines(student.embeds, self.student_prototypes[domain], logits, student.scale)
 
     def _number(self, domain: str) -> int:
         return list(self.num_classes).index(domain)

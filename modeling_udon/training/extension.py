@@ -20,7 +20,7 @@ from modeling_udon.evaluation.protocol import METRICS, Scores, SplitScores
 from modeling_udon.modeling_udon import UdonModel
 from modeling_udon.run_record import RunRecord
 from modeling_udon.storage import write_text
-from modeling_udon.training.distillation import GATE_STATE
+from modeling_udon.training.distillation import STEP_STATE
 from modeling_udon.training.teachers import OldStudent
 
 OLD_SCORES_FILE = "old_student.json"
@@ -107,7 +107,7 @@ def load_start(module: nn.Module, start: Start, domains: Mapping[str, Domain], p
     fresh = [f"{kind}_prototypes.{name}" for kind in ("student", "teacher") for name in new]
     heads = tuple(f"udon.teacher_heads.{name}." for name in new)
     names = {f"{prefix}{name}": name for name in module.state_dict()}
-    fresh.append(GATE_STATE)
+    fresh += STEP_STATE
     wanted = {full: name for full, name in names.items() if full not in fresh and not full.startswith(heads)}
     missing = [full for full in wanted if full not in start.weights]
     if missing:

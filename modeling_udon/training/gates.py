@@ -7,7 +7,7 @@ from torch.nn import functional as F
 GATE_MOMENTUM = 0.99
 
 
-def confidence(cosine_logits: torch.Tensor, labels: torch.Tensor, scale: float, by: str) -> torch.Tensor:
+def confidence(cosine_logits: torch.Tensor, labels: torch.Tensor, scale: float | torch.Tensor, by: str) -> torch.Tensor:
     """How well each image is classified, without margin and without gradient; higher is better.
 
     Args:

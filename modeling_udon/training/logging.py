@@ -10,7 +10,7 @@ from typing import Any
 from accelerate import Accelerator
 from tqdm import tqdm
 
-from modeling_udon.evaluation.protocol import Scores, SplitScores
+from modeling_udon.evaluation.protocol import SplitScores
 from modeling_udon.evaluation.tables import format_left_out
 from modeling_udon.storage import sync, write_text
 
@@ -142,17 +142,6 @@ def format_validation(step: int, scores: SplitScores, metric: str, best: bool) -
     left_out = f" | {format_left_out(scores.left_out)}" if scores.left_out else ""
     mean = 100 * scores.merged["mean"][metric]
     return f"validation at step {step}: mean {metric} {mean:.1f}{mark} | {by_domain}{left_out}"
-
-
-def format_changes(before: Scores, after: Scores) -> str:
-    """Says for each domain whether its R@1 rose or fell from the untrained backbone to the student."""
-    lines = []
-    for name, values in after["domains"].items():
-        start, end = before["domains"][name]["R@1"], values["R@1"]
-        verb = "rose" if end > start else "fell" if end < start else "stayed"
-        warning = "  WARNING: worse than before training" if end < start else ""
-        lines.append(f"{name}: R@1 {verb} from {100 * start:.1f} (untrained backbone) to {100 * end:.1f}{warning}")
-    return "\n".join(lines)
 
 
 def format_weights(path: Path, most: int = 12) -> str:

@@ -23,18 +23,17 @@ def cosine_logits(embeds: torch.Tensor, prototypes: torch.Tensor) -> torch.Tenso
     Returns:
         Cosines of shape `(batch_size, num_classes)`.
     """
-    # Dividing the logits rather than the prototypes saves a second tensor of the prototypes' size.
-    norms = torch.linalg.vector_norm(prototypes, dim=-1).clamp_min(1e-12)
-    if prototypes.ndim == 2:
-        return (embeds @ prototypes.t()) / norms  # (B, D) x (D, C) -> (B, C)
-    cosines = (embeds @ prototypes.flatten(0, 1).t()) / norms.flatten()  # (B, D) x (D, C * K) -> (B, C * K)
-    return cosines.unflatten(1, norms.shape).amax(-1)  # (B, C * K) -> (B, C)
+    norms = torch.linalg.vector_norm(prototypes, dim=-1, keepdim=True).clamp_min(1e-12)
+    if prototypes.ndim == 3:
+        cosines = _cosines(embeds, prototypes.flatten(0, 1), norms.flatten(0, 1))  # (B, D) x (D, C * K) -> (B, C * K)
+        return cosines.unflatten(1, prototypes.shape[:2]).amax(-1)  # (B, C * K) -> (B, C)
+    return _cosines(embeds, prototypes, norms)
 
 
 def classification_loss(
     cosine_logits: torch.Tensor,
     labels: torch.Tensor,
-    scale: float = 16.0,
+    scale: float | torch.Tensor = 16.0,
     margin: float = 0.0,
     kind: str = "normface",
     label_smoothing: float = 0.0,
@@ -190,6 +189,14 @@ def squared_distance(pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> torc
 def _similarities(embeds: torch.Tensor) -> torch.Tensor:
     embeds = embeds.detach()
     return embeds @ embeds.t()
+
+
+def _cosines(embeds: torch.Tensor, prototypes: torch.Tensor, norms: torch.Tensor) -> torch.Tensor:
+    # The smaller of both is divided, prototypes or products: with many classes the passes over it, forward and
+    # backward, cost more than the products do.
+    if prototypes.shape[1] < len(embeds):
+        return embeds @ (prototypes / norms).t()  # (B, D) x (D, C) -> (B, C)
+    return (embeds @ prototypes.t()) / norms.t()
 
 
 def _add_angle(cosines: torch.Tensor, margin: float) -> torch.Tensor:

@@ -13,7 +13,9 @@ _FLOAT32 = 4
 # Tensors of `(batch_size, num_classes)` at the peak of a step, counted by torch's profiler: the student's alone, with a
 # teacher's, with a second student's where distillation stops at the backbone. Last, of `(batch_size, chunk_size)`.
 _COSINES_NESTED = 5
-_COSINES_ALONE, _COSINES_TAUGHT, _COSINES_APART, _COSINES_OF_CHUNK = 6, 11, 13, 7
+_COSINES_ALONE, _COSINES_TAUGHT, _COSINES_APART, _COSINES_OF_CHUNK = 3, 9, 10, 4
+# Where embeddings are wider than the batch is long, products stand beside cosines (`losses.cosine_logits`).
+_COSINES_ALONE_WIDE, _COSINES_OF_CHUNK_WIDE = 5, 7
 
 
 @dataclass(frozen=True)
@@ -78,9 +80,10 @@ def estimate_prototypes(
     if loss.chunk_size is not None:
         # Two terms give the student's prototypes a gradient each before they are added.
         second = rows * embedding_dim if loss.needs_teachers else 0
-        cosines = _COSINES_OF_CHUNK * batch_size * min(loss.chunk_size, rows) + second
+        held = _COSINES_OF_CHUNK if max(embedding_dim, teacher_dim) < batch_size else _COSINES_OF_CHUNK_WIDE
+        cosines = held * batch_size * min(loss.chunk_size, rows) + second
     elif not loss.needs_teachers:
-        cosines = _COSINES_ALONE * batch_size * rows
+        cosines = (_COSINES_ALONE if embedding_dim < batch_size else _COSINES_ALONE_WIDE) * batch_size * rows
     elif loss.classifier == "joint":
         cosines = batch_size * (_COSINES_ALONE * every + (_COSINES_TAUGHT - _COSINES_ALONE) * most)
     else:

@@ -22,6 +22,7 @@ class DistillationOutput(ModelOutput):
         image_embeds: Student embeddings of shape `(batch_size, embedding_dim)`.
         teacher_embeds: Teacher embeddings of shape `(batch_size, teacher_dim)`.
         confidences: Mean confidence of student and teacher, of shape `(2,)`, where the gate asks for it.
+        hardness: What the next scales depend on, of shape `(batch_size, 1 or 2, 2)`, where they adapt.
     """
 
     loss: torch.Tensor | None = None
@@ -31,6 +32,7 @@ class DistillationOutput(ModelOutput):
     image_embeds: torch.Tensor | None = None
     teacher_embeds: torch.Tensor | None = None
     confidences: torch.Tensor | None = None
+    hardness: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -69,11 +71,13 @@ class Cosines:
         embeds: Shape `(batch_size, dim)`, unit norm.
         prototypes: Shape `(num_classes, dim)`.
         logits: Their cosines of shape `(batch_size, num_classes)`; `None` where a loss goes over chunks of classes.
+        scale: Factor on the cosines, where it is not that of the config.
     """
 
     embeds: torch.Tensor
     prototypes: torch.Tensor
     logits: torch.Tensor | None
+    scale: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)

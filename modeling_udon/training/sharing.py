@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from modeling_udon.config import TrainConfig
-from modeling_udon.training.distillation import GATE_STATE, UdonForDistillation
+from modeling_udon.training.distillation import STEP_STATE, UdonForDistillation
 from modeling_udon.training.sharding import shard_backbone
 
 
@@ -22,8 +22,7 @@ def share_model(
     sharded = config.train.shard_backbone and accelerator.num_processes > 1
     # Heads and prototypes of one domain get gradients in a step; DDP would wait for all the others.
     ignored = [name for domain in model.num_classes for name in model.domain_parameters(domain)]
-    # Every process moves the gates' state by itself, by what all of them have seen.
-    ignored.append(GATE_STATE)
+    ignored += STEP_STATE
     model.move_frozen(accelerator.device)
     if accelerator.num_processes > 1 and not sharded:
         ignored += _without_gradient(config, model.to(accelerator.device), accelerator)

@@ -49,6 +49,14 @@ class StepLosses:
     gradient_norm: float
 
 
+@dataclass(frozen=True)
+class _Seen:
+    """What the parts of a batch have shown of its cosines, for gates and scales of the steps to come."""
+
+    confidences: list[torch.Tensor]
+    hardness: list[torch.Tensor]
+
+
 def take_step(run: Run, batch: DomainBatch) -> StepResult:
     """Takes one optimiser step on a batch of one domain; all processes have to call it, each with its share."""
     config, step, domain = run.config, run.step, batch.domain
@@ -62,7 +70,7 @@ def take_step(run: Run, batch: DomainBatch) -> StepResult:
     labels = batch.labels.to(run.accelerator.device, non_blocking=True)
     classes = run.sampled_classes.take(domain, batch.labels, step, run.accelerator.device)
     targets = _targets(run, batch)
-    loss, losses, confidences = _backward(run, inputs, labels, domain, classes, targets)
+    loss, losses, seen = _backward(run, inputs, labels, domain, classes, targets)
     centred = CentredStep(run.model) if config.model.centre_features else None
     judgement = _judge(run, domain, torch.stack([loss, *losses.values()]))
     # AdamW reads on the device whether it may move, see `StepGuard`.
@@ -75,8 +83,10 @@ def take_step(run: Run, batch: DomainBatch) -> StepResult:
         applied = torch.zeros_like(applied)
     run.sampled_classes.put_back(step, applied)
     run.average.update(step)
-    if confidences is not None:
-        run.model.observe_confidences(domain, confidences, applied)
+    if seen.confidences:
+        run.model.observe_confidences(domain, torch.stack(seen.confidences).mean(0), applied)
+    if seen.hardness:
+        run.model.observe_hardness(domain, torch.cat(seen.hardness), applied)
     return StepResult(step, domain, loss, losses, judgement.verdict, judgement.norm)
 
 
@@ -112,8 +122,8 @@ def _backward(
     domain: str,
     classes: torch.Tensor | None,
     targets: Sequence[torch.Tensor],
-) -> tuple[torch.Tensor, dict[str, torch.Tensor], torch.Tensor | None]:
-    """Adds up the gradients of the batch's parts; returns loss, terms and confidences, averaged over the parts."""
+) -> tuple[torch.Tensor, dict[str, torch.Tensor], _Seen]:
+    """Adds up the gradients of the batch's parts; returns loss and terms, averaged over them, and what was seen."""
     parts = run.config.train.accumulation_steps
     input_parts, label_parts = inputs.chunk(parts), labels.chunk(parts)
     # (B, D) of each teacher -> (B / parts, D) of each teacher, for each part
@@ -123,7 +133,7 @@ def _backward(
     share = min(1.0, (run.step + 1) / ramp) if ramp else 1.0
     loss = torch.zeros((), device=inputs.device)
     losses = {name: torch.zeros((), device=inputs.device) for name in run.model.terms}
-    confidences: list[torch.Tensor] = []
+    seen = _Seen([], [])
     of_parts = zip(input_parts, label_parts, banks, target_parts, strict=True)
     for number, (part, part_labels, bank, part_targets) in enumerate(of_parts):
         values = {"distillation_share": share, "sampled_classes": classes, "targets": part_targets}
@@ -135,8 +145,10 @@ def _backward(
         for name, value in output.losses.items():
             losses[name] += value.detach().float() / parts
         if output.confidences is not None:
-            confidences.append(output.confidences)
-    return loss, losses, torch.stack(confidences).mean(0) if confidences else None
+            seen.confidences.append(output.confidences)
+        if output.hardness is not None:
+            seen.hardness.append(output.hardness)
+    return loss, losses, seen
 
 
 def _judge(run: Run, domain: str, losses: torch.Tensor) -> Judgement:

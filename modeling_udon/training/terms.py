@@ -7,9 +7,11 @@ import torch
 from torch.nn import functional as F
 
 from modeling_udon.config import LossConfig
+from modeling_udon.training.adaptive_scale import hardness
 from modeling_udon.training.chunked import (
     chunked_classification_loss,
     chunked_confidence,
+    chunked_hardness,
     chunked_logit_distillation_loss,
 )
 from modeling_udon.training.feature_teachers import FeatureTeacher
@@ -43,10 +45,10 @@ class Terms:
 
     objective: LossConfig
 
-    def cosines(self, embeds: torch.Tensor, prototypes: torch.Tensor) -> Cosines:
+    def cosines(self, embeds: torch.Tensor, prototypes: torch.Tensor, scale: torch.Tensor | None = None) -> Cosines:
         """Compares embeddings with prototypes, unless the losses do it chunk by chunk."""
         whole = self.objective.chunk_size is None
-        return Cosines(embeds, prototypes, cosine_logits(embeds, prototypes) if whole else None)
+        return Cosines(embeds, prototypes, cosine_logits(embeds, prototypes) if whole else None, scale)
 
     def classification(self, cosines: Cosines, labels: torch.Tensor) -> torch.Tensor:
         """The classification loss, a scalar."""
@@ -70,7 +72,8 @@ class Terms:
         """
         losses = [self.classification(cosines, labels)]
         for dim in dims:
-            first = self.cosines(F.normalize(cosines.embeds[:, :dim], dim=1), cosines.prototypes[..., :dim])
+            embeds = F.normalize(cosines.embeds[:, :dim], dim=1)
+            first = self.cosines(embeds, cosines.prototypes[..., :dim], cosines.scale)
             losses.append(self.classification(first, labels))
         return torch.stack(losses).mean() if dims else losses[0]
 
@@ -80,6 +83,26 @@ class Terms:
         if cosines.logits is not None:
             return confidence(cosines.logits, labels, *how)
         return chunked_confidence(cosines.embeds, cosines.prototypes, labels, *how, self._chunk_size)
+
+    def hardness(self, *heads: tuple[Cosines | None, torch.Tensor]) -> torch.Tensor:
+        """What the next scales of student and teacher, if any, depend on; see `adaptive_scale.hardness`.
+
+        Args:
+            heads: Cosines of each, with the labels among their classes.
+
+        Returns:
+            Shape `(batch_size, num_heads, 2)`.
+        """
+        found = []
+        for cosines, labels in heads:
+            if cosines is None:
+                continue
+            scale = self._scale(cosines)
+            if cosines.logits is not None:
+                found.append(hardness(cosines.logits, labels, scale))
+            else:
+                found.append(chunked_hardness(cosines.embeds, cosines.prototypes, labels, scale, self._chunk_size))
+        return torch.stack(found, dim=1)
 
     def logit_distillation(self, student: Cosines, teacher: Cosines, gates: torch.Tensor | None) -> torch.Tensor:
         """The distillation of class probabilities, a scalar; `gates`, if any, weight each image."""
@@ -135,7 +158,9 @@ class Terms:
                 losses[FROZEN_TERMS[1]] = losses[FROZEN_TERMS[1]] + teacher.spec.logit * loss
         return {name: loss / weights[name] for name, loss in losses.items()}
 
-    def _scale(self, cosines: Cosines) -> float:
+    def _scale(self, cosines: Cosines) -> float | torch.Tensor:
+        if cosines.scale is not None:
+            return cosines.scale
         return scale_for(len(cosines.prototypes), self.objective.scale, self.objective.scale_by)
 
     @property

@@ -42,7 +42,7 @@ def training_data(run: Run, say: Callable[[str], None]) -> MultiDomainDataset | 
         _open_feature_teachers(run, features, say)
         # Later the backbone may have moved, and the checkpoint has the centre.
         if config.model.centre_features and run.step == 0:
-            set_centre(run.model, _centre(run, features))
+            set_centre(run.model, _centre(run, features), trained=config.init is not None)
     if config.train.heads_only:
         return FeatureDataset(run.domains, features, config.seed, replace_broken)
     return MultiDomainDataset(run.domains, transform, config.seed, replace_broken)

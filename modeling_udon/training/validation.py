@@ -15,6 +15,7 @@ from modeling_udon.data.preprocessing import image_processor
 from modeling_udon.data.transforms import EvalTransform
 from modeling_udon.encoder import Encoder
 from modeling_udon.evaluation.analysis import analyse
+from modeling_udon.evaluation.changes import compare_with_start, format_changes
 from modeling_udon.evaluation.neighbours import (
     SplitNeighbours,
     domains_with,
@@ -32,7 +33,7 @@ from modeling_udon.training.broken import BrokenImages
 from modeling_udon.training.checkpoint import BEST_FILE
 from modeling_udon.training.extension import compare_with_old, format_extension, keep_old_scores, write_extension
 from modeling_udon.training.feature_embedder import make_embedder
-from modeling_udon.training.logging import Reporter, format_changes, format_weights
+from modeling_udon.training.logging import Reporter, format_weights
 from modeling_udon.training.lora import merged, merged_state, split_state
 from modeling_udon.training.processes import on_main
 from modeling_udon.training.run import Run
@@ -186,8 +187,8 @@ class Assessment:
     def _tell(self, results: dict[str, Any]) -> None:
         say = self._reporter.say
         say("\n" + format_table(results))
-        if results["baseline"]:
-            say("\n" + format_changes(results["baseline"]["untrained"], results["splits"]["test"]["merged"]))
+        if changes := compare_with_start(results):
+            say("\n" + format_changes(changes))
         if "extension" in results:
             say("\n" + format_extension(results["extension"]))
         if self._run.is_main and (weights := format_weights(self._folder.metrics)):

@@ -113,6 +113,7 @@ def test_a_run_scores_as_training_scored_it(udon, own_run):
     for title in ("student, merged", "95 % intervals", "domain of the first neighbour", "images to find"):
         assert title in out
     assert f"wrote {own_run / 'results.json'}" in out
+    assert out.count(" (untrained backbone) to ") == 3 and out.count("Training has made ") == 1
 
 
 def test_the_splits_of_a_run_are_kept_side_by_side(udon, own_run):

@@ -70,6 +70,9 @@ def measured_numbers(results: Mapping[str, Any]) -> set[str]:
         if isinstance(value, int | float):
             numbers |= {f"{value:g}", f"{value}"}
         numbers |= set(NUMBER.findall(str(value)))
+    before, after = results["baseline"]["untrained"]["domains"], results["splits"]["test"]["merged"]["domains"]
+    for name, values in after.items():
+        numbers |= {f"{abs(100 * (values[metric] - before[name][metric])):.1f}" for metric in METRICS}
     return numbers
 
 
@@ -96,7 +99,8 @@ def test_the_check_of_numbers_sees_one_that_was_not_measured(results: dict[str, 
 
 
 def test_the_table_holds_each_score_with_its_interval(results: dict[str, Any]) -> None:
-    rows = re.findall(r"^\| (\S+) \| (\d.*) \|$", str(render(results, results["config"])), re.MULTILINE)
+    page = str(render(results, results["config"])).partition("What the student has to beat")[0]
+    rows = re.findall(r"^\| (\S+) \| (\d.*) \|$", page, re.MULTILINE)
     table = {name: cells.split(" | ") for name, cells in rows}
     scores, intervals = results["splits"]["test"], results["analysis"]["test"]["intervals"]
     assert list(table) == ["stripes", "blobs", "noise", "**mean**"]
@@ -107,6 +111,21 @@ def test_the_table_holds_each_score_with_its_interval(results: dict[str, Any]) -
             bounds = intervals[kind]["mean"] if name == "**mean**" else intervals[kind]["domains"][name]
             expected += [(part[metric], *bounds[metric]) for metric in METRICS]
         assert cells == [f"{100 * a:.1f} ({100 * b:.1f} to {100 * c:.1f})" for a, b, c in expected]
+
+
+def test_the_card_says_where_training_made_a_domain_worse(results: dict[str, Any]) -> None:
+    before, after = results["baseline"]["untrained"]["domains"], results["splits"]["test"]["merged"]["domains"]
+    before["blobs"] |= {"R@1": after["blobs"]["R@1"] + 0.125, "mMP@5": after["blobs"]["mMP@5"]}
+    for name in ("stripes", "noise"):
+        before[name] = {metric: 0.0 for metric in METRICS}
+    card = str(render(results, results["config"]))
+    assert "Training has made 1 of 3 domains worse: blobs (R@1 -12.5)." in card
+    (row,) = re.findall(r"^\| blobs \| (.* -12\.5 .*) \|$", card, re.MULTILINE)
+    pairs = [(before["blobs"][metric], after["blobs"][metric]) for metric in METRICS]
+    expected = [text for a, b in pairs for text in (f"{100 * a:.1f}", f"{100 * b:.1f}", f"{100 * (b - a):+.1f}")]
+    assert row.split(" | ") == expected
+    results["baseline"] = {}
+    assert "before training" not in str(render(results, results["config"]))
 
 
 def test_every_snippet_pins_a_revision(results: dict[str, Any]) -> None:

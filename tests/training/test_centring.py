@@ -32,7 +32,7 @@ def test_steps_are_those_of_a_layer_that_gets_the_features_less_their_mean(hidde
     plain = nn.Linear(8, layer.out_features)
     plain.load_state_dict(layer.state_dict())
     add_centre(model)
-    set_centre(model, centre)
+    set_centre(model, centre, trained=False)
     optimizers = [torch.optim.AdamW(one.parameters(), lr=0.1, weight_decay=0.0) for one in (layer, plain)]
     for _ in range(5):
         features, directions = torch.randn(6, 8) + centre, torch.randn(6, layer.out_features)
@@ -83,6 +83,19 @@ def test_the_centre_is_the_mean_over_domains_of_their_mean_feature(
             total += torch.from_numpy(found.embeddings["backbone"][0])
         means.append(total / len(domain.images))
     torch.testing.assert_close(model.get_buffer("feature_centre"), torch.stack(means).mean(0))
+
+
+def test_a_run_that_starts_from_a_student_keeps_what_its_head_maps(
+    make_values: Values, run_train: Run, open_trainer: Callable[..., Trainer], tmp_path: Path
+) -> None:
+    old = run_train(make_values(tmp_path / "old", **CENTRED))
+    config = load_config(None, ["--name", "new", "--output_dir", str(tmp_path)], (), old)
+    trainer = open_trainer(config)
+    before = {name: value.clone() for name, value in trainer.run.model.udon.student_head.state_dict().items()}
+    next(iter(trainer.batches()))
+    assert config.model.centre_features and trainer.run.model.get_buffer("feature_centre").norm() > 0.1
+    for name, value in trainer.run.model.udon.student_head.state_dict().items():
+        assert torch.equal(value, before[name]), name
 
 
 def test_a_head_without_bias_cannot_take_the_mean_up(tiny_config: Callable[..., Path]) -> None:
