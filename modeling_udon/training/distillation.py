@@ -72,10 +72,7 @@ class UdonForDistillation(nn.Module):
         self.teacher_prototypes = _make_prototypes(config.domains, config.teacher_dim, self.objective)
         self._terms = Terms(self.objective)
         self._start = _with_copies(self.udon.backbone) if self.objective.retention > 0 else []
-        adapts = self.objective.scale_by == "adacos"
-        self.scales = AdaptiveScales(self.objective, list(self.num_classes.values())) if adapts else None
-        if self.objective.gate == "per_domain":
-            self.register_buffer(GATE_STATE, torch.zeros(len(self.num_classes), 2))
+        self._make_step_state()
 
     @property
     def terms(self) -> tuple[str, ...]:
@@ -301,6 +298,13 @@ class UdonForDistillation(nn.Module):
         columns = slice(first, first + self.num_classes[domain])
         logits = None if student.logits is None else student.logits[:, columns]
         return Cosines(student.embeds, self.student_prototypes[domain], logits, student.scale)
+
+    def _make_step_state(self) -> None:
+        """Makes room for what steps move besides weights, as far as the objective asks for it."""
+        adapts = self.objective.scale_by == "adacos"
+        self.scales = AdaptiveScales(self.objective, list(self.num_classes.values())) if adapts else None
+        if self.objective.gate == "per_domain":
+            self.register_buffer(GATE_STATE, torch.zeros(len(self.num_classes), 2))
 
     def _number(self, domain: str) -> int:
         return list(self.num_classes).index(domain)
