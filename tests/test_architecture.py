@@ -53,6 +53,7 @@ FLOORS = {
     f"{PACKAGE}.run_models": 11,
     f"{PACKAGE}.search": 11,
     f"{PACKAGE}.evaluation": 12,
+    f"{PACKAGE}.serving": 12,
     f"{PACKAGE}.retrieval": 13,
     f"{PACKAGE}.hub": 13,
     f"{PACKAGE}.training": 14,

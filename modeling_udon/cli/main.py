@@ -19,6 +19,7 @@ from modeling_udon.cli.push import push
 from modeling_udon.cli.push_space import push_space
 from modeling_udon.cli.report import report
 from modeling_udon.cli.search import search
+from modeling_udon.cli.serve import serve
 from modeling_udon.cli.terminal import ReaderGoneError, use_escapes, warn
 from modeling_udon.cli.train_verb import main as train
 from modeling_udon.faults import explain, first_line
@@ -80,6 +81,7 @@ def make_parser() -> argparse.ArgumentParser:
     add_verb(verbs, "evaluate", evaluate, one_of=("run", "model", "embeddings"))
     add_verb(verbs, "report", report)
     add_verb(verbs, "app", page, app)
+    add_verb(verbs, "serve", serve)
     add_verb(verbs, "push-space", page, push_space)
     add_verb(verbs, "export", export)
     add_verb(verbs, "push", push)

@@ -48,7 +48,7 @@ def use_one_thread(worker_id: int = 0) -> None:
     cv2.setNumThreads(0)
 
 
-def decode_image(data: bytes) -> np.ndarray:
+def decode_image(data: bytes, max_pixels: int = MAX_IMAGE_PIXELS) -> np.ndarray:
     """Decode an image file into upright RGB, `(H, W, 3)` uint8, contiguous and writable.
 
     Grey and RGB JPEGs go through OpenCV, which gives Pillow's bytes in half of Pillow's time; all other files through
@@ -58,13 +58,13 @@ def decode_image(data: bytes) -> np.ndarray:
 
     Raises:
         ValueError: if the file is empty, no image of `IMAGE_FORMATS`, damaged, cut short, or of more than
-            `MAX_IMAGE_PIXELS` pixels, which the header alone shows.
+            `max_pixels` pixels, which the header alone shows.
     """
     if not data:
         raise ValueError("data must be the bytes of an image file, but it is empty: leave it out or fetch it again")
-    if _is_bare_jpeg(data) and (pixels := _decode_with_opencv(data)) is not None:
+    if _is_bare_jpeg(data, max_pixels) and (pixels := _decode_with_opencv(data)) is not None:
         return pixels
-    image = _open_image(data)
+    image = _open_image(data, max_pixels)
     is_plain_jpeg = image.format in ("JPEG", "MPO") and image.mode in ("RGB", "L")
     pixels = _decode_with_opencv(data) if is_plain_jpeg else None
     if pixels is None:
@@ -82,7 +82,7 @@ def read_picture(image: Image.Image) -> np.ndarray:
     return _turn_upright(pixels, _read_orientation(image))
 
 
-def _is_bare_jpeg(data: bytes) -> bool:
+def _is_bare_jpeg(data: bytes, max_pixels: int) -> bool:
     """Whether this is a grey or RGB JPEG of allowed size without EXIF or XMP: there is nothing to ask Pillow about.
 
     Pillow's reading of the header would cost a seventh of the decoding of a 341 x 256 image. Markers as in ITU-T T.81,
@@ -97,7 +97,7 @@ def _is_bare_jpeg(data: bytes) -> bool:
             return has_frame
         if marker in (0xC0, 0xC1, 0xC2):  # baseline, extended or progressive frame
             height, width, channels = struct.unpack_from(">HHB", data, position + 5)
-            if channels not in (1, 3) or not 0 < height * width <= MAX_IMAGE_PIXELS:
+            if channels not in (1, 3) or not 0 < height * width <= max_pixels:
                 return False
             has_frame = True
         elif marker not in _HARMLESS_JPEG_MARKERS:
@@ -111,26 +111,26 @@ def _decode_with_opencv(data: bytes) -> np.ndarray | None:
     return cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION)
 
 
-def _open_image(data: bytes) -> Image.Image:
+def _open_image(data: bytes, max_pixels: int) -> Image.Image:
     """Read the header only."""
     try:
         with _without_warnings():
             image = Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
     except Image.DecompressionBombError as error:
-        raise ValueError(_too_large(f"more than {2 * (Image.MAX_IMAGE_PIXELS or 0):,}")) from error
+        raise ValueError(_too_large(f"more than {2 * (Image.MAX_IMAGE_PIXELS or 0):,}", max_pixels)) from error
     except Exception as error:  # On damaged headers Pillow's readers raise nearly every type there is.
         raise ValueError(
             f"data must be an image ({', '.join(IMAGE_FORMATS)}). Got {len(data)} bytes that begin with {data[:12]!r}: "
             "the file is of another kind, or its header is damaged or of size zero; leave it out or fetch it again"
         ) from error
     width, height = image.size
-    if width * height > MAX_IMAGE_PIXELS:
-        raise ValueError(_too_large(f"{width} x {height} = {width * height:,}"))
+    if width * height > max_pixels:
+        raise ValueError(_too_large(f"{width} x {height} = {width * height:,}", max_pixels))
     return image
 
 
-def _too_large(got: str) -> str:
-    return f"data must be an image of at most {MAX_IMAGE_PIXELS:,} pixels. Got {got}: shrink it or leave it out"
+def _too_large(got: str, max_pixels: int) -> str:
+    return f"data must be an image of at most {max_pixels:,} pixels. Got {got}: shrink it or leave it out"
 
 
 def _decode_with_pillow(image: Image.Image, data: bytes = b"") -> np.ndarray:

@@ -50,6 +50,20 @@ class FoundImage:
     thumbnail: bytes | None
     accepted: bool | None
 
+    def to_json(self, rank: int) -> dict[str, Any]:
+        """As plain values that JSON holds, without its picture; what the data says of the image stands in `columns`."""
+        return {
+            "rank": rank,
+            "score": self.score,
+            "row": self.row,
+            "id": self.id,
+            "path": self.path,
+            "file": self.file,
+            "domain": self.domain,
+            "match": self.accepted,
+            "columns": {name: _json_value(value) for name, value in self.columns.items()},
+        }
+
 
 @dataclass(frozen=True)
 class QueryResult:
@@ -88,20 +102,7 @@ class SearchResults:
                 {
                     "path": query.path,
                     "in_index": query.is_known if self.calibration is not None else None,
-                    "neighbours": [
-                        {
-                            "rank": rank,
-                            "score": found.score,
-                            "row": found.row,
-                            "id": found.id,
-                            "path": found.path,
-                            "file": found.file,
-                            "domain": found.domain,
-                            "match": found.accepted,
-                            "columns": {name: _json_value(value) for name, value in found.columns.items()},
-                        }
-                        for rank, found in enumerate(query.neighbours, 1)
-                    ],
+                    "neighbours": [found.to_json(rank) for rank, found in enumerate(query.neighbours, 1)],
                 }
                 for query in self.queries
             ],

@@ -1,0 +1,1 @@
+"""HTTP service of `udon serve`: embeddings in OpenAI's form, search and changes of an index."""
