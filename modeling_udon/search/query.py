@@ -216,7 +216,13 @@ def _query_files(queries: Sequence[str | os.PathLike[str]], warn: Callable[[str]
 
 
 def neighbours_of(
-    index: ImageIndex, model: Encoder, embeddings: np.ndarray, k: int, domain: str | None, thumbnails: bool
+    index: ImageIndex,
+    model: Encoder,
+    embeddings: np.ndarray,
+    k: int,
+    domain: str | None,
+    thumbnails: bool,
+    **filters: Any,
 ) -> list[list[FoundImage]]:
     """Searches an opened index for the images most like each query, best first.
 
@@ -227,8 +233,9 @@ def neighbours_of(
         k: Neighbours of each query.
         domain: Search among the images of this domain of the index only.
         thumbnails: Whether neighbours come with the thumbnails that were kept.
+        filters: Further options of `ImageIndex.search`.
     """
-    scores, rows = index.search(embeddings, k, domain)
+    scores, rows = index.search(embeddings, k, domain, **filters)
     return [
         [
             _found(index, model, int(row), float(score), thumbnails)

@@ -11,9 +11,8 @@ from typing import Annotated, Any
 
 import numpy as np
 from fastapi import APIRouter, Depends, FastAPI, Request, Response
-from fastapi.exceptions import RequestValidationError
+from fastapi.exceptions import RequestValidationError, StarletteHTTPException
 from fastapi.responses import JSONResponse
-from starlette.exceptions import HTTPException
 
 from modeling_udon.encoder import Encoder
 from modeling_udon.serving.gate import Access, Gate
@@ -21,11 +20,21 @@ from modeling_udon.serving.images import ImageService
 from modeling_udon.serving.index_service import IndexService
 from modeling_udon.serving.limits import Limits, ServiceError, refusal
 from modeling_udon.serving.metrics import Metrics
-from modeling_udon.serving.schemas import EmbeddingsBody, SearchBody
+from modeling_udon.serving.schemas import AddBody, EmbeddingsBody, RemoveBody, SearchBody
 from modeling_udon.version import __version__
 
 _LIVE, _READY = ("/health/live",), ("/health", "/health/ready")
-_PATHS = ("/v1/embeddings", "/v1/models", "/search", "/index", "/metrics", *_LIVE, *_READY)
+_PATHS = (
+    "/v1/embeddings",
+    "/v1/models",
+    "/search",
+    "/index",
+    "/index/add",
+    "/index/remove",
+    "/metrics",
+    *_LIVE,
+    *_READY,
+)
 _OPEN_PATHS = _LIVE + _READY
 _GUARDED = "/index/"
 
@@ -86,7 +95,7 @@ def make_app(service: Service, access: Access) -> Any:
     app.include_router(_routes)
     app.add_exception_handler(ServiceError, _answer_error)
     app.add_exception_handler(RequestValidationError, _answer_wrong_body)
-    app.add_exception_handler(HTTPException, _answer_status)
+    app.add_exception_handler(StarletteHTTPException, _answer_status)
     app.add_exception_handler(Exception, _answer_fault)
     return Gate(app, service.limits, access, service.metrics, _PATHS, _OPEN_PATHS, _GUARDED)
 
@@ -146,10 +155,9 @@ async def model(name: str, service: Used) -> dict[str, Any]:
 async def search(body: SearchBody, service: Used) -> dict[str, Any]:
     """Searches the index for the images most like one."""
     index = _index(service)
-    if body.vector is not None:
-        query = np.asarray(body.vector, np.float32)
-    else:
-        query = (await service.images.embed([body.image or ""], ["image"]))[0]
+    query = None if body.vector is None else np.asarray(body.vector, np.float32)
+    if body.image is not None:
+        query = (await service.images.embed([body.image], ["image"]))[0]
     return await index.search(query, body)
 
 
@@ -157,6 +165,24 @@ async def search(body: SearchBody, service: Used) -> dict[str, Any]:
 async def index(service: Used) -> dict[str, Any]:
     """Tells of the index."""
     return _index(service).describe()
+
+
+@_routes.post("/index/add")
+async def add(body: AddBody, service: Used) -> dict[str, Any]:
+    """Embeds images and adds them to the index in one commit."""
+    opened = _index(service)
+    most = service.limits.max_items
+    if len(body.images) > most:
+        raise refusal(f"`images` must hold 1 to {most}. Got {len(body.images)}; send them in parts.", "images")
+    names = [f"images[{number}].image" for number in range(len(body.images))]
+    read = await service.images.read([image.image for image in body.images], names, facts=True)
+    return await opened.add(read, body)
+
+
+@_routes.post("/index/remove")
+async def remove(body: RemoveBody, service: Used) -> dict[str, Any]:
+    """Removes images from the index in one commit."""
+    return await _index(service).remove(body)
 
 
 @_routes.get("/health/live")
@@ -229,7 +255,7 @@ def _param(place: Sequence[str | int]) -> str | None:
 
 
 async def _answer_status(request: Request, error: Exception) -> JSONResponse:
-    assert isinstance(error, HTTPException)
+    assert isinstance(error, StarletteHTTPException)
     message = f"{request.method} {request.url.path[:200]} must be a request that /openapi.json lists: {error.detail}."
     return await _answer_error(request, ServiceError(error.status_code, message, code="unknown_url"))
 

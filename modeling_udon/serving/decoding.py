@@ -14,19 +14,29 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from queue import SimpleQueue
+from typing import NamedTuple
 
 import numpy as np
 
 from modeling_udon.data.images import decode_image, use_one_thread
 from modeling_udon.data.transforms import ImageTransform
+from modeling_udon.search.thumbnails import make_thumbnail
 
 _START_SECONDS = 120
 _HEAD = struct.Struct("<cII")
 _PIXELS, _REASON = b"p", b"r"
+_BARE, _WITH_THUMBNAIL = b"b", b"t"
 
 
 class UnreadableError(ValueError):
     """An image that cannot be decoded; the message goes on from the name of its field."""
+
+
+class Decoded(NamedTuple):
+    """Pixels of the model's size, `(height, width, 3)`, uint8, and a small JPEG, empty if none was asked for."""
+
+    pixels: np.ndarray
+    thumbnail: bytes
 
 
 class DecoderPool:
@@ -55,13 +65,14 @@ class DecoderPool:
         self._lock = threading.Lock()
         self._closed = False
 
-    def decode(self, data: bytes) -> "Future[np.ndarray]":
-        """Decodes an image file when a process is free.
+    def decode(self, data: bytes, thumbnail: bool = False) -> "Future[Decoded]":
+        """Decodes an image file when a process is free; the answer may be an `UnreadableError`.
 
-        Returns:
-            Pixels of the model's size, `(height, width, 3)`, uint8; or an `UnreadableError`.
+        Args:
+            data: The file's bytes.
+            thumbnail: Whether to make one.
         """
-        return self._threads.submit(self._decode, data)
+        return self._threads.submit(self._decode, data, thumbnail)
 
     def close(self) -> None:
         """Ends the processes; images that still wait are given up."""
@@ -75,9 +86,9 @@ class DecoderPool:
     def _start(self) -> "_Worker":
         return _Worker(self._context, self._transform, self._max_pixels)
 
-    def _decode(self, data: bytes) -> np.ndarray:
+    def _decode(self, data: bytes, thumbnail: bool) -> Decoded:
         with self._taken() as worker:
-            return worker.ask(data, self._seconds)
+            return worker.ask((_WITH_THUMBNAIL if thumbnail else _BARE) + data, self._seconds)
 
     @contextmanager
     def _taken(self) -> Iterator["_Worker"]:
@@ -116,15 +127,17 @@ class _Worker:
             self._pipe.recv_bytes()
             self._ready = True
 
-    def ask(self, data: bytes, seconds: float) -> np.ndarray:
-        """Has an image decoded; the process is dead afterwards if it took too long or ended by itself.
+    def ask(self, message: bytes, seconds: float) -> Decoded:
+        """Has an image decoded, whose bytes follow what is wanted.
+
+        The process is dead afterwards if it took too long or ended by itself.
 
         Raises:
             UnreadableError: If the image cannot be decoded.
         """
         try:
             self.wait_until_ready()
-            self._pipe.send_bytes(data)
+            self._pipe.send_bytes(message)
             if not self._pipe.poll(seconds):
                 self.kill()
                 raise UnreadableError(f"must be decoded within {seconds:g} s. Got one that takes longer; shrink it.")
@@ -137,7 +150,9 @@ class _Worker:
         kind, height, width = _HEAD.unpack_from(answer)
         if kind == _REASON:
             raise UnreadableError(answer[_HEAD.size :].decode())
-        return np.frombuffer(answer, np.uint8, offset=_HEAD.size).reshape(height, width, 3)
+        size = height * width * 3
+        pixels = np.frombuffer(answer, np.uint8, size, _HEAD.size).reshape(height, width, 3)
+        return Decoded(pixels, answer[_HEAD.size + size :])
 
     def kill(self) -> None:
         """Ends the process."""
@@ -154,12 +169,14 @@ def _serve(pipe: Connection, transform: ImageTransform, max_pixels: int) -> None
     pipe.send_bytes(b"ready")
     while True:
         try:
-            data = pipe.recv_bytes()
+            message = pipe.recv_bytes()
         except EOFError:
             return
         try:
-            pixels = np.ascontiguousarray(transform(decode_image(data, max_pixels)))
-            answer = _HEAD.pack(_PIXELS, *pixels.shape[:2]) + pixels.tobytes()
+            image = decode_image(message[1:], max_pixels)
+            pixels = np.ascontiguousarray(transform(image))
+            small = make_thumbnail(image) if message[:1] == _WITH_THUMBNAIL else b""
+            answer = _HEAD.pack(_PIXELS, *pixels.shape[:2]) + pixels.tobytes() + small
         except (ValueError, OSError, MemoryError) as error:
             reason = " ".join(str(error).split()).removeprefix("data ") or "must fit into memory; shrink it"
             answer = _HEAD.pack(_REASON, 0, 0) + reason.encode("utf-8", "backslashreplace")

@@ -3,11 +3,13 @@
 import asyncio
 import base64
 import binascii
+import hashlib
 import math
 import re
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -24,6 +26,22 @@ _ADDRESS = re.compile(r"[a-z][a-z0-9+.-]*://", re.ASCII | re.IGNORECASE)
 _NUM_FETCHERS = 8
 # Of the speed by which clients are told when to come back.
 _MEMORY = 0.9
+
+
+class ReadImage(NamedTuple):
+    """An image of a request.
+
+    Attributes:
+        embedding: Of shape `(dim,)`, float32, unit norm.
+        sha256: Digest of its bytes, empty if it was not asked for.
+        num_bytes: Their number.
+        thumbnail: A small JPEG, empty if it was not asked for.
+    """
+
+    embedding: np.ndarray
+    sha256: str
+    num_bytes: int
+    thumbnail: bytes
 
 
 class ImageService:
@@ -60,14 +78,16 @@ class ImageService:
         return self._batcher.is_alive
 
     async def embed(self, images: Sequence[str], names: Sequence[str]) -> np.ndarray:
+        """Embeds images, as `read`: shape `(num_images, dim)`, float32, unit norm."""
+        return np.stack([image.embedding for image in await self.read(images, names)])
+
+    async def read(self, images: Sequence[str], names: Sequence[str], facts: bool = False) -> list[ReadImage]:
         """Embeds images.
 
         Args:
             images: Each a data URI, base64, or an address where these are allowed.
             names: What each is called in the request.
-
-        Returns:
-            Shape `(num_images, dim)`, float32, unit norm.
+            facts: Whether their digests and thumbnails are wanted too.
 
         Raises:
             ServiceError: 400 for an image that cannot be read, 429 where too many wait, 503 where it takes too long.
@@ -76,14 +96,15 @@ class ImageService:
             try:
                 async with asyncio.timeout(self._limits.request_seconds), asyncio.TaskGroup() as group:
                     tasks = [
-                        group.create_task(self._embed(image, name)) for image, name in zip(images, names, strict=True)
+                        group.create_task(self._read(image, name, facts))
+                        for image, name in zip(images, names, strict=True)
                     ]
             except* ServiceError as errors:
                 raise _first(errors) from None
             except* TimeoutError:
                 message = f"the service could not answer within {self._limits.request_seconds:g} s; send fewer images."
                 raise ServiceError(503, message, code="timeout", retry_after=self._seconds_to_wait()) from None
-        return np.stack([task.result() for task in tasks])
+        return [task.result() for task in tasks]
 
     def close(self) -> None:
         """Ends the processes and threads."""
@@ -91,21 +112,22 @@ class ImageService:
         self._decoders.close()
         self._fetchers.shutdown(wait=False, cancel_futures=True)
 
-    async def _embed(self, image: str, name: str) -> np.ndarray:
+    async def _read(self, image: str, name: str, facts: bool) -> ReadImage:
         loop = asyncio.get_running_loop()
         try:
             if _ADDRESS.match(image):
                 data = await loop.run_in_executor(self._fetchers, self._fetcher.fetch, image)
             else:
                 data = unpack(image, self._limits.max_image_bytes)
-            pixels = await asyncio.wrap_future(self._decoders.decode(data))
+            decoded = await asyncio.wrap_future(self._decoders.decode(data, facts))
         except UnreadableError as error:
             self._metrics.unreadable.inc()
             raise refusal(f"`{name}` {error}", name, "invalid_image") from error
-        embedding = await asyncio.wrap_future(self._batcher.submit(pixels))
+        embedding = await asyncio.wrap_future(self._batcher.submit(decoded.pixels))
         if not np.isfinite(embedding).all():
             raise ServiceError(500, f"the model gives no finite embedding for `{name}`; send another image.", name)
-        return embedding
+        sha256 = hashlib.sha256(data).hexdigest() if facts else ""
+        return ReadImage(embedding, sha256, len(data), decoded.thumbnail)
 
     @contextmanager
     def _admitted(self, number: int) -> Iterator[None]:

@@ -13,6 +13,7 @@ import pytest
 
 from modeling_udon.data.images import decode_image
 from modeling_udon.data.transforms import EvalTransform
+from modeling_udon.search.thumbnails import make_thumbnail
 from modeling_udon.serving.batching import Batcher
 from modeling_udon.serving.decoding import DecoderPool, UnreadableError
 from modeling_udon.serving.fetching import Fetcher, is_public
@@ -32,14 +33,19 @@ def processes(pool):
 def test_a_decoder_gives_the_pixels_of_the_transform(pool, png):
     found = [pool.decode(png(seed)) for seed in range(5)]
     for seed, pixels in enumerate(found):
-        np.testing.assert_array_equal(pixels.result(), EvalTransform(16)(decode_image(png(seed))))
+        np.testing.assert_array_equal(pixels.result().pixels, EvalTransform(16)(decode_image(png(seed))))
+
+
+def test_a_decoder_makes_a_thumbnail_where_it_is_wanted(pool, png):
+    kept = pool.decode(png(0), thumbnail=True).result().thumbnail
+    assert kept == make_thumbnail(decode_image(png(0))) and pool.decode(png(0)).result().thumbnail == b""
 
 
 def test_a_decoder_names_the_reason_and_goes_on(pool, png):
     before = processes(pool)
     with pytest.raises(UnreadableError, match="^must be an image"):
         pool.decode(b"no image").result()
-    assert pool.decode(png(0)).result().shape == (16, 16, 3) and processes(pool) == before
+    assert pool.decode(png(0)).result().pixels.shape == (16, 16, 3) and processes(pool) == before
 
 
 def test_a_decoder_that_hangs_is_replaced_by_another(pool, png):
@@ -49,7 +55,7 @@ def test_a_decoder_that_hangs_is_replaced_by_another(pool, png):
     with pytest.raises(UnreadableError, match=r"^must be decoded within 0.2 s. Got one that takes longer"):
         pool.decode(png(0)).result()
     pool._seconds = 60
-    assert pool.decode(png(1)).result().shape == (16, 16, 3)
+    assert pool.decode(png(1)).result().pixels.shape == (16, 16, 3)
     assert processes(pool) != [first]
 
 
@@ -58,7 +64,7 @@ def test_a_decoder_that_is_killed_is_replaced_by_another(pool, png):
     os.kill(first, signal.SIGKILL)
     with pytest.raises(UnreadableError, match="Got one whose decoder was ended"):
         pool.decode(png(0)).result()
-    assert pool.decode(png(1)).result().shape == (16, 16, 3)
+    assert pool.decode(png(1)).result().pixels.shape == (16, 16, 3)
 
 
 def test_images_that_come_while_the_encoder_works_share_its_next_pass():
