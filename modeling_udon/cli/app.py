@@ -1,6 +1,6 @@
 """`udon app`."""
 
-from modeling_udon.cli.models import Page
+from modeling_udon.cli.models import Page, need_gradio
 from modeling_udon.cli.options import Natural, Positive
 from modeling_udon.cli.terminal import say
 
@@ -24,6 +24,7 @@ def app(
     Example:
         udon app --model runs/demo/best --index photos-index --examples photos
     """
+    need_gradio()
     from modeling_udon.search.app import make_page, open_side, start
 
     sides = [open_side(side.index, side.open(shown.trust_remote_code)) for side in shown.sides]

@@ -11,6 +11,7 @@ from modeling_udon.cli.app import app
 from modeling_udon.cli.embed import embed
 from modeling_udon.cli.evaluate import evaluate
 from modeling_udon.cli.export import export
+from modeling_udon.cli.export_page import export_page
 from modeling_udon.cli.index import index
 from modeling_udon.cli.models import page
 from modeling_udon.cli.options import Parser, add_verb, run_verb
@@ -84,6 +85,7 @@ def make_parser() -> argparse.ArgumentParser:
     add_verb(verbs, "serve", serve)
     add_verb(verbs, "push-space", page, push_space)
     add_verb(verbs, "export", export)
+    add_verb(verbs, "export-page", export_page)
     add_verb(verbs, "push", push)
     return parser
 

@@ -40,6 +40,16 @@ def open_model(model: str, revision: str | None, trust_remote_code: bool, dim: i
     return Encoder.open(model, revision=revision, trust_remote_code=trust_remote_code, dim=dim)
 
 
+def need_gradio() -> None:
+    """Refuses to go on without what the page of `udon app` is made with.
+
+    Raises:
+        ImportError: If Gradio is missing.
+    """
+    if find_spec("gradio") is None:
+        raise ImportError('the page needs gradio, which is missing: pip install "modeling-udon[demo]"')
+
+
 def page(
     *,
     index: Folder,
@@ -65,17 +75,14 @@ def page(
 
     Raises:
         ValueError: If the second side is incomplete, or an example cannot be read.
-        ImportError: If Gradio is missing.
     """
     if (model2 is None) != (index2 is None):
         raise ValueError("--model2 and --index2 must be given together, a model with the index that was made with it")
     if revision2 is not None and model2 is None:
         raise ValueError("--revision2 must be of --model2, which is not given")
-    if find_spec("gradio") is None:
-        raise ImportError('the page needs gradio, which is missing: pip install "modeling-udon[demo]"')
     sides = [Side(model, index, revision)]
     if model2 is not None and index2 is not None:
         sides.append(Side(model2, index2, revision2))
-    from modeling_udon.search.app import find_examples
+    from modeling_udon.search.examples import find_examples
 
     return Page(sides, [] if examples is None else find_examples(examples), trust_remote_code)

@@ -8,7 +8,6 @@ import ast
 import os
 import shutil
 import sys
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -16,10 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-from huggingface_hub import HfApi, ModelCard, SpaceCardData
-
-# The client's own base of what its HTTP library raises: another one in version 0.34 (requests) than later (httpx).
-from huggingface_hub.errors import HTTPError
+from huggingface_hub import ModelCard, SpaceCardData
 from tqdm import tqdm
 from transformers.utils import cached_file
 from transformers.utils.hub import extract_commit_hash
@@ -27,13 +23,12 @@ from transformers.utils.hub import extract_commit_hash
 from modeling_udon.auto_classes import UdonModel
 from modeling_udon.calibration import CALIBRATION_FILE
 from modeling_udon.encoder import Encoder
-from modeling_udon.hub.errors import reason_of
+from modeling_udon.hub.shown_rows import shown_rows, tell_missing
 from modeling_udon.hub.student_folder import write_student
 from modeling_udon.search.commits import check_compact
 from modeling_udon.search.image_index import ImageIndex
 from modeling_udon.search.index_folder import INDEX_FILE, METADATA_FILE, write_about
 from modeling_udon.search.query import check_model
-from modeling_udon.search.thumbnails import find_thumbnail
 from modeling_udon.storage import replaced_folder
 
 PACKAGE = "modeling_udon"
@@ -118,57 +113,6 @@ def make_space(
         (draft / "README.md").write_text(_readme(title, placed, sides), encoding="utf-8")
 
 
-def push_space(folder: str | os.PathLike[str], repo: str, private: bool = False, api: HfApi | None = None) -> str:
-    """Uploads a Space's folder in one commit; the Space is made if need be.
-
-    Args:
-        folder: Folder that `make_space` wrote.
-        repo: Repository on the Hub, `owner/name`.
-        private: Whether the Space must be private.
-        api: The client; by default the one of the user's own login.
-
-    Returns:
-        The Space's address.
-
-    Raises:
-        ValueError: If the Space must be private and is there already, but public.
-        OSError: If the Hub refuses, fails, or cannot be reached.
-    """
-    client = HfApi() if api is None else api
-    try:
-        made = client.create_repo(repo, repo_type="space", space_sdk="gradio", private=private or None, exist_ok=True)
-        if private and not client.repo_info(repo, repo_type="space").private:
-            raise ValueError(
-                f"`--private` must go with a private Space. Got {repo}, which is public; make it private in its "
-                "settings, or leave `--private` out."
-            )
-        with warnings.catch_warnings():
-            # An index beside the page is no mistake.
-            warnings.filterwarnings("ignore", message="It seems that you are about to commit a data file")
-            client.upload_folder(
-                repo_id=repo,
-                repo_type="space",
-                folder_path=os.fspath(folder),
-                commit_message="Upload the page with udon push-space",
-                delete_patterns=[f"{name}/*" for name in OWN_FOLDERS],
-            )
-    except (OSError, HTTPError) as error:
-        raise OSError(
-            f"nothing was uploaded to the Space {repo}: {reason_of(error, repo)}; its folder {folder} is ready: run "
-            "the same command again"
-        ) from error
-    return str(made)
-
-
-def list_files(folder: str | os.PathLike[str]) -> str:
-    """The files of a folder with their sizes, as a table."""
-    paths = sorted(path for path in Path(folder).rglob("*") if path.is_file())
-    sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in paths}
-    width = max(map(len, sizes))
-    lines = [f"{len(sizes)} files, {sum(sizes.values()):,} bytes, in {os.fspath(folder)}"]
-    return "\n".join(lines + [f"  {name:<{width}}  {size:>13,}" for name, size in sizes.items()])
-
-
 def _check_target(target: Path, force: bool) -> None:
     if not target.exists():
         return
@@ -238,19 +182,15 @@ def _copy_index(index: ImageIndex, target: Path, title: str, say: Say) -> None:
         tqdm(total=len(table), desc="pictures", unit="image", disable=None) as progress,
     ):
         for start in range(0, len(table), _ROWS):
-            rows = [index.describe(int(row)) for row in index.rows[start : start + _ROWS]]
-            thumbnails = [find_thumbnail(row.get("thumbnail"), row["file"], row.get("sha256")) for row in rows]
-            paths = [Path(row["path"]).name if os.path.isabs(row["path"]) else row["path"] for row in rows]
-            block = kept.slice(start, len(rows)).append_column("path", pa.array(paths, pa.string()))
+            rows = list(shown_rows(index, index.rows[start : start + _ROWS].tolist()))
+            thumbnails = [row.thumbnail for row in rows]
+            block = kept.slice(start, len(rows)).append_column("path", pa.array([row.path for row in rows], pa.string()))
             writer.write_table(block.append_column("thumbnail", pa.array(thumbnails, pa.binary())))
             num_missing += thumbnails.count(None)
             progress.update(len(rows))
     write_about(target, about, index.manifest.parts, index.manifest.next_row)
     if num_missing:
-        say(
-            f"{num_missing:,} of {len(table):,} images of {index.folder} will be shown without a picture: their files "
-            "are not there, and udon embed kept no --thumbnails"
-        )
+        say(tell_missing(index, num_missing))
 
 
 def _imported_modules() -> dict[str, Path]:
@@ -301,7 +241,8 @@ def _app_file(placed: Sequence[_Placed], has_examples: bool, trust_remote_code: 
     examples = 'find_examples("examples")' if has_examples else "[]"
     return f'''"""The page of `udon app`, as a Space."""
 
-from modeling_udon.search.app import find_examples, make_page, open_side, start
+from modeling_udon.search.app import make_page, open_side, start
+from modeling_udon.search.examples import find_examples
 from modeling_udon.encoder import Encoder
 
 page = make_page(

@@ -11,22 +11,17 @@ import gradio as gr
 import numpy as np
 from gradio.utils import get_upload_folder
 
-from modeling_udon.data.files import lies_in, read_file
-from modeling_udon.data.folders import walk_images
-from modeling_udon.data.images import decode_image
+from modeling_udon.data.files import lies_in
 from modeling_udon.encoder import Encoder, fastest_device
+from modeling_udon.search.examples import MAX_FILE_MEGABYTES, read_picture
 from modeling_udon.search.image_index import ImageIndex
 from modeling_udon.search.limits import Middleware, NoAddresses, RateLimit
 from modeling_udon.search.query import QueryResult, check_model, neighbours_of
 from modeling_udon.search.results_page import html_text, neighbour_list
 from modeling_udon.text import printable
 
-MAX_FILE_MEGABYTES = 20
 MAX_NEIGHBOURS = 24
-MAX_EXAMPLES = 12
 
-# What every browser shows; a TIFF can be searched for, but not be an example.
-_SHOWN_SUFFIXES = frozenset((".jpg", ".jpeg", ".jfif", ".png", ".webp", ".gif", ".bmp", ".avif"))
 _SECONDS_KEPT = 3600
 _MOST_WAITING = 64
 # Gradio remembers the last answer of each, 60 KiB of ten thousand visitors by default; the page needs none of them.
@@ -110,27 +105,6 @@ def open_side(index: str | os.PathLike[str], load: Callable[[], Encoder], title:
     return Side(title, model, opened)
 
 
-def find_examples(folder: str | os.PathLike[str]) -> list[Path]:
-    """The first pictures of a folder, at most `MAX_EXAMPLES`.
-
-    Raises:
-        ValueError: If the folder holds no picture, or one of them cannot be searched for.
-    """
-    path = Path(folder)
-    names = (
-        [name for name in walk_images(path) if Path(name).suffix.lower() in _SHOWN_SUFFIXES] if path.is_dir() else []
-    )
-    if not names:
-        raise ValueError(f"`examples` must be a folder with pictures that a browser shows. Got {str(folder)!r}.")
-    files = [path / name for name in names[:MAX_EXAMPLES]]
-    for file in files:
-        try:
-            _read_picture(file)
-        except ValueError as error:
-            raise ValueError(f"`examples` must be pictures that can be read. Got {str(file)!r}: {error}") from error
-    return files
-
-
 def make_page(sides: Sequence[Side], examples: Sequence[Path] = ()) -> gr.Blocks:
     """Makes the page.
 
@@ -210,7 +184,7 @@ def answer(sides: Sequence[Side], file: str | os.PathLike[str] | None, domain: s
     if file is None:
         return _HINT
     try:
-        image = _read_picture(Path(file))
+        image = read_picture(Path(file))
     except ValueError as error:
         return _note("This picture cannot be searched for.", f"It {error}.")
     number = min(max(int(k), 1), MAX_NEIGHBOURS)
@@ -272,19 +246,6 @@ def start(
 def _is_upload(path: Any) -> bool:
     # Gradio checks this only of what a program describes as a file in full.
     return isinstance(path, str) and "\0" not in path and lies_in(os.path.realpath(path), get_upload_folder())
-
-
-def _read_picture(file: Path) -> np.ndarray:
-    """Decodes a picture; the messages of its errors go on from "it"."""
-    try:
-        if file.stat().st_size > MAX_FILE_MEGABYTES * 2**20:
-            raise ValueError(f"must be a file of at most {MAX_FILE_MEGABYTES} MB")
-        return decode_image(read_file(file))
-    except OSError as error:
-        raise ValueError("must be uploaded again, since it is no longer there") from error
-    except ValueError as error:
-        reason = str(error).removeprefix("data ")
-        raise ValueError(reason) from error
 
 
 def _section(side: Side, image: np.ndarray, domain: str | None, k: int, titled: bool) -> str:

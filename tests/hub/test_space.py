@@ -7,6 +7,7 @@ import shutil
 import socket
 import subprocess
 import sys
+from functools import partial
 from importlib.metadata import packages_distributions, version
 from pathlib import Path
 
@@ -23,8 +24,9 @@ from transformers import ViTConfig, ViTModel
 
 from modeling_udon.cli import main
 from modeling_udon.encoder import Encoder
-from modeling_udon.hub import space
-from modeling_udon.hub.space import SpaceSide, list_files, make_space, push_space
+from modeling_udon.hub import space_upload
+from modeling_udon.hub.space import OWN_FOLDERS, SpaceSide, make_space
+from modeling_udon.hub.space_upload import list_files
 from modeling_udon.hub.student_folder import write_student
 from modeling_udon.search.embed import embed
 from modeling_udon.search.index import build_index
@@ -34,6 +36,9 @@ import httpx
 from gradio_client import Client, handle_file
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+push_space = partial(space_upload.push_space, sdk="gradio", own_folders=OWN_FOLDERS)
 
 
 class FakeHub:
@@ -321,7 +326,7 @@ def test_a_dry_run_makes_the_folder_and_lists_it(push, tmp_path):
 
 def test_the_command_makes_the_folder_and_uploads_it(push, monkeypatch, tmp_path):
     hub = FakeHub(private=True)
-    monkeypatch.setattr(space, "HfApi", lambda: hub)
+    monkeypatch.setattr(space_upload, "HfApi", lambda: hub)
     code, told = push("--repo", "me/nearest", "--private", "--out", "made")
     assert code == 0 and told.out.splitlines()[-1] == "the Space is at https://hub.example/spaces/me/nearest"
     assert hub.files == contents(tmp_path / "made")

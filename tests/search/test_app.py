@@ -22,7 +22,8 @@ pytest.importorskip("gradio", reason='the page needs gradio: pip install "modeli
 import httpx
 from gradio_client import Client, handle_file
 
-from modeling_udon.search.app import MAX_EXAMPLES, answer, find_examples, open_side, start
+from modeling_udon.search.app import answer, open_side, start
+from modeling_udon.search.examples import MAX_EXAMPLES, find_examples
 
 ROOT = Path(__file__).parents[2]
 DIVIDER = '<li class="divider">no match from here on</li>'
