@@ -53,8 +53,6 @@ def push_space(
         space.make_space(sides, folder, name, shown.examples, shown.trust_remote_code, say=warn, force=replace)
     say(space_upload.list_files(folder))
     if not dry_run:
-        folders = page.OWN_FOLDERS if static else space.OWN_FOLDERS
-        address = space_upload.push_space(
-            folder, repo, private, sdk="static" if static else "gradio", own_folders=folders
-        )
+        sdk, folders = ("static", page.OWN_FOLDERS) if static else ("gradio", space.OWN_FOLDERS)
+        address = space_upload.push_space(folder, repo, private, sdk=sdk, own_folders=folders)
         say(f"the Space is at {address}")
