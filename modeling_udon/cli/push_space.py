@@ -53,6 +53,8 @@ def push_space(
         space.make_space(sides, folder, name, shown.examples, shown.trust_remote_code, say=warn, force=replace)
     say(space_upload.list_files(folder))
     if not dry_run:
-        sdk, folders = ("static", page.OWN_FOLDERS) if static else ("gradio", space.OWN_FOLDERS)
-        address = space_upload.push_space(folder, repo, private, sdk=sdk, own_folders=folders)
+        if static:
+            address = space_upload.push_space(folder, repo, private, sdk="static", own_folders=page.OWN_FOLDERS)
+        else:
+            address = space_upload.push_space(folder, repo, private, sdk="gradio", own_folders=space.OWN_FOLDERS)
         say(f"the Space is at {address}")

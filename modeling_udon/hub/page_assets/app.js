@@ -193,7 +193,7 @@ function showFound({ hits, times }) {
   const total = Object.values(times).reduce((sum, time) => sum + time, 0);
   const part = query.area === WHOLE ? "" : "the chosen part of ";
   const best = hits.length ? `, best score ${hits[0].score.toFixed(3)}` : "";
-  at("status").textContent = `${hits.length} neighbours of ${part}${query.name}${best}, in ${Math.round(total)} ms`;
+  at("status").textContent = `${hits.length} neighbours of ${part}${query.name}${best}, in ${Math.max(Math.round(total), 1)} ms`;
   const isUnknown = hits.length > 0 && hits.every((hit) => hit.match === false);
   at("unknown").hidden = !isUnknown;
   if (isUnknown) {
