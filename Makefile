@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 VENV_OLDEST ?= .venv-oldest
 PYTEST_ARGS ?=
+NODE_MODULES := tests/javascript/node_modules/.installed
 
 PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
 # Spelled out, so that `accelerate launch` neither asks for a configuration nor warns, takes one GPU if there is one,
@@ -12,7 +13,7 @@ LAUNCH_ARGS = --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_b
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test test-faults test-long lint types docs test-oldest test-matrix test-javascript clean
+.PHONY: help demo test test-faults test-long lint types docs test-oldest test-matrix test-javascript test-browser clean
 
 help:  ## Show this list
 	@awk -F ':.*  ## ' '/^[a-z-]+:.*  ## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -53,15 +54,22 @@ test-oldest: $(VENV_OLDEST)/.dev-installed  ## Run all tests with the oldest sup
 	@$(VENV_OLDEST)/bin/python -m pytest -W default --disable-warnings $(PYTEST_ARGS)
 
 # What is pushed has to load with both: the oldest supported transformers 4 and the tested 5, each by itself.
-test-matrix: $(VENV)/.dev-installed $(VENV_OLDEST)/.dev-installed  ## Push and load with the oldest and the tested versions
+test-matrix: $(VENV)/.dev-installed $(VENV_OLDEST)/.dev-installed $(NODE_MODULES)  ## Push and load with the oldest and the tested versions
 	@$(VENV_OLDEST)/bin/python -c "import transformers; print('transformers', transformers.__version__)"
 	@$(VENV_OLDEST)/bin/python -m pytest -W default --disable-warnings tests/hub $(PYTEST_ARGS)
 	@$(VENV)/bin/python -c "import transformers; print('transformers', transformers.__version__)"
 	@$(VENV)/bin/python -m pytest tests/hub $(PYTEST_ARGS)
 
-test-javascript: $(VENV)/.dev-installed  ## Load and run an exported student in Node (needs Node 20 and npm)
+# The page is tested with the runtime that npm installs here, in the version that udon export-page downloads.
+$(NODE_MODULES): tests/javascript/package-lock.json
 	@cd tests/javascript && npm ci --ignore-scripts --no-audit --no-fund --silent
-	@$(VENV)/bin/python -m pytest tests/hub/test_javascript.py -rs $(PYTEST_ARGS)
+	@touch $@
+
+test-javascript: $(VENV)/.dev-installed $(NODE_MODULES)  ## Run exported students and pages in Node (needs Node 20 and npm)
+	@$(VENV)/bin/python -m pytest tests/hub/test_javascript.py -rs -s $(PYTEST_ARGS)
+
+test-browser: $(VENV)/.dev-installed $(NODE_MODULES)  ## Open an exported page in Chromium (needs npm and a Chromium)
+	@$(VENV)/bin/python -m pytest tests/hub/test_page_browser.py -rs $(PYTEST_ARGS)
 
 clean:  ## Remove environments, builds and caches; runs/ stays
 	rm -rf $(VENV) $(VENV_OLDEST) build dist modeling_udon.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache

@@ -184,7 +184,9 @@ def _copy_index(index: ImageIndex, target: Path, title: str, say: Say) -> None:
         for start in range(0, len(table), _ROWS):
             rows = list(shown_rows(index, index.rows[start : start + _ROWS].tolist()))
             thumbnails = [row.thumbnail for row in rows]
-            block = kept.slice(start, len(rows)).append_column("path", pa.array([row.path for row in rows], pa.string()))
+            block = kept.slice(start, len(rows)).append_column(
+                "path", pa.array([row.path for row in rows], pa.string())
+            )
             writer.write_table(block.append_column("thumbnail", pa.array(thumbnails, pa.binary())))
             num_missing += thumbnails.count(None)
             progress.update(len(rows))

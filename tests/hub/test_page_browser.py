@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
+from chromium import opened_chromium
 from page_fixtures import INSTALLED_RUNTIME, save_upside_down, write_calibration
 from PIL import Image
 
@@ -25,15 +26,9 @@ TOLERANCE = 2e-2
 
 @pytest.fixture(scope="module")
 def browser():
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright drives the browser")
-    program = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if program is None:
-        pytest.skip("there is no Chromium")
-    media = ["--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"]
-    with playwright.sync_playwright() as driver:
-        opened = driver.chromium.launch(executable_path=program, args=["--no-sandbox", *media])
+    media = "--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"
+    with opened_chromium(*media) as opened:
         yield opened
-        opened.close()
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from chromium import opened_chromium
 from PIL import Image
 
 from modeling_udon.cli import main
@@ -250,14 +251,8 @@ def test_without_gradio_the_command_says_what_to_install(searchable, monkeypatch
 
 @pytest.fixture(scope="module")
 def browser():
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright drives the browser")
-    program = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if program is None:
-        pytest.skip("there is no Chromium")
-    with playwright.sync_playwright() as driver:
-        opened = driver.chromium.launch(executable_path=program, args=["--no-sandbox"])
+    with opened_chromium() as opened:
         yield opened
-        opened.close()
 
 
 @pytest.fixture
