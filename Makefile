@@ -4,7 +4,10 @@ VENV ?= .venv
 VENV_OLDEST ?= .venv-oldest
 PYTEST_ARGS ?=
 NODE_MODULES := tests/javascript/node_modules/.installed
+# Processes that share the tests. Each needs a core and about 1.5 GB.
+TEST_WORKERS ?= 2
 
+WORKERS = -n $(TEST_WORKERS) --dist worksteal
 PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
 # Spelled out, so that `accelerate launch` neither asks for a configuration nor warns, takes one GPU if there is one,
 # and takes half of the cores for arithmetic while the others decode.
@@ -17,7 +20,7 @@ LAUNCH_ARGS = --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_b
 
 help:  ## Show this list
 	@awk -F ':.*  ## ' '/^[a-z-]+:.*  ## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
-	@echo "  PYTHON=python3.12 names another Python, PYTEST_ARGS='-k sampler' narrows the tests."
+	@echo "  PYTHON=python3.12 names another Python, PYTEST_ARGS='-k sampler' narrows the tests, TEST_WORKERS=4 shares them."
 
 demo: $(VENV)/.demo-installed  ## Train on real images of four small domains and show the tables (minutes, no GPU)
 	@$(VENV)/bin/accelerate launch $(LAUNCH_ARGS) train_udon.py --config configs/demo.yaml --overwrite
@@ -30,7 +33,7 @@ demo: $(VENV)/.demo-installed  ## Train on real images of four small domains and
 	@echo "  runs/demo/config.yaml     every setting and version, to run it again"
 
 test: lint types  ## Check style and types, then run all tests
-	@$(VENV)/bin/python -m pytest $(PYTEST_ARGS)
+	@$(VENV)/bin/python -m pytest $(WORKERS) $(PYTEST_ARGS)
 
 lint: $(VENV)/.dev-installed  ## Check style
 	@$(VENV)/bin/ruff check .
@@ -51,7 +54,7 @@ test-long: $(VENV)/.dev-installed  ## Run the slow tests that `make test` leaves
 
 # Old libraries warn about what came after them, so a warning is no error here.
 test-oldest: $(VENV_OLDEST)/.dev-installed  ## Run all tests with the oldest supported versions
-	@$(VENV_OLDEST)/bin/python -m pytest -W default --disable-warnings $(PYTEST_ARGS)
+	@$(VENV_OLDEST)/bin/python -m pytest -W default --disable-warnings $(WORKERS) $(PYTEST_ARGS)
 
 # What is pushed has to load with both: the oldest supported transformers 4 and the tested 5, each by itself.
 test-matrix: $(VENV)/.dev-installed $(VENV_OLDEST)/.dev-installed $(NODE_MODULES)  ## Push and load with the oldest and the tested versions
