@@ -227,7 +227,11 @@ class TrainConfig(Section):
         if self.frozen_teachers and self.loss.student_classification == 0:
             raise ValueError("`frozen_teachers` must go with a student: `loss.student_classification` above 0")
         for number, teacher in enumerate(self.frozen_teachers):
-            if self.train.heads_only and teacher.sees == "crop" and teacher.model != "start":
+            if teacher.model == "average" and self.train.ema_decay is None:
+                raise ValueError(
+                    f"`frozen_teachers.{number}.model` 'average' must go with `train.ema_decay`, such as 0.99"
+                )
+            if self.train.heads_only and teacher.sees == "crop" and teacher.model not in ("start", "average"):
                 raise ValueError(
                     f"`frozen_teachers.{number}.sees` must be 'image' with `train.heads_only`, which sees no crops"
                 )

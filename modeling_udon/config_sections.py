@@ -209,8 +209,10 @@ class FrozenTeacherConfig(Section):
     """A model that stays as it is and whose features the student follows."""
 
     model: str = "start"
-    """`start`, the run's own backbone before training; a folder, a Hub id, a run or `timm:NAME`; or a folder with
-    `NAME.npy` for each domain: features of shape (training images, width), in the order of the data."""
+    """`start`, the run's own backbone before training; `average`, the moving average of the student, of
+    `train.ema_decay`; a folder, a Hub id, a run or `timm:NAME`; a folder with `NAME.npy` for each domain: features of
+    shape (training images, width), in the order of the data; or `text:NAME`, a model of sentences, which embeds the
+    name of an image's class."""
     relational: float = Field(1.0, ge=0)
     """Weight of the distillation of its similarities."""
     logit: float = Field(0.0, ge=0)
@@ -236,8 +238,12 @@ class FrozenTeacherConfig(Section):
             raise ValueError("`relational` or `logit` must be above 0, or the teacher has no say; leave it out")
         if self.logit and self.sees == "crop":
             raise ValueError("`logit` must go with `sees` 'image'; class means need the features of all images")
-        if self.model == "start" and (self.pooling or self.image_size or self.revision):
-            raise ValueError("`pooling`, `image_size` and `revision` must be left out for the model 'start'")
+        if self.model in ("start", "average") and (self.pooling or self.image_size or self.revision):
+            raise ValueError(f"`pooling`, `image_size` and `revision` must be left out for the model {self.model!r}")
+        if self.model == "average" and (self.logit or self.standardise != "none"):
+            raise ValueError("`logit` and `standardise` must be left out for the model 'average', which changes")
+        if self.model.startswith("text:") and self.sees == "crop":
+            raise ValueError("`sees` must be 'image' for a model of text, which sees none")
         return self
 
 

@@ -8,7 +8,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from modeling_udon.evaluation.changes import Change, compare_with_start, name_worse
-from modeling_udon.hub.sources import Sources, domain_licenses
+from modeling_udon.hub.sources import Sources, domain_licenses, teacher_name
 from modeling_udon.search.results_page import html_text
 
 TEMPLATE = Path(__file__).with_name("model_card.md")
@@ -261,8 +261,8 @@ def _training(
 
 
 def _frozen_teacher(spec: Mapping[str, Any], sources: Sources, licences: Mapping[str, str]) -> str:
-    name = spec["model"]
-    told = "the backbone as it was before training"
+    name = teacher_name(spec)
+    told = "the moving average of the student" if name == "average" else "the backbone as it was before training"
     if name in sources.teachers:
         stated = sources.teachers[name]
         shown = f"`{name}`" if stated is None or ":" in name else "an own folder"

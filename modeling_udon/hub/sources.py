@@ -29,6 +29,10 @@ _UNDECIDED = ("other", "unknown")
 _DEMO_PREFIX = "demo:"
 
 
+# Frozen teachers that are of the run itself.
+_ITSELF = ("start", "average")
+
+
 @dataclass(frozen=True)
 class Sources:
     """What of a run came from the Hub.
@@ -70,10 +74,15 @@ def find_sources(config: Mapping[str, Any]) -> Sources:
         domains={name: _hub_id(spec["path"]) for name, spec in config["domains"].items()},
         teachers={
             name: None if is_hub_id(name) else stated_license(Path(name)) or "unknown"
-            for name in dict.fromkeys(teacher["model"] for teacher in config.get("frozen_teachers", ()))
-            if name != "start"
+            for name in dict.fromkeys(teacher_name(spec) for spec in config.get("frozen_teachers", ()))
+            if name not in _ITSELF
         },
     )
+
+
+def teacher_name(spec: Mapping[str, Any]) -> str:
+    """What a frozen teacher's licence is found by: a model of text has a prefix in the config."""
+    return str(spec["model"]).removeprefix("text:")
 
 
 def is_hub_id(path: str) -> bool:

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
+from torch.func import functional_call
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from modeling_udon.training.distillation import UdonForDistillation
@@ -33,6 +34,7 @@ class StudentAverage:
             and (name not in trained or trained[name].requires_grad)
         }
         self._decay = decay
+        self._model = model
         self._values = {} if decay is None else {name: value.data for name, value in values.items()}
         self._averages = {name: value.clone() for name, value in self._values.items()}
 
@@ -40,6 +42,29 @@ class StudentAverage:
     def tensors(self) -> dict[str, torch.Tensor]:
         """The averages by the names of the weights, which a checkpoint keeps; empty where nothing is averaged."""
         return dict(self._averages)
+
+    @torch.no_grad()
+    def embed(self, inputs: torch.Tensor) -> torch.Tensor:
+        """Embeds a batch by the averaged student, as a teacher of the one that learns (arXiv 1703.01780).
+
+        Args:
+            inputs: What the training model takes.
+
+        Returns:
+            Shape `(batch_size, embedding_dim)`, unit norm.
+        """
+        udon = self._model.udon
+        averages = {name.removeprefix("udon."): value for name, value in self._averages.items()}
+        was_training = udon.training
+        udon.eval()  # The average draws nothing: its dropout would take the student's random numbers.
+        if self._model.takes_features:
+            prefix = "student_head."
+            own = {name.removeprefix(prefix): value for name, value in averages.items() if name.startswith(prefix)}
+            embeds: torch.Tensor = functional_call(udon.student_head, own, (inputs,))
+        else:
+            embeds = functional_call(udon, averages, (inputs,)).image_embeds
+        udon.train(was_training)
+        return embeds
 
     @torch.no_grad()
     def load(self, tensors: Mapping[str, torch.Tensor]) -> None:

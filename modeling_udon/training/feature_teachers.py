@@ -21,8 +21,9 @@ from modeling_udon.data.transforms import EvalTransform
 from modeling_udon.encoder import Encoder
 from modeling_udon.modeling_udon import UdonModel
 from modeling_udon.training.teachers import prepared
+from modeling_udon.training.text_teachers import TEXT_PREFIX
 
-START = "start"
+START, AVERAGE = "start", "average"
 # Images of each domain that the statistics are of: the first ones, so that they need no draw.
 STATISTICS_IMAGES = 1024
 
@@ -54,7 +55,12 @@ class FeatureTeacher:
     @property
     def is_kept(self) -> bool:
         """Whether its features are looked up by image, and not computed in each step."""
-        return not self.comes_in and self.spec.sees == "image"
+        return not self.comes_in and not self.is_average and self.spec.sees == "image"
+
+    @property
+    def is_average(self) -> bool:
+        """Whether it is the moving average of the student itself."""
+        return self.spec.model == AVERAGE
 
     def to(self, device: torch.device) -> "FeatureTeacher":
         """Returns the teacher on another device."""
@@ -88,6 +94,7 @@ class FeatureTeachers:
         self.teachers = tuple(teachers)
         self._statistics = statistics
         self.is_open = False
+        self.embed_by_average: Callable[[torch.Tensor], torch.Tensor] | None = None
 
     def to(self, device: torch.device) -> "FeatureTeachers":
         """Moves the teachers to another device, and returns them."""
@@ -139,6 +146,9 @@ class FeatureTeachers:
                 features = next(looked_up)
             elif teacher.comes_in:
                 features = inputs
+            elif teacher.is_average:
+                assert self.embed_by_average is not None, "a run gives it before the first step"
+                features = self.embed_by_average(inputs)
             else:
                 assert teacher.encoder is not None, "it sees crops"
                 encoder = teacher.encoder
@@ -170,6 +180,8 @@ def open_feature_teachers(
             plain = EvalTransform(config.data.image_size)
             encoder = start and Encoder.of_student(start, statistics, plain, START).backbone()
             opened.append(FeatureTeacher(spec, encoder, comes_in))
+        elif spec.model == AVERAGE or spec.model.startswith(TEXT_PREFIX):
+            opened.append(FeatureTeacher(spec))
         elif all((Path(spec.model) / f"{name}.npy").is_file() for name in domains):
             if spec.sees == "crop":
                 raise ConfigError(
@@ -266,6 +278,8 @@ def _class_means(teacher: FeatureTeacher, domains: Mapping[str, Domain]) -> dict
 def _described(teacher: FeatureTeacher) -> str:
     if teacher.comes_in:
         how = "whose features come in"
+    elif teacher.is_average:
+        how = "of the student itself"
     elif teacher.is_kept:
         how = f"features of {sum(map(len, teacher.features.values()))} images, looked up"
     else:

@@ -21,6 +21,7 @@ from modeling_udon.training.features import FeatureDataset, backbone_source, enc
 from modeling_udon.training.processes import on_main
 from modeling_udon.training.run import Run
 from modeling_udon.training.setup import training_transform
+from modeling_udon.training.text_teachers import TEXT_PREFIX, text_features
 
 
 def training_data(run: Run, say: Callable[[str], None]) -> MultiDomainDataset | FeatureDataset:
@@ -63,6 +64,8 @@ def _open_feature_teachers(run: Run, own: Mapping[str, np.ndarray], say: Callabl
     def features_of(teacher: FeatureTeacher, domains: Mapping[str, Domain]) -> Mapping[str, np.ndarray]:
         if teacher.comes_in:
             return own
+        if teacher.spec.model.startswith(TEXT_PREFIX):
+            return text_features(teacher.spec, domains)
         if teacher.encoder is None:
             return read_features(Path(teacher.spec.model), domains)
         encoder, transform = teacher.encoder, training_transform(config.data)
@@ -76,7 +79,7 @@ def _open_feature_teachers(run: Run, own: Mapping[str, np.ndarray], say: Callabl
     domains = {name: run.domains[name] for name in run.sampler.names}
     try:
         teachers.open(domains, features_of, run.accelerator.device, say)
-    except ValueError as error:
+    except (ValueError, ImportError) as error:
         raise ConfigError(f"`frozen_teachers` must have features of all training images. {error}") from error
 
 

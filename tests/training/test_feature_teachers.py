@@ -1,5 +1,6 @@
 """Frozen teachers of features: terms beside plain loops, where features come from, and runs that follow them."""
 
+import copy
 import json
 import math
 import shutil
@@ -144,6 +145,13 @@ KINDS = {
             {"model": "FILES", "relational": 0.5},
         ],
     },
+    "average": {"system": "uscrr", "train__ema_decay": 0.9, "frozen_teachers": [{"model": "average"}]},
+    "average of heads": {
+        "system": "uscrr",
+        "train__heads_only": True,
+        "train__ema_decay": 0.9,
+        "frozen_teachers": [{"model": "average", "relational": 0.5}],
+    },
     "sampled": {"loss__sampled_classes": 4, "loss__chunk_size": 3, "frozen_teachers": [START | {"logit": 1}]},
 }
 
@@ -241,9 +249,64 @@ def test_class_means_are_of_all_training_images_of_a_class(
             assert prototype.tolist() == pytest.approx(sum(rows).tolist(), rel=1e-4, abs=1e-5)
 
 
+@pytest.mark.parametrize("heads_only", [False, True])
+def test_the_average_embeds_by_the_mean_of_the_weights_so_far(
+    tiny_config: Callable[..., Path], open_trainer: Callable[[TrainConfig], Trainer], heads_only: bool
+) -> None:
+    changes = {"system": "uscrr", "train__ema_decay": 0.9, "frozen_teachers": [{"model": "average"}]}
+    trainer = open_trainer(load_config(tiny_config(train__heads_only=heads_only, **changes, **STEADY)))
+    model, seen = trainer.run.model, []
+    mean = copy.deepcopy(model.udon)
+    for step, batch in enumerate(trainer.batches()):
+        if step == 4:
+            break
+        inputs = batch.pixels if heads_only else trainer.run.statistics.normalize(batch.pixels)
+        before = copy.deepcopy(model)
+        result = trainer.train_step(batch)
+        trainer.count_step(batch, result)
+        with torch.no_grad():
+            ours = before.embed(inputs, batch.domain).student
+            theirs = mean.eval().student_head(inputs) if heads_only else mean.eval()(inputs).image_embeds
+            loss = len(ours) / 4 * (ours @ ours.t() - theirs @ theirs.t()).square().mean()
+            seen.append((loss.item(), result.losses["frozen_relational"].item()))
+            share = min(0.9, (1 + step) / (10 + step))
+            for name, value in mean.named_parameters():
+                value.copy_(share * value + (1 - share) * model.udon.get_parameter(name))
+    assert seen[0][1] == pytest.approx(0, abs=1e-6) and seen[3][1] > 1e-6
+    assert [ours for _, ours in seen] == pytest.approx([expected for expected, _ in seen], rel=1e-3, abs=1e-6)
+
+
+def test_a_model_of_text_teaches_each_image_by_the_name_of_its_class(
+    tiny_config: Callable[..., Path], open_trainer: Callable[[TrainConfig], Trainer], tmp_path: Path
+) -> None:
+    library = pytest.importorskip("sentence_transformers")
+    tokenizers = pytest.importorskip("tokenizers")
+    static = pytest.importorskip("sentence_transformers.models").StaticEmbedding
+    words = {str(number): number for number in range(10)} | {"[UNK]": 10}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="[UNK]"))
+    weights = np.random.default_rng(0).normal(size=(11, 6)).astype(np.float32)
+    library.SentenceTransformer(modules=[static(tokenizer, embedding_weights=weights)]).save(str(tmp_path / "text"))
+    spec = {"model": f"text:{tmp_path / 'text'}", "logit": 1}
+    trainer = open_trainer(load_config(tiny_config(frozen_teachers=[spec])))
+    batch = next(iter(trainer.batches()))
+    domain = trainer.run.domains[batch.domain]
+    (teacher,) = trainer.run.model.feature_teachers.teachers
+    expected = [weights[words.get(str(domain.classes[label]), 10)] for label in batch.labels]
+    (kept,) = trainer.run.model.feature_teachers.targets(batch.domain, batch.rows, torch.device("cpu"))
+    for row, vector in zip(kept.tolist(), expected, strict=True):
+        assert row == pytest.approx((vector / np.linalg.norm(vector)).tolist(), abs=1e-6)
+    assert teacher.prototypes[batch.domain].shape == (len(domain.classes), 6)
+    with pytest.raises(ConfigError, match="nowhere must be a model of sentences"):
+        spec = {"model": f"text:{tmp_path / 'nowhere'}"}
+        next(iter(open_trainer(load_config(tiny_config(name="other", frozen_teachers=[spec]))).batches()))
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
+        ({"frozen_teachers": [{"model": "average"}]}, "'average' must go with `train.ema_decay`"),
+        ({"frozen_teachers": [{"model": "average", "logit": 1}]}, "`logit` and `standardise` must be left out"),
+        ({"frozen_teachers": [{"model": "text:x", "sees": "crop"}]}, "`sees` must be 'image' for a model of text"),
         ({"frozen_teachers": [START | {"relational": 0}]}, "`relational` or `logit` must be above 0"),
         ({"frozen_teachers": [START | {"logit": 1, "sees": "crop"}]}, "`logit` must go with `sees` 'image'"),
         ({"frozen_teachers": [START | {"pooling": "cls"}]}, "must be left out for the model 'start'"),
@@ -294,7 +357,8 @@ def test_the_licence_of_a_frozen_teacher_counts(tmp_path: Path) -> None:
     folder.mkdir()
     (folder / "README.md").write_text("---\nlicense: cc-by-nc-4.0\n---\n")
     config = {"model": {"backbone": None}, "domains": {}}
-    config["frozen_teachers"] = [{"model": name} for name in ("start", str(folder), "org/open", str(tmp_path))]
+    names = ("start", "average", str(folder), "text:org/open", str(tmp_path))
+    config["frozen_teachers"] = [{"model": name} for name in names]
     sources = find_sources(config)
     assert sources.teachers == {str(folder): "cc-by-nc-4.0", "org/open": None, str(tmp_path): "unknown"}
     known = Sources(from_scratch=True, teachers={str(folder): "cc-by-nc-4.0", "org/open": None})
