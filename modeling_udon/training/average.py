@@ -35,6 +35,8 @@ class StudentAverage:
         }
         self._decay = decay
         self._model = model
+        if model.feature_teachers is not None:
+            model.feature_teachers.embed_by_average = self.embed
         self._values = {} if decay is None else {name: value.data for name, value in values.items()}
         self._averages = {name: value.clone() for name, value in self._values.items()}
 

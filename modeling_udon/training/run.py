@@ -145,8 +145,6 @@ def build_run(
     start_equal(model, shared_heads, accelerator)
     guard = StepGuard(config.optim, optimizer, domains, accelerator.scaler is not None)
     state, average = TrainState(), StudentAverage(model, config.train.ema_decay)
-    if model.feature_teachers is not None:
-        model.feature_teachers.embed_by_average = average.embed
     if checkpoint:
         on_main(
             accelerator,
