@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 from modeling_udon.cli.models import open_model
-from modeling_udon.cli.options import Column, Commit, Folder, Name, Natural, Positive
+from modeling_udon.cli.options import Column, Commit, Folder, Name, Natural, Pooling, Positive
 from modeling_udon.cli.terminal import say
 
 
@@ -25,6 +25,7 @@ def embed(
     thumbnails: bool = False,
     no_thumbnails: bool = False,
     allow_outside: bool = False,
+    pooling: Pooling | None = None,
     dim: Positive | None = None,
     batch_size: Positive = 64,
     num_workers: Natural | None = None,
@@ -51,6 +52,7 @@ def embed(
         thumbnails: Keep small JPEGs, so that search can show images from anywhere; of data sets they always are.
         no_thumbnails: Keep none of data sets either.
         allow_outside: Read what a list file names outside of its own folder.
+        pooling: Feature of a model that is not a UDON model; the embeddings keep it for index, search and page.
         dim: First dimensions of the embedding that are kept, of those that the model was trained for.
         batch_size: Images of one forward pass.
         num_workers: Processes that decode; by default one per core but one.
@@ -72,7 +74,7 @@ def embed(
     )
     embed_images(
         wanted,
-        open_model(model, revision, trust_remote_code, dim),
+        open_model(model, revision, trust_remote_code, dim, pooling),
         out,
         thumbnails=True if thumbnails else False if no_thumbnails else None,
         batch_size=batch_size,

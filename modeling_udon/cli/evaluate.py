@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from modeling_udon.cli.options import Commit, File, Folder, Natural, Positive, Share, Value
+from modeling_udon.cli.options import Commit, File, Folder, Natural, Pooling, Positive, Share, Value
 from modeling_udon.cli.terminal import say
 
 
@@ -16,7 +16,7 @@ def evaluate(
     embeddings: Folder | None = None,
     config: File | None = None,
     split: Literal["test", "validation"] = "test",
-    pooling: Literal["cls", "mean", "cls+mean", "pooler"] | None = None,
+    pooling: Pooling | None = None,
     image_size: Positive | None = None,
     revision: Commit | None = None,
     trust_remote_code: bool = False,

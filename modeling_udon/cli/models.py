@@ -6,7 +6,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from modeling_udon.cli.options import Commit, Folder
+from modeling_udon.cli.options import Commit, Folder, Pooling
 from modeling_udon.cli.terminal import hide_bars_in_logs
 
 
@@ -17,10 +17,11 @@ class Side:
     model: str
     index: str
     revision: str | None
+    pooling: str | None
 
     def open(self, trust_remote_code: bool) -> Callable[[], Any]:
         """What opens the model when it is needed."""
-        return lambda: open_model(self.model, self.revision, trust_remote_code)
+        return lambda: open_for_index(self.index, self.model, self.revision, trust_remote_code, self.pooling)
 
 
 @dataclass(frozen=True)
@@ -32,12 +33,23 @@ class Page:
     trust_remote_code: bool
 
 
-def open_model(model: str, revision: str | None, trust_remote_code: bool, dim: int | None = None) -> Any:
+def open_model(
+    model: str, revision: str | None, trust_remote_code: bool, dim: int | None = None, pooling: Any = None
+) -> Any:
     """Opens a model without a progress bar in a log."""
     from modeling_udon.encoder import Encoder
 
     hide_bars_in_logs()
-    return Encoder.open(model, revision=revision, trust_remote_code=trust_remote_code, dim=dim)
+    return Encoder.open(model, revision=revision, trust_remote_code=trust_remote_code, dim=dim, pooling=pooling)
+
+
+def open_for_index(index: str, model: str, revision: str | None, trust_remote_code: bool, pooling: Any = None) -> Any:
+    """Opens the model of an index, pooled as its images were unless told otherwise."""
+    from modeling_udon.search.index_folder import read_manifest
+    from modeling_udon.storage import standing_folder
+
+    pooling = pooling or read_manifest(standing_folder(Path(index))).about.pooling
+    return open_model(model, revision, trust_remote_code, pooling=pooling)
 
 
 def need_gradio() -> None:
@@ -60,6 +72,8 @@ def page(
     model2: str | None = None,
     index2: Folder | None = None,
     revision2: Commit | None = None,
+    pooling: Pooling | None = None,
+    pooling2: Pooling | None = None,
 ) -> Page:
     """Finds what the page shows.
 
@@ -72,6 +86,8 @@ def page(
         model2: Folder or Hub id of a second model, to compare two side by side.
         index2: Index of the second model.
         revision2: Commit, tag or branch of the second model on the Hub.
+        pooling: Feature of a model that is not a UDON model; by default the one that the index was made with.
+        pooling2: The same of the second model.
 
     Raises:
         ValueError: If the second side is incomplete, or an example cannot be read.
@@ -80,9 +96,11 @@ def page(
         raise ValueError("--model2 and --index2 must be given together, a model with the index that was made with it")
     if revision2 is not None and model2 is None:
         raise ValueError("--revision2 must be of --model2, which is not given")
-    sides = [Side(model, index, revision)]
+    if pooling2 is not None and model2 is None:
+        raise ValueError("--pooling2 must be of --model2, which is not given")
+    sides = [Side(model, index, revision, pooling)]
     if model2 is not None and index2 is not None:
-        sides.append(Side(model2, index2, revision2))
+        sides.append(Side(model2, index2, revision2, pooling2))
     from modeling_udon.search.examples import find_examples
 
     return Page(sides, [] if examples is None else find_examples(examples), trust_remote_code)

@@ -47,6 +47,7 @@ File = Annotated[str, Value("FILE")]
 Name = Annotated[str, Value("NAME")]
 Column = Annotated[str, Value("COLUMN")]
 Commit = Annotated[str, Value("REVISION")]
+Pooling = Literal["cls", "mean", "cls+mean", "pooler"]
 Repo = Annotated[str, Value("OWNER/NAME")]
 
 

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from json import dumps
 
-from modeling_udon.cli.models import open_model
-from modeling_udon.cli.options import Commit, File, Folder, Name, Natural, Positive
+from modeling_udon.cli.models import open_for_index
+from modeling_udon.cli.options import Commit, File, Folder, Name, Natural, Pooling, Positive
 from modeling_udon.cli.terminal import say, warn
 
 
@@ -15,6 +15,7 @@ def search(
     model: str,
     revision: Commit | None = None,
     trust_remote_code: bool = False,
+    pooling: Pooling | None = None,
     k: Positive = 5,
     domain: Name | None = None,
     json: bool = False,
@@ -31,6 +32,7 @@ def search(
         model: Folder of a model, or its id on the Hub.
         revision: Commit, tag or branch of the model on the Hub.
         trust_remote_code: Run the code beside a model that is not a UDON model.
+        pooling: Feature of a model that is not a UDON model; by default the one that the index was made with.
         k: Neighbours of each query.
         domain: Search the images of this domain only.
         json: Print JSON instead of a table.
@@ -51,7 +53,7 @@ def search(
     results = search_images(
         query,
         index,
-        lambda: open_model(model, revision, trust_remote_code),
+        lambda: open_for_index(index, model, revision, trust_remote_code, pooling),
         k=k,
         domain=domain,
         batch_size=batch_size,

@@ -14,6 +14,16 @@ def is_array_type(kind: pa.DataType) -> bool:
     return isinstance(kind, pa.ExtensionType) or _is_list(kind)
 
 
+def check_image_type(kind: pa.DataType) -> None:
+    """Refuses a struct that is no image: `datasets` would make images of it that hold nothing.
+
+    Raises:
+        ValueError: If it has neither `bytes` nor `path`.
+    """
+    if pa.types.is_struct(kind) and not {"bytes", "path"} & {kind.field(place).name for place in range(len(kind))}:
+        raise ValueError(f"data must be images, structs of `bytes` and `path`. Got {kind}.")
+
+
 def encode_arrays(rows: Dataset) -> Dataset:
     """The one column of arrays as a column `image` of undecoded images.
 
@@ -40,6 +50,7 @@ def image_storage(column: pa.Array) -> pa.Array:
         ValueError: If it holds neither.
     """
     if not is_array_type(column.type):
+        check_image_type(column.type)
         return Image().cast_storage(column)
     storage = column.storage if isinstance(column, pa.ExtensionArray) else column
     return pa.array([_encode(values) for values in storage.to_pylist()], type=Image().pa_type)

@@ -1,8 +1,8 @@
 """A domain: images of one kind with their classes, named by anything that `datasets` can open."""
 
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
+from dataclasses import field as attribute
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -11,18 +11,15 @@ import numpy as np
 import pyarrow as pa
 from datasets import Dataset, Image
 
-from modeling_udon.data.arrays import encode_arrays, is_array_type
+from modeling_udon.data.arrays import check_image_type, encode_arrays, is_array_type
 from modeling_udon.data.files import read_file
-from modeling_udon.data.images import decode_image
+from modeling_udon.data.image_paths import is_path_type, paths_from
 from modeling_udon.data.label_columns import read_labels
 from modeling_udon.data.labels import Label, Labels
 from modeling_udon.data.opening import DEMO_PREFIX, OpenedData, OpenedFrom, open_data, why_not_opened
 from modeling_udon.data.streaming import ParquetImages, ParquetSplit, RowGroupError
 from modeling_udon.data.windows import RowGroups
 from modeling_udon.domain_spec import DomainSpec
-
-# Images that are looked at for a warning, and grey levels between darkest and brightest of one that shows nothing.
-_NUM_LOOKED_AT, _FLAT = 16, 4
 
 Images: TypeAlias = Dataset | ParquetImages
 
@@ -68,6 +65,8 @@ class Domain:
         evaluation: Query and index images of the splits `"validation"` and `"test"`, where the domain has them.
         row_groups: How the training rows lie, where they are streamed.
         opened_from: What it was opened from: a data set on the Hub with its revision, or a local path.
+        passed_over: Counts of what was passed over in a folder of pictures, by kind.
+        doubt: What of its folder may be meant otherwise, as a line.
     """
 
     name: str
@@ -78,6 +77,8 @@ class Domain:
     evaluation: Mapping[str, EvaluationSplit]
     row_groups: RowGroups | None = None
     opened_from: OpenedFrom | None = None
+    passed_over: Mapping[str, int] = attribute(default_factory=dict)
+    doubt: str | None = None
 
 
 def open_domain(name: str, spec: DomainSpec, seed: int = 0) -> Domain:
@@ -115,6 +116,8 @@ def open_domain(name: str, spec: DomainSpec, seed: int = 0) -> Domain:
         evaluation=_evaluation_splits(name, spec, data),
         opened_from=data.opened_from,
         row_groups=_row_groups(train.images, spec),
+        passed_over=data.passed_over,
+        doubt=data.doubt,
     )
 
 
@@ -152,65 +155,6 @@ def with_images_as_classes(domain: Domain) -> Domain:
     return replace(domain, labels=np.arange(num_images, dtype=np.int64), classes=range(num_images))
 
 
-def find_doubts(domain: Domain, only: str | None = None) -> list[str]:
-    """Lines for the user on what is allowed and mostly a mistake.
-
-    A split that asks for classes which are trained on does not measure new classes; images of nearly one value were
-    mostly stored in another range than their type says.
-
-    Args:
-        domain: The domain.
-        only: The one split to look at; by default all.
-    """
-    trained = set(domain.classes)
-    lines = _find_flat_images(domain)
-    for split, images in domain.evaluation.items():
-        if only not in (None, split):
-            continue
-        queries = images.query.labels
-        classes = set(queries.names)
-        known = classes & trained
-        if known:
-            num_queries = sum(not known.isdisjoint(query if isinstance(query, list) else [query]) for query in queries)
-            lines.append(
-                f"`domains.{domain.name}`: {len(known):,} of {len(classes):,} classes of {split} are trained on as "
-                f"well ({num_queries:,} of {len(queries):,} queries)"
-            )
-        lines += _find_lone_queries(domain.name, split, images)
-    return lines
-
-
-def _find_lone_queries(name: str, split: str, images: EvaluationSplit) -> list[str]:
-    """Half of the queries without an image of their class are mostly a fault of names: 7 and "07", two spellings."""
-    if images.index is None:
-        return []
-    there, queries = set(images.index.labels.names), images.query.labels
-    lone = sum(there.isdisjoint(query if isinstance(query, list) else [query]) for query in queries)
-    if lone * 2 < len(queries):
-        return []
-    return [
-        f"`domains.{name}`: {lone:,} of {len(queries):,} queries of {split} have no image of their class in the index, "
-        f"such as {queries[0]!r} among {next(iter(images.index.labels.names))!r}; compare how both name their classes"
-    ]
-
-
-def _find_flat_images(domain: Domain) -> list[str]:
-    """Decodes a few images, of a streamed domain those of its first row group."""
-    num_rows = len(domain.images) if domain.row_groups is None else int(domain.row_groups.sizes[0])
-    rows = np.linspace(0, num_rows - 1, num=min(num_rows, _NUM_LOOKED_AT), dtype=int)
-    spans = []
-    for image in domain.images[rows.tolist()]["image"]:
-        with suppress(ValueError, OSError):
-            spans.append(int(np.ptp(decode_image(encoded_bytes(image)))))
-    flat = sum(span <= _FLAT for span in spans)
-    if flat * 10 < len(spans) * 9 or not flat:
-        return []
-    return [
-        f"`domains.{domain.name}`: {flat} of {len(spans)} images that were looked at are of nearly one value; look at "
-        "how their values are stored"
-    ]
-
-
 def _open(name: str, spec: DomainSpec, seed: int) -> OpenedData:
     if spec.path.startswith(DEMO_PREFIX) and not spec.streaming:
         data = open_data(spec, seed)
@@ -241,13 +185,13 @@ def _image_split(name: str, spec: DomainSpec, data: OpenedData, split: str) -> I
         if column not in rows.column_names:
             raise ValueError(
                 f"`domains.{name}.{field}` must be a column of split {split!r}: {', '.join(rows.column_names)}. "
-                f"Got {column!r}."
+                f"Got {column!r}{_way_to_classes(data, field)}."
             )
     if len(rows) == 0:
         raise ValueError(f"`domains.{name}` must hold images in every split that is used. Got {split!r} with none.")
     feature = rows.features[spec.image_column]
     try:
-        images = _images(spec, rows)
+        images = _images(spec, rows, data.files.get(split, ()))
     except RowGroupError as error:
         raise ValueError(f"`domains.{name}.streaming` must have {error}") from None
     except (pa.ArrowNotImplementedError, ValueError, TypeError):
@@ -258,12 +202,22 @@ def _image_split(name: str, spec: DomainSpec, data: OpenedData, split: str) -> I
     return ImageSplit(images, read_labels(name, spec, rows, data.files.get(split, ()), data.metadata_tables))
 
 
-def _images(spec: DomainSpec, rows: Dataset | ParquetSplit) -> Images:
+def _way_to_classes(data: OpenedData, field: str) -> str:
+    if data.opened_from.builder != "imagefolder" or field != "label_column":
+        return ""
+    return "; give each class a folder, or the pictures a metadata.csv with their classes"
+
+
+def _images(spec: DomainSpec, rows: Dataset | ParquetSplit, files: Sequence[str]) -> Images:
     if isinstance(rows, ParquetSplit):
         return ParquetImages(rows, spec.image_column, spec.shuffle_window)
     images = rows.select_columns([spec.image_column])
-    if is_array_type(images.features.arrow_schema.field(spec.image_column).type):
+    kind = images.features.arrow_schema.field(spec.image_column).type
+    if is_array_type(kind):
         return encode_arrays(images)
+    check_image_type(kind)
+    if is_path_type(kind):
+        images = paths_from(images, files)
     images = images.cast_column(spec.image_column, Image(decode=False))
     return images if spec.image_column == "image" else images.rename_column(spec.image_column, "image")
 

@@ -35,6 +35,14 @@ class ImageList(TorchDataset[tuple[int, np.ndarray | UnreadableImage]]):
     """Images decoded and brought to the network's size, with their rows."""
 
     def __init__(self, images: Sequence[ImageLike], transform: ImageTransform) -> None:
+        if isinstance(images, str | bytes | os.PathLike | Image.Image | np.ndarray):
+            raise ValueError(f"`images` must be a list of images. Got one {type(images).__name__}; put it into a list.")
+        for row, image in enumerate(images):
+            if not isinstance(image, str | os.PathLike | Image.Image | np.ndarray):
+                raise ValueError(
+                    f"`images` must be paths, PIL images or arrays. Got {type(image).__name__} in row {row}; open it "
+                    "as a PIL image."
+                )
         self._images = images
         self._transform = transform
 

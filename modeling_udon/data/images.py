@@ -16,6 +16,8 @@ import cv2
 import numpy as np
 from PIL import Image
 
+from modeling_udon.data.levels import assumed_bits, declared_bits, to_8_bit
+
 # Pillow's default limit, 2**30 // 4 // 3, kept here because other libraries move Pillow's own.
 MAX_IMAGE_PIXELS = 89_478_485
 # JPEG first, since nearly every file is one; AVIF last, since Pillow has it from 11.3 on and stops at a name it does
@@ -25,10 +27,7 @@ IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000",
 _EXIF_ORIENTATION = 0x0112
 # TIFF 6.0, and two of the values.
 _BITS_PER_SAMPLE, _PHOTOMETRIC, _PLANAR, _SAMPLE_FORMAT = 258, 262, 284, 339
-# How far above white values may lie; a floating-point image of 0 to 255 that is darker than this cannot be told.
-_OVERSHOOT, _LEAST_FLOAT_LEVEL = 1.5, 8
 _WHITE_IS_ZERO, _SEPARATE, _SIGNED = 0, 2, 2
-_LARGEST_12_BIT = 4095
 # Tables, restart interval, comment, application data; not APP1, which holds EXIF and XMP.
 _HARMLESS_JPEG_MARKERS = frozenset({0xC4, 0xDB, 0xDD, 0xFE, 0xE0, *range(0xE2, 0xF0)})
 _warnings_lock = threading.Lock()
@@ -154,9 +153,9 @@ def _to_rgb(image: Image.Image, data: bytes) -> np.ndarray:
     else:
         image.load()
     if image.mode == "F" or image.mode.startswith("I"):
-        return np.repeat(_to_grey_8_bit(image)[:, :, None], 3, axis=2)
+        return np.repeat(_to_grey_8_bit(image, declared_bits(image, data))[:, :, None], 3, axis=2)
     if ";16" in raw and image.mode in ("RGB", "RGBA"):
-        image = _with_12_bit_colours(image, data)
+        image = _with_fewer_bits(image, data)
     if image.has_transparency_data:
         # Never a plain convert("RGB"): it shows the colours under the transparent pixels, which are arbitrary.
         white = Image.new("RGBA", image.size, "white")
@@ -183,66 +182,55 @@ def _bitmap_with_alpha(image: Image.Image, raw: str, data: bytes) -> Image.Image
     return image
 
 
-def _with_12_bit_colours(image: Image.Image, data: bytes) -> Image.Image:
-    """The image with its colours by `to_8_bit` where all of a 16-bit file are so low that Pillow's are nearly black."""
-    if np.asarray(image)[:, :, :3].max() > _LARGEST_12_BIT >> 8:
+def _with_fewer_bits(image: Image.Image, data: bytes) -> Image.Image:
+    """The image with its colours by `to_8_bit` where a 16-bit file does not use all bits: Pillow's are nearly black."""
+    bits = declared_bits(image, data)
+    values = None if bits in (None, 16) and _uses_high_bits(image) else _wide_colours(image, data)
+    if values is None:
         return image
-    values = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
-    if values is None or values.ndim != 3 or values.shape[:2] != (image.height, image.width):
-        return image
-    colours = Image.fromarray(to_8_bit(np.ascontiguousarray(values[:, :, 2::-1])))
+    colours = Image.fromarray(to_8_bit(values, bits=bits))
     if image.mode == "RGBA":
         colours.putalpha(image.getchannel("A"))
     return colours
 
 
-def _to_grey_8_bit(image: Image.Image) -> np.ndarray:
+def _uses_high_bits(image: Image.Image) -> bool:
+    """Whether Pillow's 8-bit colours of a 16-bit file say already that it is read as 16 bits."""
+    return assumed_bits(int(np.asarray(image)[:, :, :3].max()) << 8) == 16
+
+
+def _wide_colours(image: Image.Image, data: bytes) -> np.ndarray | None:
+    """The colours of a 16-bit file with all their bits, RGB; `None` where OpenCV reads it otherwise."""
+    values = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
+    if values is None or values.ndim != 3 or values.shape[:2] != (image.height, image.width):
+        return None
+    return np.ascontiguousarray(values[:, :, 2::-1])
+
+
+def undeclared_largest(data: bytes) -> int | None:
+    """The largest value of a file of 16-bit integers that does not say how many of its bits count; else `None`.
+
+    Raises:
+        ValueError: As `decode_image`.
+    """
+    if not data or _is_bare_jpeg(data):
+        return None
+    image = _open_image(data)
+    is_grey = image.mode.startswith("I;16")
+    if declared_bits(image, data) is not None or not (is_grey or ";16" in str(_tile(image)[3])):
+        return None
+    with _without_warnings():
+        values = np.asarray(image) if is_grey else _wide_colours(image, data)
+    return None if values is None else int(values.max())
+
+
+def _to_grey_8_bit(image: Image.Image, bits: int | None) -> np.ndarray:
     values = np.asarray(image)
     transparent = image.info.get("transparency")
-    grey = to_8_bit(values, signed=_tiff_tag(image, _SAMPLE_FORMAT) == _SIGNED)
+    grey = to_8_bit(values, _tiff_tag(image, _SAMPLE_FORMAT) == _SIGNED, bits)
     if _tiff_tag(image, _PHOTOMETRIC) == _WHITE_IS_ZERO:  # Pillow inverts those of 8 bits only.
         grey = 255 - grey
     return grey if transparent is None else np.where(values == transparent, np.uint8(255), grey)
-
-
-def to_8_bit(values: np.ndarray, signed: bool = False) -> np.ndarray:
-    """Grey or colour values of any type as 0 to 255, uint8, of the same shape.
-
-    Which range they are of can only be told by the largest: integers up to 255 are of 8 bits, up to 4095 of 12, as
-    cameras and scanners store them in 16, and others of 16, of which the higher 8 count; floats are fractions of white,
-    of 8 bits, or of 16. What lies a little outside is clipped, since resampling overshoots.
-
-    Args:
-        values: Values of one image.
-        signed: Whether integers come from a signed type, whose largest value is half of the unsigned one's.
-
-    Raises:
-        ValueError: If values lie outside of these ranges, as heights, depths and normalised images do.
-    """
-    if values.dtype == np.uint8 or values.size == 0:
-        return values.astype(np.uint8)
-    if values.dtype == bool:
-        return values.astype(np.uint8) * 255
-    is_float = values.dtype.kind == "f"
-    finite = values[np.isfinite(values)] if is_float else values
-    low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 1.0)
-    if is_float and high <= _OVERSHOOT:
-        white = 1
-    elif high <= (255 * _OVERSHOOT if is_float else 255):
-        # As 16 bits, 8-bit integers that were stored as a wider type would all be black.
-        white = 255
-    elif not is_float and high <= _LARGEST_12_BIT:
-        white = _LARGEST_12_BIT
-    else:
-        white = 32767 if signed and high <= 32767 else 65535
-    if low < -white / 8 or high > white * _OVERSHOOT or (white == 255 and is_float and high < _LEAST_FLOAT_LEVEL):
-        raise ValueError(
-            f"data must hold values of 0 to 1, 0 to 255 or 0 to 65535. Got {low:g} to {high:g}; scale them before"
-        )
-    if is_float:
-        return np.clip(np.nan_to_num(values, nan=0.0) * (255 / white), 0, 255).round().astype(np.uint8)
-    clipped = np.clip(values, 0, white)
-    return (clipped >> (white.bit_length() - 8)).astype(np.uint8)
 
 
 def encode_array(values: np.ndarray) -> bytes:

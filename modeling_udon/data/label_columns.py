@@ -2,8 +2,8 @@
 
 import csv
 import os
-import unicodedata
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -11,8 +11,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from datasets import ClassLabel, Dataset, Features, Image
 
+from modeling_udon.data.class_folders import class_name
 from modeling_udon.data.labels import Label, Labels
-from modeling_udon.data.opening import is_plain_number
+from modeling_udon.data.opening import check_csv_columns, is_plain_number
 from modeling_udon.data.streaming import ParquetSplit, of_all, read_parquet
 from modeling_udon.domain_spec import DomainSpec
 
@@ -49,7 +50,8 @@ def as_files_say(
     Raises:
         ValueError: If files number their classes differently, and some do not name them.
     """
-    if (text := _text_labels(spec, tables, rows)) is not None:
+    text = _text_labels(spec, tables, rows)
+    if text is not None and "" not in text:
         return text
     feature = rows.features[spec.label_column]
     feature = getattr(feature, "feature", feature)
@@ -60,17 +62,17 @@ def as_files_say(
 
 
 def _composed(label: Label) -> Label:
-    """A label in Unicode's composed form: macOS writes an accent as a character of its own."""
-    return unicodedata.normalize("NFC", label) if isinstance(label, str) else label
+    return class_name(label) if isinstance(label, str) else label
 
 
 def _read_labels(
     name: str, spec: DomainSpec, rows: Dataset | ParquetSplit, files: Sequence[str], tables: Sequence[str]
 ) -> Labels:
-    if (text := _text_labels(spec, tables, rows)) is not None:
-        return Labels.of(text)
     column: pa.ChunkedArray
-    if isinstance(rows, ParquetSplit):
+    text = _text_labels(spec, tables, rows)
+    if text is not None:
+        column = pa.chunked_array([pa.array(text, pa.string())])
+    elif isinstance(rows, ParquetSplit):
         column = rows.read_column(spec.label_column)
     else:
         column = rows.select_columns([spec.label_column]).with_format("arrow")[:][spec.label_column]
@@ -79,7 +81,7 @@ def _read_labels(
     if not (pa.types.is_integer(value_type) or pa.types.is_string(value_type) or pa.types.is_large_string(value_type)):
         raise ValueError(
             f"`domains.{name}.label_column` must hold integers, ClassLabel or strings. "
-            f"Got {value_type} in {spec.label_column!r}."
+            f"Got {value_type} in {spec.label_column!r}; name another column, or write the classes as text."
         )
     missing = _rows_without(column)
     if len(missing):
@@ -88,8 +90,8 @@ def _read_labels(
             f"`domains.{name}.label_column` must hold a label for every image. "
             f"Got {len(missing)} empty ones in {spec.label_column!r}, rows {rows_named}."
         )
-    feature = rows.features[spec.label_column]
-    if pa.types.is_list(column.type):
+    feature: Any = None if text is not None else rows.features[spec.label_column]
+    if feature is not None and pa.types.is_list(column.type):
         feature = feature.feature
     named = _named_by_file(name, spec, column, files, feature.names) if isinstance(feature, ClassLabel) else None
     if named is not None:
@@ -113,22 +115,36 @@ def _plain(column: pa.ChunkedArray) -> pa.ChunkedArray:
     """The column without dictionary encoding, as pandas writes categories, and with lists of one kind."""
     kind = column.type
     if pa.types.is_dictionary(kind):
-        return column.cast(kind.value_type)
+        return _plain(column.cast(kind.value_type))
+    if pa.types.is_string_view(kind):
+        return column.cast(pa.string())
     if pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
         return column.cast(pa.list_(kind.value_type))
     return column
 
 
 def _rows_without(column: pa.ChunkedArray) -> np.ndarray:
-    """Rows without a label: null, an empty text or list, or a list with a null in it."""
+    """Rows without a label: null, an empty text or list, a text of blanks, or a list with one of these in it."""
     empty = np.asarray(column.is_null())
-    if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
-        empty = empty | np.asarray(pc.fill_null(pc.equal(column, ""), False))
+    if _is_text(column.type):
+        empty = empty | np.asarray(pc.fill_null(pc.equal(pc.utf8_trim_whitespace(column), ""), False))
     if pa.types.is_list(column.type):
         empty = empty | (pc.fill_null(pc.list_value_length(column), 0).to_numpy() == 0)
-        if any(chunk.flatten().null_count for chunk in column.chunks):
-            empty = empty | np.array([None in (labels or ()) for labels in column.to_pylist()])
+        parts = [chunk.flatten() for chunk in column.chunks]
+        blank = any(
+            _is_text(part.type) and pc.any(pc.equal(pc.utf8_trim_whitespace(part), "")).as_py() for part in parts
+        )
+        if blank or any(part.null_count for part in parts):
+            empty = empty | np.array([not all(map(_is_label, labels or ())) for labels in column.to_pylist()])
     return np.flatnonzero(empty)
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
+
+
+def _is_label(value: Label | None) -> bool:
+    return value is not None and str(value).strip() != ""
 
 
 def _named_by_file(
@@ -151,10 +167,15 @@ def _named_by_file(
         part = column.slice(start, num_rows).combine_chunks()
         start += num_rows
         numbers = part.flatten() if pa.types.is_list(part.type) else part
-        if names is None or (len(numbers) and not 0 <= pc.min(numbers).as_py() <= pc.max(numbers).as_py() < len(names)):
+        if names is None:
             raise ValueError(
-                f"`domains.{name}.label_column` must be named alike in all files. Got {file} with other names or "
-                f"without them in {spec.label_column!r}; write its classes as text."
+                f"`domains.{name}.label_column` must be named alike in all files. Got {file} without names in "
+                f"{spec.label_column!r}; write its classes as text."
+            )
+        if len(numbers) and not 0 <= pc.min(numbers).as_py() <= pc.max(numbers).as_py() < len(names):
+            raise ValueError(
+                f"`domains.{name}.label_column` must hold classes of its ClassLabel, 0 to {len(names) - 1}. Got "
+                f"{pc.min(numbers).as_py()} to {pc.max(numbers).as_py()} in {file}; leave out rows without a class."
             )
         taken = pa.array(names, pa.string()).take(numbers)
         parts.append(pa.ListArray.from_arrays(part.offsets, taken) if pa.types.is_list(part.type) else taken)
@@ -191,13 +212,18 @@ def _text_labels(spec: DomainSpec, tables: Sequence[str], rows: Dataset | Parque
         return None
     texts: dict[str, str] = {}
     for table in tables:
+        check_csv_columns(table, ["file_name", spec.label_column])
         with open(table, encoding="utf-8-sig", newline="") as file:
             for row in csv.DictReader(file):
                 if "file_name" in row and row.get(spec.label_column) is not None:
-                    path = os.path.join(os.path.dirname(os.path.abspath(table)), row["file_name"])
-                    texts[os.path.normpath(path)] = row[spec.label_column]
+                    path = os.path.normpath(os.path.join(os.path.dirname(os.path.abspath(table)), row["file_name"]))
+                    if texts.setdefault(path, row[spec.label_column]) != row[spec.label_column]:
+                        raise ValueError(
+                            f"`{spec.label_column}` must be one for each picture. Got {texts[path]!r} and "
+                            f"{row[spec.label_column]!r} for {row['file_name']} in {table}; leave one of them out."
+                        )
     if all(map(is_plain_number, texts.values())):
         return None
     images = rows.cast_column(spec.image_column, Image(decode=False))[spec.image_column]
     found = [texts.get(os.path.normpath(image["path"] or "")) for image in images]
-    return None if None in found or "" in found else [text for text in found if text is not None]
+    return None if None in found else [text for text in found if text is not None]

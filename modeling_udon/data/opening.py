@@ -1,28 +1,45 @@
 """Opens what a domain's specification names, and records what that was."""
 
+import csv
 import os
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import pyarrow as pa
-from datasets import Dataset, DatasetDict, Value, load_dataset_builder, load_from_disk
+from datasets import (
+    ClassLabel,
+    Dataset,
+    DatasetDict,
+    Features,
+    Image,
+    Value,
+    load_dataset_builder,
+    load_from_disk,
+)
 from datasets import logging as datasets_logging
 from datasets.exceptions import DatasetsError
 from datasets.packaged_modules.folder_based_builder.folder_based_builder import FolderBasedBuilder
 
+from modeling_udon.data.class_folders import ClassFolderError, ClassFolders, read_class_folders
 from modeling_udon.data.demo import build_demo_domain
+from modeling_udon.data.files import read_file
 from modeling_udon.data.folders import is_image_name, walk_images
 from modeling_udon.data.streaming import ParquetSplit, open_parquet_splits
 from modeling_udon.domain_spec import DomainSpec
+from modeling_udon.text import as_unicode
 
 DEMO_PREFIX = "demo:"
 
 Splits: TypeAlias = Mapping[str, Dataset] | Mapping[str, ParquetSplit]
 
+# What reads a single file, by its ending.
+_BUILDERS = {".parquet": "parquet", ".csv": "csv", ".json": "json", ".jsonl": "json", ".arrow": "arrow"}
+_ARCHIVES = (".zip", ".tar", ".tgz", ".gz", ".7z", ".rar")
 _HUB_FILE = re.compile(r"hf://datasets/(?P<id>[^/@]+/[^/@]+)(@(?P<revision>[^/]+))?/")
 
 
@@ -51,11 +68,15 @@ class OpenedData:
         splits: The splits.
         opened_from: What was opened.
         files: The files of each split, in the order of its rows, where a builder has read files.
+        passed_over: Counts of what was passed over in a folder of pictures, by kind.
+        doubt: What of that folder may be meant otherwise, as a line.
     """
 
     splits: Splits
     opened_from: OpenedFrom
     files: Mapping[str, tuple[str, ...]]
+    passed_over: Mapping[str, int] = field(default_factory=dict)
+    doubt: str | None = None
 
     @property
     def metadata_tables(self) -> list[str]:
@@ -77,6 +98,7 @@ def open_data(spec: DomainSpec, seed: int = 0, labels: Sequence[str] | None = No
     """
     if spec.path.startswith("~") or not spec.path.strip("./"):  # `datasets` asks a folder for its name: "." has none
         spec = spec.model_copy(update={"path": os.path.abspath(os.path.expanduser(spec.path))})
+    spec = _of_file(spec)
     labels = (spec.label_column,) if labels is None else labels
     if spec.path.startswith(DEMO_PREFIX) and not spec.streaming:
         name = spec.path.removeprefix(DEMO_PREFIX)
@@ -89,6 +111,8 @@ def open_data(spec: DomainSpec, seed: int = 0, labels: Sequence[str] | None = No
         saved = load_from_disk(spec.path)
         splits = saved if isinstance(saved, DatasetDict) else {"train": saved}
         return OpenedData(splits, OpenedFrom("save_to_disk", path=os.path.abspath(spec.path)), {})
+    if (found := _find_class_folders(spec)) is not None:
+        return _open_class_folders(*found)
     with _without_log():
         asked = {"name": spec.name, "revision": spec.revision, "data_dir": spec.data_dir, "data_files": spec.data_files}
         builder = load_dataset_builder(spec.path, **asked)
@@ -97,13 +121,18 @@ def open_data(spec: DomainSpec, seed: int = 0, labels: Sequence[str] | None = No
             as_text = dict.fromkeys(labels, str)
             builder = load_dataset_builder(spec.path, **asked, converters=as_text, keep_default_na=False)
         files = {str(split): tuple(map(str, found)) for split, found in (builder.config.data_files or {}).items()}
-        if isinstance(builder, FolderBasedBuilder):
-            _check_all_pictures_are_used(spec, files)
-        builder.download_and_prepare()
-        splits = builder.as_dataset()
+        for file in (file for of_split in files.values() for file in of_split if is_csv):
+            check_csv_columns(file, labels)
+        passed_over: Mapping[str, int] = {}
+        is_folder = isinstance(builder, FolderBasedBuilder)
+        if is_folder:
+            passed_over = _check_all_pictures_are_used(spec, files, builder.EXTENSIONS)
+        splits = _load(builder, files)
         for column in labels if is_csv else ():
             splits = _with_whole_numbers(splits, column)
-        return OpenedData(splits, _opened_from(spec, builder.name, files), files)
+        if is_folder:
+            passed_over = _with_unnamed_pictures(passed_over, files, splits, builder.EXTENSIONS)
+        return OpenedData(splits, _opened_from(spec, builder.name, files), files, passed_over)
 
 
 def why_not_opened(error: Exception) -> str:
@@ -145,17 +174,132 @@ def _opened_from(spec: DomainSpec, builder: str, files: Mapping[str, tuple[str, 
     return OpenedFrom(builder, None if "/" not in spec.path else spec.path, spec.revision)
 
 
-def _check_all_pictures_are_used(spec: DomainSpec, files: Mapping[str, tuple[str, ...]]) -> None:
-    """Refuses a folder of which `datasets` takes a part, since a class is named like a split."""
-    if spec.data_dir or spec.data_files or not Path(spec.path).is_dir():
+def check_csv_columns(file: str, columns: Sequence[str]) -> None:
+    """Refuses a CSV of which pandas would take another column, or other cells, than its header names.
+
+    Raises:
+        ValueError: If one of the columns is there twice, or a row has more cells than the header.
+    """
+    if file.startswith("hf://") or not os.path.isfile(file):
         return
+    with open(file, encoding="utf-8-sig", errors="replace", newline="") as opened:
+        rows = csv.reader(opened)
+        header, first = next(rows, []), next(rows, [])
+    for column in columns:
+        if header.count(column) > 1:
+            raise ValueError(f"{file} must have a column {column!r} once. Got {', '.join(header)}")
+    if len(first) > len(header):
+        raise ValueError(
+            f"{file} must have a name for each cell of a row. Got {len(first)} cells below {len(header)} names; "
+            "quote cells that hold commas, and leave none at the end"
+        )
+
+
+def _of_file(spec: DomainSpec) -> DomainSpec:
+    """The specification with the builder that reads the one file it names."""
+    if not os.path.isfile(spec.path):
+        return spec
+    suffix = Path(spec.path).suffix.lower()
+    if suffix not in _BUILDERS:
+        raise ValueError(
+            f"a file must end in {', '.join(_BUILDERS)}; unpack an archive and name the folder, and let `udon prepare "
+            "csv` read another table"
+        )
+    return spec.model_copy(update={"path": _BUILDERS[suffix], "data_files": spec.path})
+
+
+def _find_class_folders(spec: DomainSpec) -> tuple[Path, ClassFolders] | None:
+    """The class folders that a specification names; `None` where `datasets` must say what its files are.
+
+    We read them ourselves: `datasets` takes the innermost folder for the class, passes over links and some endings,
+    guesses splits from all names, and gives no class where pictures lie at different depths.
+    """
+    root = Path(spec.data_dir or "") if spec.path == "imagefolder" else Path(spec.path)
+    if spec.name or spec.data_files or (spec.path == "imagefolder") != bool(spec.data_dir) or not root.is_dir():
+        return None
+    card = root / "README.md"
+    if card.is_file() and card.read_bytes()[:3] == b"---":  # It may say which files are which split.
+        return None
+    try:
+        found = read_class_folders(root)
+    except ClassFolderError as error:
+        if "rename or move" in str(error):
+            raise ValueError(f"it {error}") from None
+        return None
+    tables = {suffix: found.passed_over[f"{suffix} file"] for suffix in (*_BUILDERS, *_ARCHIVES)}
+    if max(tables.values()) >= len(found) or (any(tables.values()) and next(root.rglob("metadata.*"), None)):
+        return None
+    return root, found
+
+
+def _open_class_folders(root: Path, found: ClassFolders) -> OpenedData:
+    splits = {}
+    for split, pictures in found.pictures.items():
+        names = sorted({name for _, name in pictures})
+        places = {name: place for place, name in enumerate(names)}
+        # By whole paths, as `datasets` sorts them: a run that goes on finds its rows where they were.
+        ordered = sorted(pictures)
+        rows = {
+            "image": [_named_image(os.path.join(os.path.abspath(root), path)) for path, _ in ordered],
+            "label": [places[name] for _, name in ordered],
+        }
+        features = Features({"image": Image(), "label": ClassLabel(names=names)})
+        splits[split or "train"] = Dataset.from_dict(rows, features=features)
+    opened_from = OpenedFrom("imagefolder", path=os.path.abspath(root))
+    return OpenedData(splits, opened_from, {}, found.passed_over, found.doubt)
+
+
+def _named_image(path: str) -> dict[str, Any]:
+    """An undecoded image by its path; with its bytes where the path is no UTF-8, which Arrow does not hold."""
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        return {"bytes": read_file(path), "path": as_unicode(path)}
+    return {"bytes": None, "path": path}
+
+
+def _load(builder: Any, files: Mapping[str, tuple[str, ...]]) -> Any:
+    try:
+        builder.download_and_prepare()
+    except Exception as error:  # As `why_not_opened`.
+        if any(file.lower().endswith(_ARCHIVES) for of_split in files.values() for file in of_split):
+            raise ValueError(
+                f"its archives cannot be read as pictures with classes ({why_not_opened(error)}); unpack them"
+            ) from error
+        raise
+    return builder.as_dataset()
+
+
+def _check_all_pictures_are_used(
+    spec: DomainSpec, files: Mapping[str, tuple[str, ...]], endings: Sequence[str]
+) -> Mapping[str, int]:
+    """Refuses a folder of which `datasets` takes a part, since a class is named like a split.
+
+    Returns:
+        Counts of what is passed over in a folder.
+    """
+    if spec.data_dir or spec.data_files or not Path(spec.path).is_dir():
+        return {}
+    walk = walk_images(spec.path)
+    endings_there = [Path(path).suffix.lower() for path in walk]
+    passed_over = walk.passed_over + Counter(f"{ending} file" for ending in endings_there if ending not in endings)
     used = [file for of_split in files.values() for file in of_split if is_image_name(file)]
-    there = sum(1 for _ in walk_images(spec.path))
+    there = sum(ending in endings for ending in endings_there)
     if used and len(used) < there:
         raise ValueError(
             f"only {len(used):,} of its {there:,} pictures lie in what `datasets` takes for splits by their names "
             f"({', '.join(files)}); name the files of each split by `data_files`, or let `udon prepare folder` read it"
         )
+    return passed_over
+
+
+def _with_unnamed_pictures(
+    passed_over: Mapping[str, int], files: Mapping[str, tuple[str, ...]], splits: Any, endings: Sequence[str]
+) -> Mapping[str, int]:
+    """The counts with the pictures that no metadata names, which `datasets` leaves out."""
+    there = sum(Path(file).suffix.lower() in endings for of_split in files.values() for file in of_split)
+    left_out = there - sum(map(len, splits.values()))
+    return Counter(passed_over) + Counter({"picture file that no metadata names": max(left_out, 0)})
 
 
 @contextmanager

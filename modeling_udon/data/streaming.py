@@ -25,7 +25,7 @@ from datasets import config as datasets_config
 from datasets.packaged_modules.parquet.parquet import Parquet
 from huggingface_hub import HfFileSystem
 
-from modeling_udon.data.arrays import image_storage, is_array_type
+from modeling_udon.data.arrays import check_image_type, image_storage, is_array_type
 
 # Bytes of images in one row group, beyond which reading one image would cost too much.
 MAX_GROUP_BYTES = 256 * 2**20
@@ -73,6 +73,15 @@ class ParquetSplit:
         return pa.concat_tables(tables)[name]
 
 
+@dataclass(frozen=True, eq=False)
+class _Footer:
+    """What a file says of itself: columns, rows of each row group, and bytes of each column in it."""
+
+    schema: pa.Schema
+    sizes: np.ndarray
+    bytes: Mapping[str, np.ndarray]
+
+
 class ParquetImages:
     """Undecoded images by row, as a `Dataset` with the column `image` gives them.
 
@@ -89,6 +98,7 @@ class ParquetImages:
     def __init__(self, split: ParquetSplit, column: str, window: int) -> None:
         kind = split.features.arrow_schema.field(column).type
         if not is_array_type(kind):
+            check_image_type(kind)
             Image().cast_storage(pa.array([], kind))
         self.group_sizes = split.group_sizes
         self._split, self._column = split, column
@@ -208,37 +218,49 @@ def open_parquet_splits(
 
 def _open_split(files: Sequence[str]) -> ParquetSplit:
     footers = of_all(lambda file: read_parquet(file, _read_footer), files)
-    features, tables = footers[0][0], [table for _, table in footers]
-    sizes = np.concatenate([table[:, 0] for table in tables])
+    schema, features = footers[0].schema, Features.from_arrow_schema(footers[0].schema)
+    for file, footer in zip(files, footers, strict=True):
+        _check_columns(file, footer.schema, files[0], schema)
+    sizes = np.concatenate([footer.sizes for footer in footers])
     if not sizes.sum():
         raise ValueError(f"{files[0]} and its like hold no rows")
     return ParquetSplit(
         files=tuple(files),
         features=features,
-        group_files=np.repeat(np.arange(len(files), dtype=np.int32), [len(table) for table in tables]),
-        group_numbers=np.concatenate([np.arange(len(table), dtype=np.int32) for table in tables]),
+        group_files=np.repeat(np.arange(len(files), dtype=np.int32), [len(footer.sizes) for footer in footers]),
+        group_numbers=np.concatenate([np.arange(len(footer.sizes), dtype=np.int32) for footer in footers]),
         group_sizes=sizes,
-        group_bytes={
-            column: np.concatenate([table[:, 1 + place] for table in tables]) for place, column in enumerate(features)
-        },
+        group_bytes={column: np.concatenate([footer.bytes[column] for footer in footers]) for column in features},
     )
 
 
-def _read_footer(parquet: pq.ParquetFile) -> tuple[Features, np.ndarray]:
-    """The columns, and a row for each row group: its number of rows, then the bytes of each column."""
-    features, metadata = Features.from_arrow_schema(parquet.schema_arrow), parquet.metadata
-    table = np.zeros((metadata.num_row_groups, 1 + len(features)), dtype=np.int64)
-    places = {column: 1 + place for place, column in enumerate(features)}
+def _check_columns(file: str, schema: pa.Schema, first: str, expected: pa.Schema) -> None:
+    """Refuses a file that has a column twice, or others or of other types than the first."""
+    if len(set(schema.names)) < len(schema.names):
+        raise ValueError(f"{file} must have each column once. Got {', '.join(schema.names)}")
+    for name in (*expected.names, *schema.names):
+        kinds = [one.field(name).type if name in one.names else None for one in (expected, schema)]
+        # Parts of an image may be of no type where a file has none of them.
+        if None in kinds or (kinds[0] != kinds[1] and not any(map(pa.types.is_nested, kinds))):
+            found, wanted = (kind or "none" for kind in kinds[::-1])
+            raise ValueError(f"{file} must have the columns of {first}: {wanted} in {name!r}. Got {found}")
+
+
+def _read_footer(parquet: pq.ParquetFile) -> _Footer:
+    schema, metadata = parquet.schema_arrow, parquet.metadata
+    sizes = np.zeros(metadata.num_row_groups, dtype=np.int64)
+    num_bytes = {column: np.zeros_like(sizes) for column in schema.names}
     for number in range(metadata.num_row_groups):
         group = metadata.row_group(number)
-        table[number, 0] = group.num_rows
+        sizes[number] = group.num_rows
         for leaf in range(group.num_columns):
             column = group.column(leaf)
-            # A struct has a leaf for each of its fields.
-            name = column.path_in_schema.partition(".")[0]
-            if name in places:
-                table[number, places[name]] += column.total_uncompressed_size
-    return features, table
+            # A struct has a leaf for each of its fields; a name may hold dots itself.
+            name = column.path_in_schema
+            name = name if name in num_bytes else name.partition(".")[0]
+            if name in num_bytes:
+                num_bytes[name][number] += column.total_uncompressed_size
+    return _Footer(schema, sizes, num_bytes)
 
 
 def read_parquet(file: str, read: Callable[[pq.ParquetFile], Any]) -> Any:

@@ -11,7 +11,8 @@ from transformers.utils import logging as transformers_logging
 
 from modeling_udon.backbones import POOLINGS
 from modeling_udon.config_file import load_config
-from modeling_udon.data.domains import Domain, find_doubts, open_domain
+from modeling_udon.data.domains import Domain, open_domain
+from modeling_udon.data.doubts import find_doubts
 from modeling_udon.data.label_maps import check_label_maps
 from modeling_udon.domain_spec import DomainSpec
 from modeling_udon.encoder import Encoder

@@ -11,6 +11,7 @@ where IMAGE is a base64 string, the bytes of a file, or `{"image": base64}`. Eac
 import base64
 import binascii
 import io
+import struct
 import threading
 import warnings
 from typing import Any
@@ -28,6 +29,9 @@ MAX_IMAGES = 256
 # Of longer images only the middle is resized, so that memory stays bounded: 1 x 5000 pixels would become 224 x 1120000.
 MAX_ASPECT_RATIO = 32
 BATCH_SIZE = 16
+
+# TIFF 6.0: bits per sample, photometric interpretation, the largest value that a sample may have.
+_BITS_PER_SAMPLE, _PHOTOMETRIC, _MAX_SAMPLE_VALUE = 258, 262, 281
 
 _pillow_lock = threading.Lock()
 
@@ -104,7 +108,7 @@ def read_image(item: Any) -> Image.Image:
             raise ValueError(f"an image must have at most {MAX_PIXELS:,} pixels") from None
         except Exception:  # On damaged headers Pillow's readers raise nearly every type there is.
             raise ValueError(f"an input must be an image ({', '.join(FORMATS)}). Got {len(content)} bytes.") from None
-        return _convert(image)
+        return _convert(image, content)
 
 
 def _read_bytes(item: Any) -> bytes:
@@ -123,22 +127,74 @@ def _read_bytes(item: Any) -> bytes:
     return bytes(item)
 
 
-def _convert(image: Image.Image) -> Image.Image:
+def _convert(image: Image.Image, content: bytes = b"") -> Image.Image:
     if image.width * image.height > MAX_PIXELS:
         raise ValueError(f"an image must have at most {MAX_PIXELS:,} pixels. Got {image.width} x {image.height}.")
     if image.mode == "F":
         raise ValueError("an image must hold whole numbers. Got floats.")
     try:
+        bits, inverted = _declared_bits(image, content), _tag(image, _PHOTOMETRIC) == 0
+        tiles: Any = getattr(image, "tile", None)
+        is_wide = bool(tiles) and ";16" in str(tiles[0][3])
         image = _cut_ends(ImageOps.exif_transpose(image))
         if image.mode.startswith("I"):
-            # A plain conversion would clip 16 bits to 8 instead of dividing them.
-            return Image.fromarray((np.clip(np.asarray(image), 0, 65535) >> 8).astype(np.uint8)).convert("RGB")
+            grey = _to_8_bit(np.asarray(image), bits)
+            return Image.fromarray(255 - grey if inverted else grey).convert("RGB")
+        if is_wide and image.mode in ("RGB", "RGBA"):
+            _check_wide_colours(image, bits)
         if image.has_transparency_data:
             white = Image.new("RGBA", image.size, "white")
             image = Image.alpha_composite(white, image.convert("RGBA"))
         return image.convert("RGB")
+    except _RangeError:
+        raise
     except Exception as error:  # As above.
         raise ValueError(f"an image must be whole. Got a damaged one ({type(error).__name__}).") from None
+
+
+class _RangeError(ValueError):
+    """Values of a range that this file does not read."""
+
+
+def _to_8_bit(values: np.ndarray, bits: int | None) -> np.ndarray:
+    """Grey of more than 8 bits: of those that the file says it has, else of 8, 12 or 16, by its largest value."""
+    high = int(values.max(initial=0))
+    if bits is None or not 8 < bits <= 16 or high >= 1 << bits:
+        bits = 8 if high <= 255 else 12 if high <= 4095 else 16
+    # A plain conversion would clip 16 bits to 8 instead of dividing them.
+    return (np.clip(values, 0, (1 << bits) - 1) >> (bits - 8)).astype(np.uint8)
+
+
+def _check_wide_colours(image: Image.Image, bits: int | None) -> None:
+    """Refuses colours of fewer bits in 16, of which Pillow keeps the higher 8: nearly nothing."""
+    used = int(np.asarray(image)[:, :, :3].max(initial=0)).bit_length()
+    if bits != 16 and used + 8 <= (bits or 12):
+        raise _RangeError("an image must use all bits of its colours. Got few of 16; scale them to 8 bits.")
+
+
+def _declared_bits(image: Image.Image, content: bytes) -> int | None:
+    """How many bits count, as a PNG says it by `sBIT` and a TIFF by its tags; `None` where nothing is said."""
+    bits, most = _tag(image, _BITS_PER_SAMPLE), _tag(image, _MAX_SAMPLE_VALUE) or 0
+    if bits is not None:
+        stored = most.bit_length() if 8 < most.bit_length() < bits and most & (most + 1) == 0 else None
+        return stored if bits in (8, 16, 32) else bits
+    position = 8
+    while content.startswith(b"\x89PNG\r\n\x1a\n") and position + 8 <= len(content):
+        length, kind = struct.unpack_from(">I4s", content, position)
+        if kind == b"IDAT":
+            break
+        if kind == b"sBIT":
+            found = content[position + 8 : position + 8 + length]
+            colours = set(found[:-1] if length in (2, 4) else found)
+            return colours.pop() if len(colours) == 1 else None
+        position += 12 + length
+    return None
+
+
+def _tag(image: Image.Image, number: int) -> int | None:
+    value = getattr(image, "tag_v2", {}).get(number)
+    value = max(value, default=None) if isinstance(value, tuple) else value
+    return value if isinstance(value, int) else None
 
 
 def _cut_ends(image: Image.Image) -> Image.Image:

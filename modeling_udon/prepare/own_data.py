@@ -1,7 +1,6 @@
 """Pictures of your own: one folder per class, a table, or a data set, with splits whose classes are disjoint."""
 
 import hashlib
-import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -12,69 +11,35 @@ from typing import Any
 import numpy as np
 from datasets import Dataset
 
+from modeling_udon.data.class_folders import (
+    SPLIT_NAMES,
+    ClassFolderError,
+    ClassFolders,
+    read_class_folders,
+    split_of,
+)
 from modeling_udon.data.domains import encoded_bytes, open_image_splits
-from modeling_udon.data.folders import describe_passed_over, walk_images
 from modeling_udon.domain_spec import DomainSpec
 from modeling_udon.prepare.shards import Picture, Read
 from modeling_udon.prepare.tables import open_table
-from modeling_udon.text import as_unicode
-
-# What a table may call the splits.
-SPLIT_NAMES = {"train": "train", "val": "validation", "valid": "validation", "validation": "validation"}
-SPLIT_NAMES |= {"test": "test", "query": "test", "index": "index", "gallery": "index"}
 
 
-def split_of(name: str) -> str | None:
-    """The split that a folder, a file or a cell of this name stands for; `None` for another name."""
-    return SPLIT_NAMES.get(name.strip().lower())
-
-
-def read_folder(folder: Path) -> tuple[dict[str | None, list[Picture]], Counter[str]]:
+def read_folder(folder: Path) -> tuple[dict[str | None, list[Picture]], ClassFolders]:
     """Reads a folder with one subfolder of images per class, or one per split that holds those of its classes.
 
     Returns:
-        Pictures by split, of `None` where there are no splits, and the counts of what was passed over.
+        Pictures by split, of `None` where there are no splits, and what else there is to say.
 
     Raises:
         ValueError: If there is no image below a subfolder, or splits lie beside folders that are none.
     """
-    walk = walk_images(folder)
-    paths = [
-        path for path in walk if "/" in path or walk.passed_over.update(["picture file outside of a class folder"])
-    ]
-    if not paths:
-        found = describe_passed_over(walk.passed_over) or "nothing"
-        raise ValueError(
-            f"SOURCE must hold a folder of images for each class. Got {folder} without any. It holds {found}."
-        )
-    split_folders = _split_folders(folder, paths)
-    pictures: dict[str | None, list[Picture]] = defaultdict(list)
-    for path in paths:
-        first, rest = path.split("/", 1)
-        split = split_folders.get(first)
-        name = first if split is None else rest.partition("/")[0]
-        # macOS writes accents as characters of their own: one class, however its name was typed.
-        pictures[split].append(Picture(path, unicodedata.normalize("NFC", as_unicode(name))))
-    return dict(pictures), walk.passed_over
-
-
-def _split_folders(folder: Path, paths: Sequence[str]) -> dict[str, str]:
-    """The splits of folders that are named like one and hold folders of classes: `train/CLASS/x.jpg`."""
-    depths: dict[str, int] = {}
-    for path in paths:
-        first = path.partition("/")[0]
-        depths[first] = min(path.count("/"), depths.get(first, 99))
-    found = {name: split for name, depth in depths.items() if depth > 1 and (split := split_of(name))}
-    if len(found) < 2:  # A class may be called `train`.
-        return {}
-    others = sorted(depths.keys() - found.keys())
-    if others or len(set(found.values())) < len(found):
-        why = f"beside {others[0]}" if others else "two of which are the same split"
-        raise ValueError(
-            f"SOURCE must hold a folder for each class, or for each split one of {', '.join(SPLIT_NAMES)}. Got "
-            f"{', '.join(sorted(found))} in {folder}, {why}; rename or move folders, or write a table with splits."
-        )
-    return found
+    try:
+        read = read_class_folders(folder)
+    except ClassFolderError as error:
+        raise ValueError(f"SOURCE {error}") from None
+    found = {split: [Picture(path, label) for path, label in of] for split, of in read.pictures.items()}
+    # A folder of training pictures alone still has to be shared out.
+    return {None: found["train"]} if list(found) == ["train"] else found, read
 
 
 def read_table(

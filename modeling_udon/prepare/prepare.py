@@ -3,12 +3,14 @@
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import yaml
 from tqdm import tqdm
 
+from modeling_udon.data.doubts import doubts_of_images, rows_to_look_at
 from modeling_udon.data.folders import describe_passed_over
 from modeling_udon.domain_spec import RESERVED_NAMES, check_domain_name
 from modeling_udon.prepare.own_data import (
@@ -46,9 +48,11 @@ def pictures_of_folder(source: Path, say: Say = lambda text: None) -> Pictures:
     """Finds the pictures of a folder with one subfolder per class; see `read_folder`."""
     if not source.is_dir():
         raise ValueError(f"SOURCE must be a folder that is there. Got {source}.")
-    found, passed_over = read_folder(source)
-    if passed_over:
-        say(f"passed over: {describe_passed_over(passed_over)}")
+    found, read = read_folder(source)
+    if read.passed_over:
+        say(f"passed over: {describe_passed_over(read.passed_over)}")
+    if read.doubt:
+        say(f"WARNING: {read.doubt}")
     return _with_training(found, "SOURCE must have pictures"), FolderReader(source)
 
 
@@ -240,6 +244,9 @@ def _write(
     found = {}
     with _bar(total, show_progress, "decoding") as bar:
         for name, of_domain in splits.items():
+            some = [of_domain["train"][row] for row in rows_to_look_at(len(of_domain["train"]))]
+            for line in doubts_of_images([partial(read, picture.path) for picture in some]):
+                say(f"WARNING: {name}: {line}")
             found[name] = write_domain(of_domain, read, folders[name], **writing, advance=bar.update)
             say(format_summary(name, found[name]))
             unreadable = write_unreadable(folders[name], found[name])

@@ -3,7 +3,6 @@
 import csv
 import io
 import math
-import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,8 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+
+from modeling_udon.data.class_folders import class_name
 
 _DELIMITERS = (",", ";", "\t", "|")
 
@@ -52,7 +53,7 @@ class Table:
         if isinstance(value, bytes):
             value = value.decode("utf-8", "backslashreplace")
         if isinstance(value, str):
-            return unicodedata.normalize("NFC", value.strip())
+            return class_name(value)
         if isinstance(value, bool) or not isinstance(value, int):
             raise self._wrong_label(value, column, row)
         return value
@@ -80,7 +81,8 @@ def open_table(path: Path, wanted: Sequence[str]) -> Table:
         if path.suffix.lower() == ".parquet":
             columns = list(pq.read_schema(path).names)
             read = pq.read_table(path, columns=[name for name in columns if name in wanted])
-            return Table(path, columns, {name: read[name].to_pylist() for name in read.column_names}, len(read))
+            values = {name: read[name].to_pylist() for name in read.column_names}
+            return Table(path, columns, values, len(read))
         return _read_csv(path, wanted)
     except (UnicodeError, csv.Error, pa.ArrowException) as error:
         reason = " ".join(str(error).split())
@@ -96,6 +98,8 @@ def _read_csv(path: Path, wanted: Sequence[str]) -> Table:
     found = [sum(name.strip(' \r"') in wanted for name in header.split(delimiter)) for delimiter in _DELIMITERS]
     rows = csv.reader(io.StringIO(text, newline=""), delimiter=_DELIMITERS[found.index(max(found))])
     columns = [name.strip() for name in next(rows, [])]
+    if doubled := next((name for name in wanted if columns.count(name) > 1), None):
+        raise ValueError(f"SOURCE must have a column {doubled!r} once. Got {', '.join(columns)} in {path}.")
     places = {name: place for place, name in enumerate(columns) if name in wanted}
     values: dict[str, list[Any]] = {name: [] for name in places}
     num_rows = 0
@@ -103,6 +107,11 @@ def _read_csv(path: Path, wanted: Sequence[str]) -> Table:
         if not row:
             continue
         num_rows += 1
+        if any(row[len(columns) :]):
+            raise ValueError(
+                f"SOURCE must have a name for each cell. Got {len(row)} cells below {len(columns)} names in row "
+                f"{num_rows} of {path}; quote cells that hold the separator."
+            )
         for name, place in places.items():
             values[name].append(row[place] if place < len(row) else None)
     return Table(path, columns, values, num_rows)

@@ -3,6 +3,7 @@
 import hashlib
 import os
 import re
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from datasets import ClassLabel, Dataset, Image, concatenate_datasets, load_from_disk
 
+from modeling_udon.data.arrays import check_image_type
 from modeling_udon.data.demo import build_demo_domain
+from modeling_udon.data.image_paths import is_path_type, paths_from
 from modeling_udon.data.label_columns import as_files_say
 from modeling_udon.data.opening import DEMO_PREFIX, OpenedData, open_data, why_not_opened
 from modeling_udon.domain_spec import DomainSpec
@@ -99,9 +102,10 @@ def open_dataset(spec: SourceSpec, path: Path) -> tuple[DatasetSource, dict[str,
             raise ValueError(f"`columns` must be among {', '.join(others) or 'none'} of the data set. Got {column!r}.")
     if spec.domain is not None and "domain" in spec.columns:
         raise ValueError(f"`domain` must be left out where `columns` has the domain. Got {spec.domain!r}.")
-    images = dataset.select_columns([image_column]).cast_column(image_column, Image(decode=False))
+    files = () if opened is None else opened.files.get(spec.split or next(iter(opened.splits)), ())
+    images = _undecoded(dataset, image_column, files)
     title = "/".join(part for part in (spec.source, spec.name, spec.split) if part)
-    source = DatasetSource(images, _columns_to_keep(spec, dataset, opened, image_column), title, spec.domain)
+    source = DatasetSource(images, _columns_to_keep(spec, dataset, opened, image_column, files), title, spec.domain)
     _check_types(source.describe(0, min(len(images), 1)))
     identity = {
         "kind": "data set",
@@ -114,12 +118,21 @@ def open_dataset(spec: SourceSpec, path: Path) -> tuple[DatasetSource, dict[str,
     return source, identity
 
 
-def _columns_to_keep(spec: SourceSpec, dataset: Dataset, opened: OpenedData | None, image_column: str) -> Dataset:
+def _undecoded(dataset: Dataset, column: str, files: Sequence[str]) -> Dataset:
+    """The column of images alone, as undecoded ones."""
+    images = dataset.select_columns([column])
+    if is_path_type(images.features.arrow_schema.field(column).type):
+        images = paths_from(images, files)
+    return images.cast_column(column, Image(decode=False))
+
+
+def _columns_to_keep(
+    spec: SourceSpec, dataset: Dataset, opened: OpenedData | None, image_column: str, files: Sequence[str]
+) -> Dataset:
     """The columns that were asked for, with classes as each file names them."""
     kept = dataset.select_columns(list(spec.columns))
     if opened is None:
         return kept
-    files = opened.files.get(spec.split or next(iter(opened.splits)), ())
     for column in spec.columns:
         of_column = DomainSpec(path=spec.source, image_column=image_column, label_column=column)
         values = as_files_say(of_column, dataset, files, opened.metadata_tables)
@@ -163,7 +176,7 @@ def _load(spec: SourceSpec, path: Path) -> tuple[Dataset, OpenedData | None]:
 
 def _where(spec: SourceSpec, path: Path) -> DomainSpec:
     if path.is_file():
-        return DomainSpec(path="parquet", data_files=str(path))
+        return DomainSpec(path=str(path))
     return DomainSpec(path=spec.source, name=spec.name, revision=spec.data_revision)
 
 
@@ -187,6 +200,7 @@ def _image_column(spec: SourceSpec, dataset: Dataset) -> str:
             f"`image_column` must be a column of the data set: {', '.join(dataset.column_names)}. Got {column!r}."
         )
     with suppress(TypeError, ValueError, pa.ArrowInvalid, pa.ArrowNotImplementedError):
+        check_image_type(dataset.features.arrow_schema.field(column).type)
         dataset.select(range(min(len(dataset), 1))).cast_column(column, Image(decode=False))
         return column
     raise ValueError(f"`image_column` must hold images. Got {column!r}, which holds {dataset.features[column]}.")

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from datetime import timedelta
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 from tqdm import tqdm
 
+from modeling_udon.data.doubts import doubts_of_images, rows_to_look_at
 from modeling_udon.data.folders import describe_passed_over
 from modeling_udon.encoder import Encoder
 from modeling_udon.search.file_source import FileSource, what_changed, write_listing
@@ -35,7 +36,7 @@ from modeling_udon.search.shards import (
     start_or_resume,
     write_manifest,
 )
-from modeling_udon.search.source_spec import ImageSource, SourceSpec
+from modeling_udon.search.source_spec import ImageSource, Read, SourceSpec
 from modeling_udon.search.sources import OpenedSource, open_source, passed_over
 from modeling_udon.storage import locked
 
@@ -246,11 +247,19 @@ def _embed_missing(
     accelerator.wait_for_everyone()  # before a shard appears that another process would not find missing
     mine = missing[accelerator.process_index :: accelerator.num_processes]
     num_missing = sum(len(shards.rows(shard)) for shard in missing)
+    if num_missing and accelerator.is_main_process:
+        reads = [read for row in rows_to_look_at(source.num_images) for read in source.readers(row, row + 1)]
+        for line in doubts_of_images([partial(_data_of, read) for read in reads]):
+            say(f"WARNING: {line}")
     if num_done := shards.num_images - num_missing:
         say(f"{num_done:,} of {shards.num_images:,} images are there already")
     num_embedded = _embed_shards(source, shards, mine, work)
     accelerator.wait_for_everyone()
     return num_missing, num_embedded
+
+
+def _data_of(read: Read) -> bytes:
+    return read().data
 
 
 @torch.inference_mode()
@@ -259,6 +268,7 @@ def _embed_shards(source: ImageSource, shards: ShardFolder, mine: Sequence[int],
     model, accelerator = work.model, work.accelerator
     model.network.to(accelerator.device)
     about = {"model": model.name, "fingerprint": model.fingerprint, "dim": model.dim, "root": source.root}
+    about["pooling"] = model.pooling
     slices = ShardSlices(shards, mine, work.batch_size)
     loader = make_loader(source, model.transform, slices, accelerator, work.num_workers, work.thumbnails)
     remaining, shard, num_embedded = iter(mine), _Shard(), 0

@@ -198,6 +198,7 @@ def _build(
         sources=sources,
         bytes_per_image=0.0,
         letterbox=about.get("letterbox", False),
+        pooling=about.get("pooling"),
     )
     result = write_base(draft, rows, made, target_recall, keep_vectors, say)
     write_about(draft, result, parts)

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from modeling_udon.backbones import Pooling
 from modeling_udon.search.segments import ROW, Segment, SegmentFiles, open_metadata, open_segment
 from modeling_udon.storage import DamagedFileError, damage_of, replaced_file, standing_folder, write_json
 
@@ -45,6 +46,7 @@ class IndexAbout:
         sources: For each embedding folder its `folder` and the `root` of its paths.
         bytes_per_image: Size of the FAISS files by image.
         letterbox: Whether images were padded to squares before they were embedded.
+        pooling: How the features of the model's backbone were pooled; `None` for the model's own way.
     """
 
     kind: str
@@ -57,6 +59,7 @@ class IndexAbout:
     sources: list[dict[str, Any]]
     bytes_per_image: float
     letterbox: bool = False
+    pooling: Pooling | None = None
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,6 @@
 """Extension of a trained run: weights it starts from, the old student it is held to, gain and forgetting."""
 
 import copy
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ from modeling_udon.data.label_maps import label_maps
 from modeling_udon.evaluation.protocol import METRICS, Scores, SplitScores
 from modeling_udon.modeling_udon import UdonModel
 from modeling_udon.run_record import RunRecord
-from modeling_udon.storage import write_text
+from modeling_udon.storage import read_json, write_json, write_text
 from modeling_udon.training.distillation import STEP_STATE
 from modeling_udon.training.teachers import OldStudent
 
@@ -62,7 +61,7 @@ def open_start(config: TrainConfig) -> Start | None:
             raise ConfigError(
                 f"`model.{name}` must be that of the run in `init.run`, {theirs}. Got {ours}; leave it out."
             )
-    known = json.loads((run.folder / "domains.json").read_text(encoding="utf-8"))
+    known = read_json(run.folder / "domains.json")
     return Start(run, shape, load_file(run.weights), known)
 
 
@@ -138,7 +137,7 @@ def old_student(udon: UdonModel, weight: float, shares_backbone: bool) -> OldStu
 def keep_old_scores(run_dir: Path, scores: SplitScores) -> None:
     """Writes down what the old student scores on the test split of all domains, before the first step."""
     values = {"merged": scores.merged, "separate": scores.separate}
-    write_text(run_dir / OLD_SCORES_FILE, json.dumps(values, indent=1))
+    write_json(run_dir / OLD_SCORES_FILE, values, indent=1)
 
 
 def compare_with_old(config: TrainConfig, scores: SplitScores) -> dict[str, Any]:
@@ -153,7 +152,7 @@ def compare_with_old(config: TrainConfig, scores: SplitScores) -> dict[str, Any]
         and the separate index, `old` and `new`.
     """
     assert config.init is not None
-    old = json.loads((config.run_dir / OLD_SCORES_FILE).read_text(encoding="utf-8"))
+    old = read_json(config.run_dir / OLD_SCORES_FILE)
     known = read_initial_run(config.init.run).domains
     return {
         **config.init.model_dump(mode="json"),

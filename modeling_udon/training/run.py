@@ -12,7 +12,9 @@ from torch import nn
 from modeling_udon.config import ConfigError, TrainConfig
 from modeling_udon.config_file import dump_config
 from modeling_udon.data.dataset import DomainBatch
-from modeling_udon.data.domains import Domain, find_doubts, open_domain, with_images_as_classes
+from modeling_udon.data.domains import Domain, open_domain, with_images_as_classes
+from modeling_udon.data.doubts import find_doubts
+from modeling_udon.data.folders import describe_passed_over
 from modeling_udon.data.preprocessing import ChannelStatistics
 from modeling_udon.data.sampling import DomainBatchSampler
 from modeling_udon.training.average import StudentAverage
@@ -184,10 +186,11 @@ def build_run(
 def describe_run(run: Run) -> Iterator[str]:
     """Gives lines on domains and parameter groups."""
     for name, domain in run.domains.items():
-        yield f"domain {name}: {len(domain.images)} images, {len(domain.classes)} classes"
+        passed_over = f"; passed over: {describe_passed_over(domain.passed_over)}" if domain.passed_over else ""
+        yield f"domain {name}: {len(domain.images)} images, {len(domain.classes)} classes{passed_over}"
         if run.config.data.targets == "classes":
             for line in find_doubts(domain):
-                yield f"WARNING: {line}; its scores are not those of new classes"
+                yield f"WARNING: {line}"
     optim = run.config.optim
     rates, frozen = learning_rates(optim, run.step, run.num_steps), frozen_steps(optim, run.num_steps)
     for group in run.optimizer.param_groups:

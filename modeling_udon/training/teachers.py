@@ -1,6 +1,5 @@
 """Models that were trained before, in runs of their own, and only give targets: teachers, and an old student."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,6 +13,7 @@ from modeling_udon.auto_classes import UdonModel
 from modeling_udon.data.preprocessing import ChannelStatistics
 from modeling_udon.run_models import open_teachers
 from modeling_udon.run_record import read_run
+from modeling_udon.storage import damage_of, read_json
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,7 @@ def load_frozen_teachers(
     models: dict[Path, UdonModel] = {}
     for domain, folder in runs.items():
         run = read_run(folder)
-        known = json.loads((run.folder / "domains.json").read_text(encoding="utf-8"))
+        known = read_json(run.folder / "domains.json")
         if any(known.get(domain, {}).get(what) != label_maps[domain][what] for what in ("classes", "fingerprint")):
             raise ValueError(
                 f"`teachers.{domain}` must be a run on the same images and classes of that domain. Got {folder}, whose "
@@ -157,11 +157,14 @@ def load_frozen_teachers(
         if folder not in models:
             models[folder] = open_teachers(run)
         weights = load_file(run.weights)
-        processor = json.loads((run.folder / "best" / "preprocessor_config.json").read_text(encoding="utf-8"))
+        file = run.folder / "best" / "preprocessor_config.json"
+        processor = read_json(file)
+        with damage_of(file):
+            theirs = ChannelStatistics(tuple(processor["image_mean"]), tuple(processor["image_std"]))
         teachers[domain] = FrozenTeacher(
             models[folder],
             weights[f"teacher_prototypes.{domain}"],
-            ChannelStatistics(tuple(processor["image_mean"]), tuple(processor["image_std"])),
+            theirs,
             run.config["data"]["image_size"],
         )
     return FrozenTeachers(teachers, statistics)

@@ -174,7 +174,8 @@ def test_what_is_wrong_with_the_data_is_named(tmp_path: Path) -> None:
         "`domains.cars.image_column` must hold images. Got int64 in 'label'."
     )
     assert refuse(save_train(tmp_path / "float", [0.5], Value("float32"))) == (
-        "`domains.cars.label_column` must hold integers, ClassLabel or strings. Got float in 'label'."
+        "`domains.cars.label_column` must hold integers, ClassLabel or strings. Got float in 'label'; "
+        "name another column, or write the classes as text."
     )
     assert refuse(save_train(tmp_path / "null", [1, None], Value("int64"))) == (
         "`domains.cars.label_column` must hold a label for every image. Got 1 empty ones in 'label', rows 1."

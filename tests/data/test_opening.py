@@ -10,7 +10,8 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
 from PIL import Image as PILImage
 
 from modeling_udon.data.dataset import read_images
-from modeling_udon.data.domains import find_doubts, open_domain
+from modeling_udon.data.domains import open_domain
+from modeling_udon.data.doubts import find_doubts
 from modeling_udon.domain_spec import DomainSpec
 
 NAMES = ["ant", "bee", "cat", "dog"]
@@ -62,6 +63,9 @@ def test_text_of_metadata_csv_is_not_taken_for_numbers(tmp_path: Path) -> None:
 def test_a_class_named_like_a_split_does_not_lose_the_others(tmp_path: Path) -> None:
     for seed, name in enumerate(["train", "bus", "car"]):
         write_png(tmp_path / name / "1.png", seed)
+    domain = open_domain("a", spec_of(tmp_path))
+    assert domain.classes == ("bus", "car", "train") and len(domain.images) == 3
+    (tmp_path / "metadata.csv").write_text("file_name,label\ntrain/1.png,1\nbus/1.png,2\ncar/1.png,3\n")
     with pytest.raises(ValueError, match="only 1 of its 3 pictures lie in what `datasets` takes for splits"):
         open_domain("a", spec_of(tmp_path))
 

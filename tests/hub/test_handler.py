@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import os
+import struct
 import subprocess
 import sys
 import zlib
@@ -84,6 +85,15 @@ def turned(image: Image.Image) -> bytes:
     return encode(image, "JPEG", quality=95, exif=exif)
 
 
+def wide(factor: int, sbit: int | None = None) -> bytes:
+    """A grey PNG of 16 bits; with `sBIT`, which says how many of them count."""
+    content = encode(Image.fromarray(np.asarray(draw(10, "L")).astype(np.uint16) * factor))
+    if sbit is None:
+        return content
+    chunk = b"sBIT" + bytes([sbit])
+    return content[:33] + struct.pack(">I", 1) + chunk + struct.pack(">I", zlib.crc32(chunk)) + content[33:]
+
+
 @pytest.mark.parametrize(
     "content",
     [
@@ -94,6 +104,10 @@ def turned(image: Image.Image) -> bytes:
         pytest.param(encode(draw(5, "CMYK"), "TIFF"), id="CMYK"),
         pytest.param(encode(draw(6).quantize(16), "GIF"), id="palette"),
         pytest.param(encode(Image.fromarray(np.arange(600, dtype=np.uint16).reshape(20, 30) * 100)), id="16 bits"),
+        pytest.param(wide(16), id="12 bits in 16"),
+        pytest.param(wide(64, sbit=14), id="14 bits in 16, as the file says"),
+        pytest.param(wide(2, sbit=16), id="a dark one that says that it has 16 bits"),
+        pytest.param(encode(draw(9, "L"), "TIFF", tiffinfo={262: 0}), id="white is zero"),
         pytest.param(encode(draw(8, size=(700, 3))), id="a long strip"),
     ],
 )

@@ -316,7 +316,7 @@ def test_classes_that_are_trained_and_tested_are_told(udon: Udon, tmp_path: Path
         (["csv", "{tmp}/t.csv", "--path-column", "file"], "--path-column must be a column of {tmp}/t.csv: path, label"),
         (
             ["csv", "{tmp}/t.csv"],
-            "--split-column must hold train, val, valid, validation, test, query, index, gallery.",
+            "--split-column must hold train, val, valid, validation, test, query, index, gallery, training, ",
         ),
         (["csv", "{tmp}/gap.csv"], "SOURCE must have a path and a class in every row. Got row 2 of {tmp}/gap.csv"),
         (["csv", "{tmp}/test.csv"], "--split-column must have rows for train. Got test."),

@@ -280,11 +280,16 @@ def test_columns_keep_what_their_files_say(udon, student, png, tmp_path) -> None
         assert pq.read_table(out / "part-00000.parquet")["label"].to_pylist() == labels
 
 
-def test_a_folder_of_which_a_split_is_a_part_is_refused_with_both_counts(udon, student, png, tmp_path) -> None:
+def test_a_class_named_like_a_split_is_no_split_and_with_metadata_is_refused(udon, student, png, tmp_path) -> None:
     for row, name in enumerate(("train", "car", "bus")):
         (tmp_path / "vehicles" / name).mkdir(parents=True)
         (tmp_path / "vehicles" / name / "0.png").write_bytes(png(row))
-    done = udon("embed", tmp_path / "vehicles", "--split", "train", "--model", student, "--out", tmp_path / "out")
+    command = ["embed", tmp_path / "vehicles", "--split", "train", "--model", student, "--num-workers", 0]
+    assert udon(*command, "--columns", "label", "--out", tmp_path / "all").code == 0
+    table = pq.read_table(tmp_path / "all" / "part-00000.parquet")
+    assert table["label"].to_pylist() == ["bus", "car", "train"]
+    (tmp_path / "vehicles" / "metadata.csv").write_text("file_name,label\ntrain/0.png,1\n")
+    done = udon(*command, "--out", tmp_path / "out")
     assert done.code == 2 and "only 1 of its 3 pictures lie in what `datasets` takes for splits" in done.err
 
 
