@@ -118,6 +118,10 @@ def open_backbone(name: str, config: PretrainedConfig, pooling: Pooling | None, 
         # Its checkpoints from pretraining have no final norm; one that only normalises is not random.
         missing = [key for key in missing if "pooler.layernorm" not in key]
     check_missing(name, missing, pooling)
+    weights = model.state_dict()
+    for key in (key for key in missing if key in weights):
+        # Nothing reads them, but random ones would give the same model another fingerprint each time.
+        weights[key].zero_()
     return vision_tower(model)
 
 
@@ -157,7 +161,7 @@ def check_missing(name: str, missing: Any, pooling: str | None) -> None:
     Raises:
         ValueError: If one is missing that the pooling reads.
     """
-    unread = pooling in ("cls", "mean")
+    unread = pooling in ("cls", "mean", "cls+mean")
     wanted = sorted(key for key in missing if not (unread and re.search(r"(^|\.)(pooler|head)\.", key)))
     if wanted:
         way_out = (

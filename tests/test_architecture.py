@@ -65,6 +65,7 @@ FLOORS = {
 # Math and mechanics that know nothing of models and configs.
 LEAVES = {
     f"{PACKAGE}.data.images",
+    f"{PACKAGE}.data.levels",
     f"{PACKAGE}.data.transforms",
     f"{PACKAGE}.data.sampling",
     f"{PACKAGE}.data.weights",

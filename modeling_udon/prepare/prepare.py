@@ -244,11 +244,11 @@ def _write(
     found = {}
     with _bar(total, show_progress, "decoding") as bar:
         for name, of_domain in splits.items():
+            found[name] = write_domain(of_domain, read, folders[name], **writing, advance=bar.update)
+            say(format_summary(name, found[name]))
             some = [of_domain["train"][row] for row in rows_to_look_at(len(of_domain["train"]))]
             for line in doubts_of_images([partial(read, picture.path) for picture in some]):
                 say(f"WARNING: {name}: {line}")
-            found[name] = write_domain(of_domain, read, folders[name], **writing, advance=bar.update)
-            say(format_summary(name, found[name]))
             unreadable = write_unreadable(folders[name], found[name])
             for summary in found[name]:
                 if summary.unreadable and not summary.num_images:
