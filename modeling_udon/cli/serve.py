@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from importlib.util import find_spec
 
-from modeling_udon.cli.models import open_model
+from modeling_udon.cli.models import open_for_index, open_model
 from modeling_udon.cli.options import Commit, File, Folder, Name, Natural, Positive
 from modeling_udon.cli.terminal import say
 
@@ -80,5 +80,11 @@ def serve(
     )
     token = None if token_file is None else read_token(token_file)
     with listen(host, port) as opened:
-        service = make_service(open_model(model, revision, trust_remote_code), index, name, limits, allow_hosts)
+        # Queries are pooled as the images of the index were.
+        encoder = (
+            open_model(model, revision, trust_remote_code)
+            if index is None
+            else open_for_index(index, model, revision, trust_remote_code)
+        )
+        service = make_service(encoder, index, name, limits, allow_hosts)
         run(service, Access(token, token_for_all), opened, say)

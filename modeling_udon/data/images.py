@@ -213,9 +213,9 @@ def undeclared_largest(data: bytes) -> int | None:
     Raises:
         ValueError: As `decode_image`.
     """
-    if not data or _is_bare_jpeg(data):
+    if not data or _is_bare_jpeg(data, MAX_IMAGE_PIXELS):
         return None
-    image = _open_image(data)
+    image = _open_image(data, MAX_IMAGE_PIXELS)
     is_grey = image.mode.startswith("I;16")
     if declared_bits(image, data) is not None or not (is_grey or ";16" in str(_tile(image)[3])):
         return None

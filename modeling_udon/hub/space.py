@@ -70,6 +70,7 @@ class _Placed:
     revision: str | None
     index: str
     title: str
+    pooling: str | None
 
 
 def make_space(
@@ -128,8 +129,14 @@ def _check_target(target: Path, force: bool) -> None:
 def _place(side: SpaceSide, number: int, space: Path, trust_remote_code: bool, say: Say) -> _Placed:
     """Checks that the model is the index's, and brings both into the Space."""
     index = ImageIndex(side.index)
-    encoder = Encoder.open(side.model, revision=side.revision, trust_remote_code=trust_remote_code)
+    pooling = index.about.pooling
+    encoder = Encoder.open(side.model, revision=side.revision, trust_remote_code=trust_remote_code, pooling=pooling)
     check_model(index, encoder)
+    if encoder.kind == "backbone":
+        raise ValueError(
+            f"`index` must be of a student's own embeddings. Got {side.index!r} of its backbone's features; embed the "
+            "images without --pooling, or publish the backbone."
+        )
     model, revision = side.model, side.revision
     title = model
     if encoder.folder is not None:
@@ -140,7 +147,7 @@ def _place(side: SpaceSide, number: int, space: Path, trust_remote_code: bool, s
     place = f"indexes/{number}"
     (space / place).mkdir(parents=True)
     _copy_index(index, space / place, title, say)
-    return _Placed(model, revision, place, title)
+    return _Placed(model, revision, place, title, pooling)
 
 
 def _title(model: Path) -> str:
@@ -234,10 +241,14 @@ def _requirements(modules: Mapping[str, Path]) -> str:
     return "\n".join([_CPU_PACKAGES, *pins]) + "\n"
 
 
+def _with_pooling(side: _Placed) -> str:
+    return "" if side.pooling is None else f", pooling={side.pooling!r}"
+
+
 def _app_file(placed: Sequence[_Placed], has_examples: bool, trust_remote_code: bool) -> str:
     sides = "".join(
         f"        open_side({side.index!r}, lambda: Encoder.open({side.model!r}, revision={side.revision!r}, "
-        f"trust_remote_code={trust_remote_code}), {side.title!r}),\n"
+        f"trust_remote_code={trust_remote_code}{_with_pooling(side)}), {side.title!r}),\n"
         for side in placed
     )
     examples = 'find_examples("examples")' if has_examples else "[]"
