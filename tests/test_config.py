@@ -174,6 +174,14 @@ def test_the_configs_of_uned_stand_on_what_is_prepared(
     assert (config.optim.lr, config.optim.backbone_lr, config.sampling.update_every) == (1e-3, 1e-5, 1000)
 
 
+def test_a_config_for_domains_of_ones_own_trains_our_system_unless_told_otherwise() -> None:
+    path, domains = Path(__file__).parents[1] / "configs" / "base.yaml", ["shoes=data/shoes", "tools=org/tools"]
+    config = load_config(path, domains=domains)
+    assert (config.system, config.loss.classifier, config.model.centre_features) == ("centred", "joint", True)
+    udon = load_config(path, ["--system", "udon"], domains=domains)
+    assert (udon.loss.classifier, udon.model.centre_features, udon.loss.needs_teachers) == ("separate", False, True)
+
+
 def test_a_file_that_cannot_be_used_is_named(tmp_path: Path) -> None:
     missing, folder = tmp_path / "missing.yaml", tmp_path
     assert refuse(missing) == f"`config` must be a file that can be read. Got {missing}: No such file or directory."
