@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from modeling_udon.config_adaptation import AdaptationConfig
 from modeling_udon.config_sections import (
     AblationConfig,
     DataConfig,
@@ -151,6 +152,45 @@ class InitConfig(Section):
     """Weight of the term that holds the student's embeddings to those of the run's student; 0 leaves it out."""
 
 
+def check_adaptation(config: "TrainConfig") -> None:
+    """Refuses what does not go with `adaptation`.
+
+    Raises:
+        ValueError: If there is something.
+    """
+    assert config.adaptation is not None, "asked for with it alone"
+    parts = {
+        "loss.classifier": config.loss.classifier == "joint",
+        "loss.chunk_size": config.loss.chunk_size is not None,
+        "loss.sampled_classes": config.loss.sampled_classes is not None,
+        "loss.scale_by": config.loss.scale_by == "adacos",
+        "loss.retention": config.loss.retention > 0,
+        "loss.student_classification": config.loss.student_classification == 0,
+        "train.heads_only": config.train.heads_only,
+        "train.shard_backbone": config.train.shard_backbone,
+        "train.accumulation_steps": config.train.accumulation_steps > 1,
+        "model.lora": config.model.lora is not None,
+        "model.centre_features": config.model.centre_features,
+        "data.targets": config.data.targets == "images",
+        "init": config.init is not None,
+        "frozen_teachers": len(config.frozen_teachers) > 0,
+    }
+    if named := [f"`{name}`" for name, is_set in parts.items() if is_set]:
+        raise ValueError(f"{', '.join(named)} must be left as it is by default with `adaptation`")
+    if config.loss.needs_teachers or config.ablation.idle_heads != "hold":
+        raise ValueError("`loss` must have no teacher terms and `ablation.idle_heads` be 'hold' with `adaptation`")
+    if config.sampling.strategy != "round_robin":
+        raise ValueError("`sampling.strategy` must be 'round_robin' with `adaptation`; leave it out")
+    has_backbone = config.model.teacher_backbone is not None or config.model.teacher_backbone_config is not None
+    if has_backbone != (config.adaptation.teachers != "none"):
+        raise ValueError(
+            "`model.teacher_backbone` or `model.teacher_backbone_config` must be given where `adaptation.teachers` is "
+            "'shared' or 'separate', and nowhere else"
+        )
+    if config.optim.student_share is not None and not has_backbone:
+        raise ValueError("`optim.student_share` must be null without teachers in `adaptation`")
+
+
 class TrainConfig(Section):
     """A run."""
 
@@ -173,6 +213,8 @@ class TrainConfig(Section):
     model: ModelConfig
     data: DataConfig = DataConfig()
     loss: LossConfig = LossConfig()
+    adaptation: AdaptationConfig | None = None
+    """Terms and teachers for domains without labels; `null`: all domains have labels."""
     sampling: SamplingConfig = SamplingConfig()
     optim: OptimConfig = OptimConfig()
     train: TrainSection
@@ -241,6 +283,28 @@ class TrainConfig(Section):
                 "`loss.retention` must be 0 with `train.heads_only`, `model.lora` or `train.shard_backbone`: the "
                 "backbone's weights rest, or are in shards"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _labels_fit(self) -> "TrainConfig":
+        unlabelled = [name for name, spec in self.domains.items() if spec.labels == "none"]
+        if unlabelled and self.adaptation is None and self.data.targets != "images":
+            raise ValueError(
+                f"`domains.{unlabelled[0]}.labels` must be 'column' for system {self.system!r}, or take a system for "
+                "domains without labels, such as 'kd_stda', or `data.targets` 'images'"
+            )
+        if self.adaptation is None:
+            if self.model.teacher_backbone or self.model.teacher_backbone_config or self.optim.student_share:
+                raise ValueError(
+                    "`model.teacher_backbone`, `model.teacher_backbone_config` and `optim.student_share` must go with "
+                    "`adaptation`"
+                )
+            return self
+        if len(unlabelled) == len(self.domains):
+            raise ValueError("`domains` must name one with labels at least; leave out its `labels` 'none'")
+        if self.adaptation.needs_targets and not unlabelled:
+            raise ValueError("`domains` must name one with `labels` 'none' for a term that looks at targets")
+        check_adaptation(self)
         return self
 
     @model_validator(mode="after")

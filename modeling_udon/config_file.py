@@ -20,7 +20,7 @@ from modeling_udon.config_sections import Section, section_of
 from modeling_udon.domain_spec import DomainSpec
 from modeling_udon.run_record import MOVED, REMOVED, OldRunError, RunRecord, read_run
 from modeling_udon.strict_yaml import load_strict
-from modeling_udon.systems import SYSTEMS
+from modeling_udon.systems import SYSTEMS, Default
 
 # Characters of a wrong value that a message repeats.
 _MAX_SHOWN = 200
@@ -188,7 +188,7 @@ def _apply_system(values: dict[str, Any]) -> None:
         if isinstance(settings, list):
             _fill_in(values, section, settings, section, system)
             continue
-        given = values.setdefault(section, {})
+        given = values[section] = values.get(section) or {}
         if not isinstance(given, dict):
             return  # Its type is refused with the others.
         for key, value in settings.items():
@@ -196,6 +196,9 @@ def _apply_system(values: dict[str, Any]) -> None:
 
 
 def _fill_in(values: dict[str, Any], key: str, value: Any, name: str, system: str) -> None:
+    if isinstance(value, Default):
+        values.setdefault(key, copy.deepcopy(value.value))
+        return
     if values.setdefault(key, copy.deepcopy(value)) != value:
         raise ConfigError(f"`{name}` must be {value!r} for system {system!r}. Got {values[key]!r}; leave one out.")
 

@@ -63,6 +63,10 @@ class ModelConfig(Section):
     """First layers of `backbone` that are kept, of a plain transformer; `null` keeps all."""
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] | None = None
     """How attention is computed; `null` leaves it to transformers, which takes the fastest that the backbone has."""
+    teacher_backbone: str | None = None
+    """Trained vision encoder that the teachers of `adaptation` start from, named as `backbone` is."""
+    teacher_backbone_config: dict[str, Any] | None = None
+    """Vision encoder of the teachers of `adaptation` from scratch, as in `backbone_config`."""
     gradient_checkpointing: bool = False
     """Whether activations are computed again in the backward pass: less memory, about a third more time."""
 
@@ -87,6 +91,8 @@ class ModelConfig(Section):
     def _one_backbone(self) -> "ModelConfig":
         if (self.backbone is None) == (self.backbone_config is None):
             raise ValueError("name either `backbone` (a trained one) or `backbone_config` (from scratch), not both")
+        if self.teacher_backbone is not None and self.teacher_backbone_config is not None:
+            raise ValueError("name either `teacher_backbone` or `teacher_backbone_config`, not both")
         return self
 
     @model_validator(mode="after")
@@ -305,9 +311,19 @@ class OptimConfig(Section):
     """Steps in which the learning rates rise from 0."""
     max_grad_norm: float | None = Field(None, gt=0)
     """Norm to which the gradient is clipped; `null`: never."""
+    student_share: tuple[PositiveFloat, PositiveFloat] | None = None
+    """Share of all learning rates that the student has at the start and at the end of the run, with a geometric course
+    between them; teachers of `adaptation` have the rest. `null`: both have all."""
     skip_spikes: float | None = Field(None, gt=1)
     """Steps whose gradient norm is more than so many times the domain's running norm are not applied; `null`: all are.
     """
+
+    @field_validator("student_share")
+    @classmethod
+    def _leaves_a_share(cls, share: tuple[float, float] | None) -> tuple[float, float] | None:
+        if share is not None and max(share) > 1:
+            raise ValueError("must be two shares above 0 and up to 1")
+        return share
 
     @field_validator("betas")
     @classmethod

@@ -1,6 +1,7 @@
 """Domain specification: the name of a domain, and where its images and labels are."""
 
 import re
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -42,6 +43,9 @@ class DomainSpec(BaseModel):
     label_column: str = "label"
     """Column of the classes: integers, ClassLabel or strings; lists of them in query splits with an index of their
     own."""
+    labels: Literal["column", "none"] = "column"
+    """Whether `label_column` holds the classes of the training images, or there are `none`: then it is not opened for
+    them. Query and index splits still have it, since nothing can be measured without."""
     train_split: str = "train"
     """Split to train on."""
     validation_split: str | None = "validation"

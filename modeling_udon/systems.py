@@ -3,7 +3,7 @@
 Names as in the papers (arXiv 2309.01858 and 2406.08332), but for `centred` and `anchor`, which are ours.
 """
 
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 SystemName = Literal[
     "udon",
@@ -16,13 +16,40 @@ SystemName = Literal[
     "specialist",
     "shared_teacher",
     "separate_teachers",
+    "source_only",
+    "uda",
+    "kd_stda",
+    "kd_mtda",
+    "mt_mtda",
+    "affinity",
+    "activation_map",
+    "okdhp",
 ]
+
+
+class Default(NamedTuple):
+    """A value that a system fills in and that the config may change; the other values make the system up."""
+
+    value: Any
+
 
 _NO_TEACHERS = {"teacher_classification": 0, "logit_distillation": 0, "relational_distillation": 0}
 # The backbone as it was before training, as `frozen_teachers` has it with all its values.
 _START = {"model": "start", "relational": 1.0, "logit": 0.0, "standardise": "none", "sees": "image"}
 _START |= {"pooling": None, "image_size": None, "revision": None, "trust_remote_code": False}
 _NO_DISTILLATION = {"logit_distillation": 0, "relational_distillation": 0}
+
+# Systems for domains without labels: sources and targets in turn, one class space, no heads that belong to a domain.
+_ADAPTED: dict[str, Any] = {
+    "loss": _NO_TEACHERS,
+    "sampling": {"strategy": "round_robin"},
+    "ablation": {"idle_heads": "hold"},
+}
+
+
+def _rising(first: float, last: float) -> dict[str, Any]:
+    return {"student_share": Default([first, last])}
+
 
 SYSTEMS: dict[str, dict[str, Any]] = {
     # Teachers and student learn together; what is left out of it is said by the sections themselves.
@@ -51,4 +78,49 @@ SYSTEMS: dict[str, dict[str, Any]] = {
     "shared_teacher": {"loss": {"student_classification": 0, **_NO_DISTILLATION}},
     # A student of trained teachers; `teachers` names their runs.
     "separate_teachers": {"loss": {"teacher_classification": 0}, "sampling": {"strategy": "round_robin"}},
+    # The labelled domains alone, measured on the others.
+    "source_only": {**_ADAPTED, "adaptation": {"use_targets": False}},
+    # Domain confusion of the student's own features.
+    "uda": {**_ADAPTED, "adaptation": {"teachers": "none", "student_confusion": Default(1.0)}},
+    # A larger teacher that adapts and a student that it teaches, together.
+    "kd_stda": {
+        **_ADAPTED,
+        "adaptation": {"teachers": "shared", "teacher_confusion": Default(1.0)},
+        "optim": _rising(0.1, 0.9),
+    },
+    # The same with a teacher for each target.
+    "kd_mtda": {
+        **_ADAPTED,
+        "adaptation": {"teachers": "separate", "teacher_confusion": Default(1.0)},
+        "optim": _rising(0.1, 0.8),
+    },
+    # A teacher for each target by gradient reversal, and confusion of the student's features as well.
+    "mt_mtda": {
+        **_ADAPTED,
+        "adaptation": {
+            "teachers": "separate",
+            "confusion": Default("dann"),
+            "teacher_confusion": Default(0.5),
+            "student_confusion": Default(0.5),
+            "alpha": Default(0.5),
+        },
+        "optim": _rising(0.1, 0.5),
+    },
+    # Similarities of neighbours made alike in source and target, and neighbours in the target made to agree.
+    "affinity": {
+        **_ADAPTED,
+        "adaptation": {"teachers": "none", "affinity_alignment": Default(0.1), "affinity_cleaning": Default(0.1)},
+    },
+    # A small map in place of some blocks of the teacher, whose bottleneck the student's tokens follow.
+    "activation_map": {
+        **_ADAPTED,
+        "adaptation": {
+            "teachers": "shared",
+            "feature_distillation": Default(1.0),
+            "distillation": Default(0.0),
+            "alpha": Default(0.0),
+        },
+    },
+    # Several students on one backbone and an aggregate of them that teaches them back.
+    "okdhp": {**_ADAPTED, "adaptation": {"teachers": "none", "branches": Default([{}, {}])}},
 }

@@ -39,7 +39,8 @@ FLOORS = {
     f"{PACKAGE}.domain_spec": 3,
     f"{PACKAGE}.strict_yaml": 3,
     f"{PACKAGE}.systems": 3,
-    f"{PACKAGE}.config_sections": 3,
+    f"{PACKAGE}.config_sections": 2,
+    f"{PACKAGE}.config_adaptation": 3,
     f"{PACKAGE}.config": 4,
     f"{PACKAGE}.run_record": 4,
     f"{PACKAGE}.config_file": 5,
@@ -73,6 +74,7 @@ LEAVES = {
     f"{PACKAGE}.data.class_draws",
     f"{PACKAGE}.data.windows",
     f"{PACKAGE}.training.losses",
+    f"{PACKAGE}.training.adaptation_losses",
     f"{PACKAGE}.evaluation.metrics",
     f"{PACKAGE}.search.exact_search",
 }

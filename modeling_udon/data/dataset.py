@@ -63,6 +63,7 @@ class DomainBatch:
         broken: Images that were drawn and could not be read; others of the domain stand in their places.
         slot: In a worker, the shared memory that holds the pixels.
         rows: Rows of the images in the domain's data, of shape `(batch_size,)`, int64.
+        source: Images of a labelled domain that go with them, as many, where batches come in pairs.
     """
 
     domain: str
@@ -71,15 +72,17 @@ class DomainBatch:
     broken: tuple[BrokenImage, ...] = ()
     slot: torch.Tensor | None = field(default=None, repr=False)
     rows: np.ndarray | None = None
+    source: "DomainBatch | None" = None
 
     def pin_memory(self) -> "DomainBatch":
         """Returns the batch in page-locked memory; the DataLoader calls it where a GPU is used."""
-        return replace(self, pixels=self.pixels.pin_memory(), labels=self.labels.pin_memory())
+        source = None if self.source is None else self.source.pin_memory()
+        return replace(self, pixels=self.pixels.pin_memory(), labels=self.labels.pin_memory(), source=source)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Labels travel within the message: in shared memory of their own, they would cost more than they weigh.
         pixels = self.pixels if self.slot is None else (self.slot, self.pixels.shape)
-        return _receive_batch, (self.domain, pixels, self.labels.numpy(), self.broken, self.rows)
+        return _receive_batch, (self.domain, pixels, self.labels.numpy(), self.broken, self.rows, self.source)
 
 
 def _receive_batch(
@@ -88,9 +91,10 @@ def _receive_batch(
     labels: np.ndarray,
     broken: tuple[BrokenImage, ...],
     rows: np.ndarray | None,
+    source: DomainBatch | None,
 ) -> DomainBatch:
     received = pixels if isinstance(pixels, torch.Tensor) else receive(*pixels)
-    return DomainBatch(domain, received, torch.from_numpy(labels), broken, rows=rows)
+    return DomainBatch(domain, received, torch.from_numpy(labels), broken, rows=rows, source=source)
 
 
 class MultiDomainDataset(TorchDataset[DomainBatch]):
@@ -119,6 +123,13 @@ class MultiDomainDataset(TorchDataset[DomainBatch]):
         self._slots = Slots()
 
     def __getitem__(self, draw: BatchDraw) -> DomainBatch:
+        batch = self._read(draw)
+        if draw.source is None:
+            return batch
+        source = self._read(draw.source)
+        return replace(batch, source=source, broken=(*batch.broken, *source.broken))
+
+    def _read(self, draw: BatchDraw) -> DomainBatch:
         number, domain = self._domains[draw.domain]
         slot, pixels = None, np.empty(0, np.uint8)
         rows, broken = draw.rows.copy(), []

@@ -59,9 +59,9 @@ class Domain:
     Attributes:
         name: The domain's name.
         images: Undecoded training images.
-        labels: Class of each training image, of shape `(num_images,)`, int64, a position in `classes`.
-        classes: The training classes as the data has them, sorted; a ClassLabel gives its names.
-        fingerprint: Digest of the training labels and of a sample of the images.
+        labels: Class of each training image, of shape `(num_images,)`, int64, a position in `classes`, or -1.
+        classes: The training classes as the data has them, sorted; a ClassLabel gives its names. Empty without labels.
+        fingerprint: Digest of the training labels, if any, and of a sample of the images.
         evaluation: Query and index images of the splits `"validation"` and `"test"`, where the domain has them.
         row_groups: How the training rows lie, where they are streamed.
         opened_from: What it was opened from: a data set on the Hub with its revision, or a local path.
@@ -80,6 +80,11 @@ class Domain:
     passed_over: Mapping[str, int] = attribute(default_factory=dict)
     doubt: str | None = None
 
+    @property
+    def has_labels(self) -> bool:
+        """Whether the classes of the training images are known."""
+        return len(self.classes) > 0
+
 
 def open_domain(name: str, spec: DomainSpec, seed: int = 0) -> Domain:
     """Opens a domain and makes its label map.
@@ -94,6 +99,28 @@ def open_domain(name: str, spec: DomainSpec, seed: int = 0) -> Domain:
             supported type.
     """
     data = _open(name, spec, seed)
+    classes: Sequence[Label] = ()
+    if spec.labels == "none":
+        images = _split_images(name, spec, data, spec.train_split, ("image_column",))
+        labels, digest = np.full(len(images), -1, np.int64), sample_digest(images)
+    else:
+        images, labels, classes, digest = _labelled(name, spec, data)
+    return Domain(
+        name=name,
+        images=images,
+        labels=labels,
+        classes=classes,
+        fingerprint=digest.hexdigest()[:16],
+        evaluation=_evaluation_splits(name, spec, data),
+        opened_from=data.opened_from,
+        row_groups=_row_groups(images, spec),
+        passed_over=data.passed_over,
+        doubt=data.doubt,
+    )
+
+
+def _labelled(name: str, spec: DomainSpec, data: OpenedData) -> tuple[Images, np.ndarray, Sequence[Label], Any]:
+    """Training images with their labels and classes, and the digest of both."""
     train = _image_split(name, spec, data, spec.train_split).with_single_labels()
     if train.labels.has_lists:
         raise ValueError(
@@ -107,18 +134,7 @@ def open_domain(name: str, spec: DomainSpec, seed: int = 0) -> Domain:
             f"`domains.{name}.label_column` must hold at least two training classes. Got {list(classes)} in "
             f"{spec.label_column!r}; leave the domain out."
         )
-    return Domain(
-        name=name,
-        images=train.images,
-        labels=labels,
-        classes=classes,
-        fingerprint=_fingerprint(train),
-        evaluation=_evaluation_splits(name, spec, data),
-        opened_from=data.opened_from,
-        row_groups=_row_groups(train.images, spec),
-        passed_over=data.passed_over,
-        doubt=data.doubt,
-    )
+    return train.images, labels, classes, sample_digest(train.images, train.labels.digest())
 
 
 def open_image_splits(name: str, spec: DomainSpec) -> dict[str, ImageSplit]:
@@ -179,8 +195,16 @@ def _open(name: str, spec: DomainSpec, seed: int) -> OpenedData:
 
 
 def _image_split(name: str, spec: DomainSpec, data: OpenedData, split: str) -> ImageSplit:
+    images = _split_images(name, spec, data, split)
+    rows, files = data.splits[split], data.files.get(split, ())
+    return ImageSplit(images, read_labels(name, spec, rows, files, data.metadata_tables))
+
+
+def _split_images(
+    name: str, spec: DomainSpec, data: OpenedData, split: str, columns: Sequence[str] = ("image_column", "label_column")
+) -> Images:
     rows = data.splits[split]
-    for field in ("image_column", "label_column"):
+    for field in columns:
         column = getattr(spec, field)
         if column not in rows.column_names:
             raise ValueError(
@@ -191,7 +215,7 @@ def _image_split(name: str, spec: DomainSpec, data: OpenedData, split: str) -> I
         raise ValueError(f"`domains.{name}` must hold images in every split that is used. Got {split!r} with none.")
     feature = rows.features[spec.image_column]
     try:
-        images = _images(spec, rows, data.files.get(split, ()))
+        return _images(spec, rows, data.files.get(split, ()))
     except RowGroupError as error:
         raise ValueError(f"`domains.{name}.streaming` must have {error}") from None
     except (pa.ArrowNotImplementedError, ValueError, TypeError):
@@ -199,7 +223,6 @@ def _image_split(name: str, spec: DomainSpec, data: OpenedData, split: str) -> I
             f"`domains.{name}.image_column` must hold images. Got {getattr(feature, 'dtype', feature)} "
             f"in {spec.image_column!r}."
         ) from None
-    return ImageSplit(images, read_labels(name, spec, rows, data.files.get(split, ()), data.metadata_tables))
 
 
 def _way_to_classes(data: OpenedData, field: str) -> str:
@@ -270,7 +293,3 @@ def sample_digest(images: Images, digest: Any = None) -> Any:
         image = images[int(row)]["image"] or {"bytes": b"", "path": None}
         digest.update(image["bytes"] if image["bytes"] is not None else Path(image["path"] or "").name.encode())
     return digest
-
-
-def _fingerprint(split: ImageSplit) -> str:
-    return sample_digest(split.images, split.labels.digest()).hexdigest()[:16]

@@ -6,7 +6,7 @@ since the last update.
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -29,11 +29,13 @@ class BatchDraw:
         domain: Name of the domain.
         rows: Rows in the domain's data, of shape `(batch_size,)`, int64.
         positions: For each row, how many images had been drawn from the domain before it, of the same shape.
+        source: Images of a labelled domain that go with them, as many, where batches come in pairs.
     """
 
     domain: str
     rows: np.ndarray
     positions: np.ndarray
+    source: "BatchDraw | None" = None
 
 
 class DomainBatchSampler(Sampler[BatchDraw]):
@@ -66,6 +68,8 @@ class DomainBatchSampler(Sampler[BatchDraw]):
             that has its own.
     """
 
+    _sources: "DomainBatchSampler | None" = None
+
     def __init__(
         self,
         sizes: Mapping[str, int],
@@ -97,6 +101,18 @@ class DomainBatchSampler(Sampler[BatchDraw]):
         self._orders: dict[int, tuple[int, Callable[[np.ndarray], np.ndarray]]] = {}
         self._plan_interval()
 
+    def paired_with(self, sources: "DomainBatchSampler") -> "DomainBatchSampler":
+        """Lets every batch come with one of labelled domains, which take turns, and returns itself.
+
+        Which one depends on the step alone, so there is nothing more to save.
+
+        Args:
+            sources: Sampler of the labelled domains, of another seed: equal orders of domains of equal size could pair
+                images of the same class.
+        """
+        self._sources = sources
+        return self
+
     @property
     def weights(self) -> dict[str, float]:
         """Current weight of each domain."""
@@ -104,16 +120,29 @@ class DomainBatchSampler(Sampler[BatchDraw]):
 
     @property
     def steps_by_domain(self) -> dict[str, int]:
-        """Steps that each domain has had."""
+        """Steps that each domain has had, a paired one's and those of its labelled partner."""
         taken = self._batches_drawn + np.bincount(self._order[: self._interval_step], minlength=len(self.names))
-        return dict(zip(self.names, taken.tolist(), strict=True))
+        steps = dict(zip(self.names, taken.tolist(), strict=True))
+        if self._sources is not None:
+            steps |= self._sources.turns_until(self.step)
+        return steps
+
+    def turns_until(self, step: int) -> dict[str, int]:
+        """Steps that each domain has had before a step, where they take turns."""
+        return {name: len(range(number, step, len(self.names))) for number, name in enumerate(self.names)}
+
+    def draw_in_turn(self, step: int, part: slice) -> BatchDraw:
+        """Draws a part of the batch of a step, where the domains take turns, whatever the strategy is."""
+        batches_before, domain = divmod(step, len(self.names))
+        return self._draw(domain, batches_before, part)
 
     def __iter__(self) -> Iterator[BatchDraw]:
         # A copy: training moves on to the next interval while a worker may still hold this iterator.
-        order, start, drawn = self._order, self._interval_step, self._batches_drawn.copy()
+        order, start, drawn, step = self._order, self._interval_step, self._batches_drawn.copy(), self.step
         drawn += np.bincount(order[:start], minlength=len(self.names))
-        for domain in order[start : start + len(self)]:
-            yield self._draw(int(domain), int(drawn[domain]), self._slice)
+        for number, domain in enumerate(order[start : start + len(self)]):
+            draw = self._draw(int(domain), int(drawn[domain]), self._slice)
+            yield self._with_source(draw, step + number, self._slice)
             drawn[domain] += 1
 
     def __len__(self) -> int:
@@ -124,7 +153,8 @@ class DomainBatchSampler(Sampler[BatchDraw]):
         position = step - (self.step - self._interval_step)
         domain = int(self._order[position])
         drawn = self._batches_drawn[domain] + np.count_nonzero(self._order[:position] == domain)
-        return self._draw(domain, int(drawn), slice(0, self._batch_size))
+        whole = slice(0, self._batch_size)
+        return self._with_source(self._draw(domain, int(drawn), whole), step, whole)
 
     @property
     def ends_interval(self) -> bool:
@@ -202,6 +232,9 @@ class DomainBatchSampler(Sampler[BatchDraw]):
         counts, self._owed_next = allocate_steps(self._dynamic.weights, num_steps, self._owed)
         generator = generator_for(ORDER_OF_DOMAINS, self._seed, interval)
         self._order = generator.permutation(np.repeat(np.arange(len(self.names)), counts))
+
+    def _with_source(self, draw: BatchDraw, step: int, part: slice) -> BatchDraw:
+        return draw if self._sources is None else replace(draw, source=self._sources.draw_in_turn(step, part))
 
     def _draw(self, domain: int, batches_before: int, part: slice) -> BatchDraw:
         start = batches_before * self._batch_size

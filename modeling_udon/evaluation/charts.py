@@ -64,7 +64,11 @@ class Chart:
 def make_charts(rows: Sequence[Mapping[str, Any]]) -> list[Chart]:
     """Charts of losses, sampling weights and validation from the rows of `metrics.jsonl`; none without rows."""
     losses = _collect(
-        (row["step"], {"total": row["loss"]} | {LOSS_TITLES[key]: value for key, value in row["losses"].items()})
+        (
+            row["step"],
+            {"total": row["loss"]}
+            | {LOSS_TITLES.get(key, key.replace("_", " ")): value for key, value in row["losses"].items()},
+        )
         for row in rows
         if "losses" in row
     )

@@ -51,7 +51,7 @@ def find_leaks(domains: Mapping[str, Domain], split: str, content: Content, num_
                 # Taken out, so that an image counts once, however often training has it.
                 for place in places.pop(digest, []):
                     counts[place["domain"]]["num_leaked"] += 1
-                    label = domain.classes[domain.labels[row]]
+                    label = domain.classes[domain.labels[row]] if domain.has_labels else None
                     examples.append({split: place, "train": {"domain": name, "row": row, "label": label}})
     return {
         "compared": CONTENTS[content],

@@ -7,6 +7,7 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from modeling_udon.evaluation.adaptation import adaptation_rows
 from modeling_udon.evaluation.charts import BOTTOM, HEIGHT, LEFT, RIGHT, WIDTH, make_charts
 from modeling_udon.evaluation.gallery import Gallery
 from modeling_udon.evaluation.protocol import mean_over_domains
@@ -68,6 +69,7 @@ def render_report(
         title=title,
         splits=[
             _split(name, split, results.get("analysis", {}).get(name, {}), gallery.get(name, {}), results["baseline"])
+            | {"adaptation": _adaptation(results.get("adaptation", {}).get(name), split)}
             for name, split in results.get("splits", {}).items()
         ],
         charts=make_charts(rows),
@@ -117,6 +119,11 @@ def _split(
         "notes": format_notes(split) + list(analysis.get("known_classes", [])),
         "gallery": gallery,
     }
+
+
+def _adaptation(adaptation: Mapping[str, Any] | None, split: Mapping[str, Any]) -> list[list[str]]:
+    """Rows of text on domains that share classes, the header first; none for a run without them."""
+    return [] if adaptation is None else adaptation_rows(adaptation, split["separate"])
 
 
 def _table(title: str, scores: Mapping[str, Any], bounds: Mapping[str, Any] | None, names: list[str]) -> dict[str, Any]:

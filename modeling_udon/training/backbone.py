@@ -149,13 +149,14 @@ def channel_statistics(config: TrainConfig, backbone: PretrainedConfig) -> tuple
                     "leave it out."
                 )
         return old, "the run that this one starts from"
-    known, source = _known_statistics(model, backbone)
+    known, source = known_statistics(model, backbone)
     if data.image_mean is not None and data.image_std is not None:
         source = "the config"
     return ChannelStatistics(data.image_mean or known.mean, data.image_std or known.std), source
 
 
-def _known_statistics(model: ModelConfig, backbone: PretrainedConfig) -> tuple[ChannelStatistics, str]:
+def known_statistics(model: ModelConfig, backbone: PretrainedConfig) -> tuple[ChannelStatistics, str]:
+    """Channel statistics that a backbone was trained with, and where they are known from."""
     if model.backbone is not None and not model.backbone.startswith(TIMM_PREFIX):
         values = find_processing(model.backbone, model.revision, model.trust_remote_code)
         if values is not None:

@@ -7,12 +7,12 @@ from torch import nn
 
 from modeling_udon.config import LossConfig
 from modeling_udon.configuration_udon import UdonConfig
-from modeling_udon.modeling_udon import UdonModel, init_lecun_normal_
+from modeling_udon.modeling_udon import UdonModel
 from modeling_udon.training.adaptive_scale import AdaptiveScales
 from modeling_udon.training.feature_teachers import FeatureTeachers
 from modeling_udon.training.gates import open_gates, running_means
 from modeling_udon.training.losses import retention_loss, squared_distance
-from modeling_udon.training.parts import Cosines, DistillationOutput, Embeddings, Peers, RelationalBank
+from modeling_udon.training.parts import Cosines, DistillationOutput, Embeddings, Peers, RelationalBank, make_prototypes
 from modeling_udon.training.teachers import FrozenTeachers, OldStudent
 from modeling_udon.training.terms import Terms, frozen_weights
 
@@ -43,6 +43,10 @@ class UdonForDistillation(nn.Module):
     """
 
     gate_means: torch.Tensor
+    # Share of the run that is over, which the trainer sets before each step.
+    progress = 0.0
+    # Images that come with each label: a target's beside a source's in `UdonForAdaptation`.
+    images_per_label = 1
 
     def __init__(
         self,
@@ -341,10 +345,4 @@ def _given(teacher_embeds: torch.Tensor | None) -> torch.Tensor:
 
 
 def _make_prototypes(domains: Mapping[str, int], dim: int, objective: LossConfig) -> nn.ParameterDict:
-    prototypes = nn.ParameterDict()
-    for name, num_classes in domains.items():
-        several = () if objective.subcenters == 1 else (objective.subcenters,)
-        weight = torch.empty(num_classes, *several, dim)
-        init_lecun_normal_(weight)
-        prototypes[name] = nn.Parameter(weight)
-    return prototypes
+    return nn.ParameterDict({name: make_prototypes(number, dim, objective) for name, number in domains.items()})

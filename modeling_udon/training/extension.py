@@ -66,11 +66,16 @@ def open_start(config: TrainConfig) -> Start | None:
 
 
 def trained_domains(config: TrainConfig, domains: Mapping[str, Domain]) -> dict[str, Domain]:
-    """Returns the domains that are trained on: all, or the new ones where the old ones are only measured.
+    """Returns the domains that steps belong to: all, or the new ones where the old ones are only measured.
+
+    Where domains have no labels, those whose images are trained on, or else the labelled ones.
 
     Raises:
         ConfigError: If none would be left.
     """
+    if config.adaptation is not None:
+        targets = {name: domain for name, domain in domains.items() if not domain.has_labels}
+        return targets if targets and config.adaptation.use_targets else labelled_domains(domains)
     if config.init is None or config.init.old_data != "measure":
         return dict(domains)
     old = read_initial_run(config.init.run).domains
@@ -80,6 +85,11 @@ def trained_domains(config: TrainConfig, domains: Mapping[str, Domain]) -> dict[
             "`init.old_data` must be 'replay' where no domain is new. Got 'measure'; or add one with --add-domain."
         )
     return new
+
+
+def labelled_domains(domains: Mapping[str, Domain]) -> dict[str, Domain]:
+    """Returns the domains whose training images have labels."""
+    return {name: domain for name, domain in domains.items() if domain.has_labels}
 
 
 def load_start(module: nn.Module, start: Start, domains: Mapping[str, Domain], prefix: str = "") -> None:

@@ -108,7 +108,9 @@ class Reporter:
         if "losses" not in values:
             self.say(f"step {step}/{self._bar.total} | no step since the last one was applied: see incidents/")
             return
-        losses = " ".join(f"{_SHORT[name]} {value:.3f}" for name, value in values["losses"].items())
+        losses = " ".join(
+            f"{_SHORT.get(name, name.replace('_', ' '))} {value:.3f}" for name, value in values["losses"].items()
+        )
         weights = " ".join(f"{name} {weight:.2f}" for name, weight in values["weights"].items())
         speed = f"{values['images_per_second']:.0f} images/s, {values['data_wait_share']:.0%} waiting for data"
         text = f"loss {values['loss']:.3f} ({losses}) | {speed} | {weights}"

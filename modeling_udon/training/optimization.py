@@ -16,6 +16,9 @@ from modeling_udon.training.distillation import UdonForDistillation
 # `encoder.layer.3.`, or in a stage `encoder.stages.1.layers.0.` or `encoder.block.1.0.`.
 _BLOCK = re.compile(r"(?:[A-Za-z_]\w*\.)*?(?!patch_embed)[A-Za-z_]\w*\.\d+\.(?:(?:(?:layers|blocks)\.)?\d+\.)?")
 
+# How the parameter groups of online teachers begin.
+_TEACHER = "teacher_"
+
 
 def learning_rates(optim: OptimConfig, step: int, num_steps: int) -> dict[str, float]:
     """Learning rate of each parameter group in a step.
@@ -32,7 +35,14 @@ def learning_rates(optim: OptimConfig, step: int, num_steps: int) -> dict[str, f
         progress = (step - optim.warmup_steps) / max(1, num_steps - optim.warmup_steps)
         factor = 0.5 * (1 + math.cos(math.pi * progress))
     frozen = step < frozen_steps(optim, num_steps)
-    return {"backbone": 0.0 if frozen else factor * optim.backbone_lr, "heads": factor * optim.lr}
+    rates = {"backbone": 0.0 if frozen else factor * optim.backbone_lr, "heads": factor * optim.lr}
+    if optim.student_share is None:
+        return rates
+    # A factor on the loss would do nothing: AdamW divides by the size of the gradient.
+    first, last = optim.student_share
+    share = first * (last / first) ** (step / num_steps)
+    teachers = {f"{_TEACHER}{name}": (1 - share) * rate for name, rate in rates.items()}
+    return {name: share * rate for name, rate in rates.items()} | teachers
 
 
 def frozen_steps(optim: OptimConfig, num_steps: int) -> int:
@@ -44,24 +54,13 @@ def make_optimizer(model: UdonForDistillation, optim: OptimConfig) -> torch.opti
     """Makes AdamW with the groups `backbone`, unless it is frozen for good, and `heads` (heads and prototypes).
 
     With a layer decay each block of the backbone is a group of its own, whose learning rate is that of `backbone` times
-    the group's `scale`.
+    the group's `scale`. Online teachers have groups of their own, `teacher_backbone` and `teacher_heads`, where their
+    learning rates differ.
     """
-    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    prefix = "udon.backbone."
-    heads = [parameter for name, parameter in trained.items() if not name.startswith(prefix)]
-    own = {name.removeprefix(prefix): value for name, value in trained.items() if name.startswith(prefix)}
-    depths = block_depths(
-        [name.removeprefix(prefix) for name, _ in model.named_parameters() if name.startswith(prefix)]
-    )
-    by_scale: dict[float, list[nn.Parameter]] = {}
-    for name, parameter in own.items():
-        scale = (optim.layer_decay or 1.0) ** (max(depths.values()) - depths[name])
-        by_scale.setdefault(scale, []).append(parameter)
-    groups: list[dict[str, Any]] = [
-        {"params": parameters, "name": "backbone", "lr": scale * optim.backbone_lr, "scale": scale}
-        for scale, parameters in by_scale.items()
-    ]
-    groups.append({"params": heads, "name": "heads", "lr": optim.lr, "scale": 1.0})
+    named = dict(model.named_parameters())
+    of_teachers = {name: value for name, value in named.items() if name.startswith("teachers.")}
+    groups = _groups({name: value for name, value in named.items() if name not in of_teachers}, optim, "")
+    groups += _groups(of_teachers, optim, "" if optim.student_share is None else _TEACHER)
     return torch.optim.AdamW(
         [group for group in groups if group["params"]],
         lr=optim.lr,
@@ -70,6 +69,30 @@ def make_optimizer(model: UdonForDistillation, optim: OptimConfig) -> torch.opti
         weight_decay=optim.weight_decay,
         fused=True,
     )
+
+
+def _groups(named: Mapping[str, nn.Parameter], optim: OptimConfig, prefix: str) -> list[dict[str, Any]]:
+    """Groups of the parameters of one learner; a backbone is what is called so in a `UdonModel`, `udon.backbone`."""
+    heads: list[nn.Parameter] = []
+    backbones: dict[str, list[str]] = {}
+    for name, parameter in named.items():
+        owner, is_backbone, _ = name.partition("udon.backbone.")
+        if is_backbone:
+            backbones.setdefault(owner + is_backbone, []).append(name)
+        elif parameter.requires_grad:
+            heads.append(parameter)
+    by_scale: dict[float, list[nn.Parameter]] = {}
+    for start, names in backbones.items():
+        depths = block_depths([name.removeprefix(start) for name in names])
+        for name in names:
+            if named[name].requires_grad:
+                scale = (optim.layer_decay or 1.0) ** (max(depths.values()) - depths[name.removeprefix(start)])
+                by_scale.setdefault(scale, []).append(named[name])
+    groups: list[dict[str, Any]] = [
+        {"params": parameters, "name": f"{prefix}backbone", "lr": scale * optim.backbone_lr, "scale": scale}
+        for scale, parameters in by_scale.items()
+    ]
+    return [*groups, {"params": heads, "name": f"{prefix}heads", "lr": optim.lr, "scale": 1.0}]
 
 
 def block_depths(names: Sequence[str]) -> dict[str, int]:

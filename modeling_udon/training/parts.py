@@ -4,7 +4,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 from transformers.utils import ModelOutput
+
+from modeling_udon.config import LossConfig
+from modeling_udon.modeling_udon import init_lecun_normal_
 
 
 @dataclass
@@ -125,3 +129,11 @@ class RelationalBank:
         teacher = None if embeds.teacher is None else gather(embeds.teacher.detach())
         frozen = tuple(gather(one) for one in embeds.frozen)
         return cls(gather(embeds.student.detach()), teacher, position, frozen)
+
+
+def make_prototypes(num_classes: int, dim: int, objective: LossConfig) -> nn.Parameter:
+    """Makes classifier weights of shape `(num_classes, dim)`, or `(num_classes, num_subcenters, dim)`."""
+    several = () if objective.subcenters == 1 else (objective.subcenters,)
+    weight = torch.empty(num_classes, *several, dim)
+    init_lecun_normal_(weight)
+    return nn.Parameter(weight)

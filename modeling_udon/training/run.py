@@ -11,17 +11,19 @@ from torch import nn
 
 from modeling_udon.config import ConfigError, TrainConfig
 from modeling_udon.config_file import dump_config
+from modeling_udon.data.class_space import with_shared_classes
 from modeling_udon.data.dataset import DomainBatch
 from modeling_udon.data.domains import Domain, open_domain, with_images_as_classes
 from modeling_udon.data.doubts import find_doubts
 from modeling_udon.data.folders import describe_passed_over
 from modeling_udon.data.preprocessing import ChannelStatistics
 from modeling_udon.data.sampling import DomainBatchSampler
+from modeling_udon.training.adaptation_setup import build_adaptation, classified_domains, is_paired
 from modeling_udon.training.average import StudentAverage
 from modeling_udon.training.backbone import channel_statistics
 from modeling_udon.training.checkpoint import CheckpointError, TrainState, load_checkpoint
 from modeling_udon.training.distillation import UdonForDistillation
-from modeling_udon.training.extension import trained_domains
+from modeling_udon.training.extension import labelled_domains, trained_domains
 from modeling_udon.training.optimization import IdleHeads, frozen_steps, learning_rates, make_optimizer
 from modeling_udon.training.processes import Agreement, on_main
 from modeling_udon.training.resuming import leaves
@@ -41,6 +43,7 @@ from modeling_udon.training.signals import StopSignals
 from modeling_udon.training.skipped import StepGuard
 
 # What of the work on the folder every process has to know.
+_SOURCES = 2**30  # Beyond the config's seeds: sources are drawn in other orders than targets.
 _FOLDER_ERRORS = (ConfigError, CheckpointError, FolderInUseError, OSError)
 
 
@@ -133,12 +136,12 @@ def build_run(
     checkpoint = _find_checkpoint(accelerator, folder, resume, overwrite)
     domains = _open_domains(config)
     trained = trained_domains(config, domains)
-    sampler = make_sampler(config, trained, accelerator)
+    sampler = _sampler(config, trained, domains, accelerator)
     # Estimated before anything is made: an out-of-memory error says nothing useful.
-    for line in describe_prototypes(config, trained, accelerator):
+    for line in describe_prototypes(config, classified_domains(config, trained, domains), accelerator):
         accelerator.print(line)
     # `from_pretrained` opens in evaluation mode: without dropout and without gradient checkpointing.
-    model = build_model(config, trained, accelerator).train()
+    model = (build_adaptation if config.adaptation else build_model)(config, trained, domains, accelerator).train()
     statistics, source = channel_statistics(config, model.config.backbone_config)
     accelerator.print(f"channel statistics: mean {statistics.mean}, std {statistics.std}, of {source}")
     wrapped, shared_heads = share_model(config, model, accelerator)
@@ -187,7 +190,8 @@ def describe_run(run: Run) -> Iterator[str]:
     """Gives lines on domains and parameter groups."""
     for name, domain in run.domains.items():
         passed_over = f"; passed over: {describe_passed_over(domain.passed_over)}" if domain.passed_over else ""
-        yield f"domain {name}: {len(domain.images)} images, {len(domain.classes)} classes{passed_over}"
+        classes = f"{len(domain.classes)} classes" if domain.has_labels else "no labels"
+        yield f"domain {name}: {len(domain.images)} images, {classes}{passed_over}"
         if run.config.data.targets == "classes":
             for line in find_doubts(domain):
                 yield f"WARNING: {line}"
@@ -217,6 +221,15 @@ def start_trackers(run: Run) -> None:
         run.accelerator.init_trackers(run.config.log.project, config=numbers)
 
 
+def _sampler(
+    config: TrainConfig, trained: dict[str, Domain], domains: dict[str, Domain], accelerator: Accelerator
+) -> DomainBatchSampler:
+    sampler = make_sampler(config, trained, accelerator)
+    if is_paired(trained):
+        sampler.paired_with(make_sampler(config, labelled_domains(domains), accelerator, _SOURCES))
+    return sampler
+
+
 def _find_checkpoint(accelerator: Accelerator, folder: RunFolder, resume: bool, overwrite: bool) -> Path | None:
     checkpoint, faults = on_main(accelerator, lambda: folder.find_checkpoint(resume, overwrite), *_FOLDER_ERRORS)
     for fault in faults:
@@ -227,6 +240,8 @@ def _find_checkpoint(accelerator: Accelerator, folder: RunFolder, resume: bool, 
 def _open_domains(config: TrainConfig) -> dict[str, Domain]:
     try:
         domains = {name: open_domain(name, spec, config.seed) for name, spec in config.domains.items()}
+        if config.adaptation is not None:
+            return with_shared_classes(domains)
     except (ValueError, ImportError) as error:
         raise ConfigError(" ".join(str(error).split())) from error
     if config.data.targets == "images":

@@ -113,7 +113,10 @@ def _check_launcher(config: TrainConfig) -> None:
             )
 
 
-def _peers(accelerator: Accelerator) -> Peers:
+def make_peers(accelerator: Accelerator) -> Peers | None:
+    """Returns what the processes of a run can ask each other; `None` where there is one."""
+    if accelerator.num_processes == 1:
+        return None
     return Peers(accelerator.gather, accelerator.process_index, make_host_gather(accelerator.num_processes, SILENCE))
 
 
@@ -133,12 +136,15 @@ def describe_prototypes(config: TrainConfig, domains: Mapping[str, Domain], acce
     return describe_memory(estimate, free_memory(accelerator.device))
 
 
-def build_model(config: TrainConfig, domains: Mapping[str, Domain], accelerator: Accelerator) -> UdonForDistillation:
+def build_model(
+    config: TrainConfig, domains: Mapping[str, Domain], all_domains: Mapping[str, Domain], accelerator: Accelerator
+) -> UdonForDistillation:
     """Builds the training model, with the generator seeded so that every process draws the same weights.
 
     Args:
         config: The run.
         domains: The domains that are trained on.
+        all_domains: Those that are only measured among them.
         accelerator: The run's processes.
 
     Raises:
@@ -158,20 +164,7 @@ def build_model(config: TrainConfig, domains: Mapping[str, Domain], accelerator:
         "pooling": config.model.pooling,
         "matryoshka_dims": config.model.matryoshka,
     }
-    try:
-        if start is None:
-            udon = build_udon(config.model, sizes, config.data.image_size)
-        else:
-            udon = _build_like(start.shape, config.model, sizes, config.data.image_size)
-    except Exception as error:  # On values that transformers does not expect it raises nearly every type there is.
-        what = "backbone" if config.model.backbone else "backbone_config"
-        reason = str(error) if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: {error}"
-        raise ConfigError(f"`model.{what}` must be a vision encoder that opens. {reason[:400]}") from error
-    check_backbone(udon, config.data.image_size)
-    if config.model.gradient_checkpointing:
-        # transformers 5 has another name for it, and warns about the one that transformers 4 has.
-        enable = getattr(udon, "activation_checkpointing_enable", None) or udon.gradient_checkpointing_enable
-        enable({"use_reentrant": False})
+    udon = open_udon(config.model, sizes, config.data.image_size, None if start is None else start.shape)
     old: OldStudent | None = None
     if start is not None:
         load_start(udon, start, domains, prefix="udon.")
@@ -191,7 +184,7 @@ def build_model(config: TrainConfig, domains: Mapping[str, Domain], accelerator:
         feature_teachers=open_feature_teachers(config, list(domains), udon, statistics),
         takes_features=config.train.heads_only,
         distill_through_backbone=config.ablation.distill_through_backbone,
-        peers=_peers(accelerator) if accelerator.num_processes > 1 else None,
+        peers=make_peers(accelerator),
     )
     if start is not None:
         load_start(model, start, domains)
@@ -203,6 +196,35 @@ def build_model(config: TrainConfig, domains: Mapping[str, Domain], accelerator:
     return model
 
 
+def open_udon(
+    model: ModelConfig, sizes: dict[str, object], image_size: int, like: UdonConfig | None = None, prefix: str = ""
+) -> UdonModel:
+    """Opens a backbone with fresh heads, and checks that it takes the run's images.
+
+    Args:
+        model: Names the backbone.
+        sizes: Values of `UdonConfig` other than the backbone.
+        image_size: Side of the run's images in pixels.
+        like: Shape of a student whose weights are still to come, in place of a backbone.
+        prefix: Put before `backbone` where an error names the key.
+
+    Raises:
+        ConfigError: If it cannot be opened or built, or its image size is not the data's.
+    """
+    try:
+        udon = build_udon(model, sizes, image_size) if like is None else _build_like(like, model, sizes, image_size)
+    except Exception as error:  # On values that transformers does not expect it raises nearly every type there is.
+        what = "backbone" if model.backbone else "backbone_config"
+        reason = str(error) if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: {error}"
+        raise ConfigError(f"`model.{prefix}{what}` must be a vision encoder that opens. {reason[:400]}") from error
+    check_backbone(udon, image_size)
+    if model.gradient_checkpointing:
+        # transformers 5 has another name for it, and warns about the one that transformers 4 has.
+        enable = getattr(udon, "activation_checkpointing_enable", None) or udon.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
+    return udon
+
+
 def training_transform(data: DataConfig) -> RandomTransform:
     """The augmentation that the config asks for."""
     if data.augmentation == "strong":
@@ -210,8 +232,16 @@ def training_transform(data: DataConfig) -> RandomTransform:
     return TrainTransform(data.image_size, flip=data.flip)
 
 
-def make_sampler(config: TrainConfig, domains: Mapping[str, Domain], accelerator: Accelerator) -> DomainBatchSampler:
+def make_sampler(
+    config: TrainConfig, domains: Mapping[str, Domain], accelerator: Accelerator, other_seed: int = 0
+) -> DomainBatchSampler:
     """Makes the sampler of this process.
+
+    Args:
+        config: The run.
+        domains: The domains that it draws from.
+        accelerator: The run's processes.
+        other_seed: Added to the config's seed, for a second sampler.
 
     Raises:
         ConfigError: If the batch does not go with the domains, the processes or the accumulation.
@@ -235,7 +265,7 @@ def make_sampler(config: TrainConfig, domains: Mapping[str, Domain], accelerator
             train.batch_size,
             strategy=config.sampling.strategy,
             update_every=config.sampling.update_every,
-            seed=config.seed,
+            seed=config.seed + other_seed,
             weights=config.sampling.weights,
             rank=accelerator.process_index,
             world_size=accelerator.num_processes,

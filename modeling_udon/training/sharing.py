@@ -9,6 +9,9 @@ from modeling_udon.config import TrainConfig
 from modeling_udon.training.distillation import STEP_STATE, UdonForDistillation
 from modeling_udon.training.sharding import shard_backbone
 
+# Labels of the batch that finds parameters without gradient; more than the neighbours that a term may compare.
+_PROBES = 10
+
 
 def share_model(
     config: TrainConfig, model: UdonForDistillation, accelerator: Accelerator
@@ -38,18 +41,19 @@ def share_model(
 
 
 def _without_gradient(config: TrainConfig, model: UdonForDistillation, accelerator: Accelerator) -> list[str]:
-    """Finds the shared parameters that no step gives a gradient, by a backward pass of two random images.
+    """Finds the shared parameters that no step gives a gradient, by a backward pass of random images.
 
     Among them are a mask token (DINOv2, DINOv3), an unused pooler, and the student's head in a run without student.
     """
     domain = next(iter(model.num_classes))
     size = config.data.image_size
-    shape = (2, model.udon.feature_dim) if model.takes_features else (2, 3, size, size)
+    number = _PROBES * model.images_per_label
+    shape = (number, model.udon.feature_dim) if model.takes_features else (number, 3, size, size)
     device = accelerator.device
     # Batch normalisation would count the random images among those that it has seen.
     seen = {name: buffer.clone() for name, buffer in model.named_buffers()}
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        inputs, labels = torch.randn(shape, device=device), torch.zeros(2, dtype=torch.int64, device=device)
+        inputs, labels = torch.randn(shape, device=device), torch.zeros(_PROBES, dtype=torch.int64, device=device)
         with accelerator.autocast():
             loss = model(inputs, labels, domain).loss
         loss.backward()

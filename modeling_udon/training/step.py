@@ -64,10 +64,13 @@ def take_step(run: Run, batch: DomainBatch) -> StepResult:
     torch.manual_seed((config.seed * 1_000_003 + step) * 8191 + run.accelerator.process_index)
     run.idle_heads.catch_up(domain, step)
     set_learning_rates(run.optimizer, learning_rates(config.optim, step, run.num_steps))
-    inputs = batch.pixels.to(run.accelerator.device, non_blocking=True)
+    run.model.progress = step / run.num_steps
+    # The images of a source, whose labels are read, come before those of the target.
+    parts = (batch,) if batch.source is None else (batch.source, batch)
+    inputs = torch.cat([part.pixels.to(run.accelerator.device, non_blocking=True) for part in parts])
     if not run.model.takes_features:
         inputs = run.statistics.normalize(inputs)
-    labels = batch.labels.to(run.accelerator.device, non_blocking=True)
+    labels = parts[0].labels.to(run.accelerator.device, non_blocking=True)
     classes = run.sampled_classes.take(domain, batch.labels, step, run.accelerator.device)
     targets = _targets(run, batch)
     loss, losses, seen = _backward(run, inputs, labels, domain, classes, targets)

@@ -53,7 +53,7 @@ class Terms:
     def classification(self, cosines: Cosines, labels: torch.Tensor) -> torch.Tensor:
         """The classification loss, a scalar."""
         objective, smoothing = self.objective, self.objective.label_smoothing
-        hardness = self._scale(cosines), objective.margin, objective.kind
+        hardness = self.scale(cosines), objective.margin, objective.kind
         if cosines.logits is not None:
             return classification_loss(cosines.logits, labels, *hardness, smoothing)
         return chunked_classification_loss(
@@ -79,7 +79,7 @@ class Terms:
 
     def confidence(self, cosines: Cosines, labels: torch.Tensor) -> torch.Tensor:
         """How well each image is classified, see `gates.confidence`; shape `(batch_size,)`."""
-        how = self._scale(cosines), self.objective.gate_by
+        how = self.scale(cosines), self.objective.gate_by
         if cosines.logits is not None:
             return confidence(cosines.logits, labels, *how)
         return chunked_confidence(cosines.embeds, cosines.prototypes, labels, *how, self._chunk_size)
@@ -97,7 +97,7 @@ class Terms:
         for cosines, labels in heads:
             if cosines is None:
                 continue
-            scale = self._scale(cosines)
+            scale = self.scale(cosines)
             if cosines.logits is not None:
                 found.append(hardness(cosines.logits, labels, scale))
             else:
@@ -158,7 +158,8 @@ class Terms:
                 losses[FROZEN_TERMS[1]] = losses[FROZEN_TERMS[1]] + teacher.spec.logit * loss
         return {name: loss / weights[name] for name, loss in losses.items()}
 
-    def _scale(self, cosines: Cosines) -> float | torch.Tensor:
+    def scale(self, cosines: Cosines) -> float | torch.Tensor:
+        """Factor on the cosines in a classification among these classes."""
         if cosines.scale is not None:
             return cosines.scale
         return scale_for(len(cosines.prototypes), self.objective.scale, self.objective.scale_by)

@@ -10,6 +10,7 @@ from modeling_udon.data.dataset import DomainBatch
 from modeling_udon.data.loader import WorkerLoader
 from modeling_udon.training.broken import BrokenImages
 from modeling_udon.training.checkpoint import CheckpointWriter, TrainState
+from modeling_udon.training.collapse import CollapseWatch
 from modeling_udon.training.data_wait import DataWait
 from modeling_udon.training.errors import TrainingError
 from modeling_udon.training.logging import LossWindow, Reporter, format_validation
@@ -92,6 +93,7 @@ class Trainer:
         self._window = state.window
         self._pending: list[StepResult] = []
         self._data_wait = DataWait(run.accelerator.device)
+        self._collapse = CollapseWatch(config.adaptation.max_collapsed) if config.adaptation else None
         self._incidents = Incidents(run.folder.incidents, run.domains, run.is_main)
         self.reporter = Reporter(config.run_dir, run.accelerator, run.num_steps, run.step, self._owes_validation)
         self.broken = BrokenImages(
@@ -210,8 +212,8 @@ class Trainer:
             metric = self.run.config.eval.metric
             if scores is not None:
                 quality = self.assessment.quality(scores)
-                # The start is measured, and never chosen: a run gives out what it has trained.
-                better = self.step > 0 and (self.best is None or quality > self.best[metric])
+                # Of domains without labels alone nothing may choose: the last step is taken.
+                better = self.step == self.run.num_steps if math.isnan(quality) else self._is_better(quality)
                 self.reporter.say(format_validation(self.step, scores, metric, better))
                 self.reporter.record(self.step, validation=scores.as_dict())
                 for name, values in scores.merged["domains"].items():
@@ -223,6 +225,10 @@ class Trainer:
                 self.assessment.keep_best()
         self._validated = self.step
         self._clock += time.perf_counter() - started
+
+    def _is_better(self, quality: float) -> bool:
+        """Whether a student is the best so far; the start is measured, and never chosen."""
+        return self.step > 0 and (self.best is None or quality > self.best[self.run.config.eval.metric])
 
     def save(self) -> None:
         """Begins to write a checkpoint, unless the losses have just ceased to be finite: the last one is worth more."""
@@ -296,6 +302,8 @@ class Trainer:
             if step.verdict == Verdict.APPLIED:
                 self._window.add(step.domain, step.loss, step.losses)
                 self.run.sampler.observe(step.domain, step.losses[signal])
+                if self._collapse is not None:
+                    self._collapse.count(step)
             else:
                 self._window.skipped += 1
                 self._tell_incident(step)

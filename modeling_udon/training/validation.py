@@ -1,12 +1,15 @@
 """Baseline, validation and test evaluation of a run, and its best student."""
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
+from transformers.image_processing_utils import BaseImageProcessor
 
 from modeling_udon.config_file import dump_config
 from modeling_udon.data.domains import Domain
@@ -14,6 +17,7 @@ from modeling_udon.data.limits import with_fewer_images
 from modeling_udon.data.preprocessing import image_processor
 from modeling_udon.data.transforms import EvalTransform
 from modeling_udon.encoder import Encoder
+from modeling_udon.evaluation.adaptation import format_adaptation
 from modeling_udon.evaluation.analysis import analyse
 from modeling_udon.evaluation.changes import compare_with_start, format_changes
 from modeling_udon.evaluation.neighbours import (
@@ -29,6 +33,8 @@ from modeling_udon.hub.card import render_card
 from modeling_udon.hub.sources import derive_license, find_sources
 from modeling_udon.hub.student_folder import write_student
 from modeling_udon.storage import replaced_folder, write_text
+from modeling_udon.training.adaptation import UdonForAdaptation
+from modeling_udon.training.adaptation_results import branch_student, measure_adaptation
 from modeling_udon.training.broken import BrokenImages
 from modeling_udon.training.checkpoint import BEST_FILE
 from modeling_udon.training.extension import compare_with_old, format_extension, keep_old_scores, write_extension
@@ -114,7 +120,15 @@ class Assessment:
         return on_main(self._run.accelerator, lambda: found.scores(self._metrics))
 
     def quality(self, scores: SplitScores) -> float:
-        """What the best is chosen by: the student's mean `eval.metric`, or the teachers' where it learns nothing."""
+        """What the best is chosen by: the student's mean `eval.metric`, or the teachers' where it learns nothing.
+
+        Where some domains have no labels, those with labels alone choose, each in its own index, since images of a
+        target may have the classes of a source; NaN if none of them has a validation split.
+        """
+        if self._config.adaptation is not None:
+            metric, by_domain = self._config.eval.metric, scores.separate["domains"]
+            values = [of[metric] for name, of in by_domain.items() if self._domains[name].has_labels]
+            return sum(values) / len(values) if values else math.nan
         learned = {term for term, weight in self._config.loss.weights().items() if weight}
         metric = self._config.eval.metric
         if learned == {"teacher_classification"} and scores.teachers is not None:
@@ -152,8 +166,9 @@ class Assessment:
             return None
         with self._run.agreement.interruptible():
             found = search_model(self._encoder, tested, "test", self._exact, self._metrics)
+            adapted = self._measure_adaptation(tested)
         self._broken.leave_out(found.broken, step)
-        results = on_main(self._run.accelerator, lambda: self._results(found))
+        results = on_main(self._run.accelerator, lambda: self._results(found) | adapted())
         return TrainingResults(results, found, tested, self._folder.path)
 
     def write(self, tested: TrainingResults, report: Callable[[TrainingResults], object] | None) -> None:
@@ -170,10 +185,26 @@ class Assessment:
             if report is not None:
                 report(tested)
         self._export_best(results)
+        self._export_branches()
         if self._run.is_main:
             # Last: job scripts wait for this file, to know whether a run has come to its end.
             write_results(self._folder.results, results)
         self._tell(results)
+
+    def _measure_adaptation(self, tested: dict[str, Domain]) -> Callable[[], dict[str, Any]]:
+        """Gives what `results.json` has under `adaptation`, where domains share classes."""
+        if not isinstance(self._model, UdonForAdaptation):
+            return dict
+        scores = measure_adaptation(self._model, self._encoder, self._exact, tested, "test")
+        return lambda: {"adaptation": {"test": scores()}}
+
+    def _export_branches(self) -> None:
+        """Writes every further student of the run, ready for the Hub as the best one is."""
+        if not isinstance(self._model, UdonForAdaptation) or not self._run.is_main:
+            return
+        for number in range(len(self._model.branches)):
+            folder = self._folder.path / "branches" / str(number)
+            write_student(folder, branch_student(self._model, number), self._processor(), self._card(folder, None))
 
     def _results(self, found: SplitNeighbours) -> dict[str, Any]:
         scores = found.scores(self._metrics)
@@ -187,6 +218,9 @@ class Assessment:
     def _tell(self, results: dict[str, Any]) -> None:
         say = self._reporter.say
         say("\n" + format_table(results))
+        if "adaptation" in results:
+            of_test = results["splits"]["test"]["separate"]
+            say("\n" + format_adaptation(results["adaptation"]["test"], of_test))
         if changes := compare_with_start(results):
             say("\n" + format_changes(changes))
         if "extension" in results:
@@ -199,13 +233,15 @@ class Assessment:
         if not self._run.is_main:
             return
         udon = merged(udon)
-        best, config = self._folder.best, dump_config(self._config)
+        best = self._folder.best
+        card = self._card(best, results)
+        write_student(best, udon, self._processor(), card, keep_teachers=self._config.train.keep_teachers)
+
+    def _card(self, folder: Path, results: dict[str, Any] | None) -> ModelCard:
+        config = dump_config(self._config)
         sources = find_sources(config)
         license = self._config.push.license or derive_license(config["domains"], sources, {})[0]
-        write_student(
-            best,
-            udon,
-            image_processor(self._config.data.image_size, self._run.statistics),
-            render_card(self._config.name, str(best), config, results, sources, license=license),
-            keep_teachers=self._config.train.keep_teachers,
-        )
+        return render_card(self._config.name, str(folder), config, results, sources, license=license)
+
+    def _processor(self) -> BaseImageProcessor:
+        return image_processor(self._config.data.image_size, self._run.statistics)
