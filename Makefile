@@ -25,9 +25,12 @@ help:  ## Show this list
 demo: $(VENV)/.demo-installed  ## Train on real images of four small domains and show the tables (minutes, no GPU)
 	@$(VENV)/bin/accelerate launch $(LAUNCH_ARGS) train_udon.py --config configs/demo.yaml --overwrite
 	@echo
+	@$(VENV)/bin/python examples/search_page.py runs/demo
+	@echo
 	@echo "Where to look:"
 	@echo "  runs/demo/best/           the student, ready for the Hub: AutoModel loads it with trust_remote_code=True"
 	@echo "  runs/demo/report.html     tables, curves, confusion and galleries of neighbours, for a browser"
+	@echo "  runs/demo/page/           a search page that runs in your browser; the line above says how to open it"
 	@echo "  runs/demo/results.json    the tables above, as numbers"
 	@echo "  runs/demo/metrics.jsonl   losses and sampling weights of the whole run"
 	@echo "  runs/demo/config.yaml     every setting and version, to run it again"
@@ -86,7 +89,7 @@ clean:  ## Remove environments, builds and caches; runs/ stays
 
 $(VENV)/.demo-installed: pyproject.toml constraints.txt | $(VENV)/.created
 	@echo "Installing the tested versions into $(VENV), which takes some minutes the first time"
-	@$(VENV)/bin/python $(PIP_INSTALL) -c constraints.txt -e ".[demo-data]"
+	@$(VENV)/bin/python $(PIP_INSTALL) -c constraints.txt -e ".[demo-data,export]"
 	@touch $@
 
 $(VENV)/.dev-installed: pyproject.toml constraints.txt | $(VENV)/.created

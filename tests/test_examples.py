@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from page_fixtures import fake_runtime
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -54,6 +55,23 @@ def test_the_cells_of_the_notebook_run_in_order(monkeypatch, tiny_config: Callab
 def test_the_notebook_is_saved_without_outputs() -> None:
     cells = json.loads((EXAMPLES / "train_in_a_notebook.ipynb").read_text(encoding="utf-8"))["cells"]
     assert not any(cell.get("outputs") for cell in cells)
+
+
+def test_a_page_is_made_of_the_test_pictures_of_a_run(monkeypatch, capsys, make_values, run_train, tmp_path) -> None:
+    pytest.importorskip("onnxscript")
+    run_folder = run_train(make_values(tmp_path, name="shown", train__num_steps=2))
+    run(monkeypatch, "search_page.py", run_folder, "--runtime", tmp_path / "gone.tgz")
+    assert "no search page was written: `--runtime` must be onnxruntime-web" in capsys.readouterr().out
+    run(monkeypatch, "search_page.py", run_folder, "--runtime", fake_runtime(tmp_path / "runtime"))
+    about = json.loads((run_folder / "page" / "page.json").read_text())
+    assert about["domains"] == ["blobs", "noise", "stripes"] and 3 <= len(about["examples"]) <= 12
+    # Examples are not in the index.
+    pictures = [path for path in (run_folder / "pictures").rglob("*") if path.is_file()]
+    assert about["numImages"] == len(pictures)
+    assert not {path.read_bytes() for path in pictures} & {
+        path.read_bytes() for path in (run_folder / "queries").iterdir()
+    }
+    assert "http://127.0.0.1:8000/" in capsys.readouterr().out.splitlines()[-1]
 
 
 def test_every_example_is_run_here() -> None:
