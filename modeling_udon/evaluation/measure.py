@@ -4,7 +4,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from accelerate import Accelerator
 from tqdm import tqdm
 
 from modeling_udon.data.domains import Domain
@@ -23,6 +22,7 @@ from modeling_udon.evaluation.neighbours import (
 )
 from modeling_udon.evaluation.protocol import METRICS, score_merged
 from modeling_udon.evaluation.results import build_results
+from modeling_udon.search.processes import check_launcher, start_accelerator
 
 Embedder = Callable[[Mapping[str, Domain], str], EmbeddedSplit]
 
@@ -77,7 +77,8 @@ def encode_with(
         mixed_precision: As Accelerate names it: "no", "bf16", "fp16".
         progress: Whether the main process shows a bar.
     """
-    accelerator = Accelerator(mixed_precision=mixed_precision)
+    check_launcher(mixed_precision)
+    accelerator = start_accelerator(mixed_precision=mixed_precision)
     encoder.to(accelerator.device)
 
     def embed(domains: Mapping[str, Domain], split: str) -> EmbeddedSplit:

@@ -24,6 +24,7 @@ from modeling_udon.data.folders import describe_passed_over
 from modeling_udon.encoder import Encoder
 from modeling_udon.search.file_source import FileSource, what_changed, write_listing
 from modeling_udon.search.loading import Facts, ShardSlices, make_loader
+from modeling_udon.search.processes import check_launcher, start_accelerator
 from modeling_udon.search.shards import (
     LISTING_FILE,
     SKIPPED_FILE,
@@ -126,7 +127,8 @@ def embed(
             or is being written to, or with `strict` an image was skipped.
     """
     spec = source if isinstance(source, SourceSpec) else SourceSpec(str(source))
-    accelerator = Accelerator(
+    check_launcher(mixed_precision)
+    accelerator = start_accelerator(
         mixed_precision=mixed_precision, kwargs_handlers=[InitProcessGroupKwargs(timeout=_PATIENCE)]
     )
     is_main = accelerator.is_main_process

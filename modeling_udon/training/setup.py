@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
-from accelerate.utils import get_int_from_env, parse_flag_from_env
+from accelerate.utils import parse_flag_from_env
 from torch import distributed
 from transformers.utils import logging as transformers_logging
 
@@ -22,6 +22,7 @@ from modeling_udon.data.label_maps import label_maps
 from modeling_udon.data.preprocessing import ChannelStatistics
 from modeling_udon.data.sampling import DomainBatchSampler
 from modeling_udon.data.transforms import RandomTransform, TrainTransform
+from modeling_udon.search.processes import start_accelerator
 from modeling_udon.training.backbone import build_udon, channel_statistics, check_backbone, needs_interpolation
 from modeling_udon.training.centring import add_centre
 from modeling_udon.training.distillation import UdonForDistillation
@@ -66,19 +67,15 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
                 f"ACCELERATE_USE_{name}=true; launch with configs/accelerate/multi_gpu.yaml and set "
                 "`train.shard_backbone` to shard the backbone."
             )
-    accelerator = Accelerator(
-        mixed_precision=config.train.mixed_precision,
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=SILENCE)],
-        log_with=list(config.log.trackers) or None,
-        project_dir=str(config.run_dir) if config.log.trackers else None,
-    )
-    started = get_int_from_env(["WORLD_SIZE"], 1)
-    if accelerator.num_processes != started:
-        # Without a GPU, Accelerate takes no notice of the others; each process would train by itself.
-        raise ConfigError(
-            f"`accelerate launch` must start processes that find each other. Got {started}, of which each is alone; "
-            "without GPUs set ACCELERATE_USE_CPU=true."
+    try:
+        accelerator = start_accelerator(
+            mixed_precision=config.train.mixed_precision,
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=SILENCE)],
+            log_with=list(config.log.trackers) or None,
+            project_dir=str(config.run_dir) if config.log.trackers else None,
         )
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
     if distributed.is_initialized():
         _GROUPS.append(distributed.group.WORLD)
     return accelerator

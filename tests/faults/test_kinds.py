@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import struct
 import zipfile
 import zlib
@@ -14,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from accelerate.state import AcceleratorState
 from PIL import Image
 
 from modeling_udon.data.domains import Domain, open_domain
@@ -21,6 +23,7 @@ from modeling_udon.data.doubts import doubts_of_images, find_doubts
 from modeling_udon.data.images import decode_image
 from modeling_udon.domain_spec import DomainSpec
 from modeling_udon.encoder import Encoder
+from modeling_udon.evaluation.evaluate import evaluate
 from modeling_udon.search.shards import open_embeddings
 
 Udon = Callable[..., Any]
@@ -333,3 +336,32 @@ def test_what_is_no_image_is_refused_by_the_encoder_and_not_embedded_in_part(
 ) -> None:
     with pytest.raises(ValueError, match=words):
         Encoder.open(student).encode(images)
+
+
+# G: the launcher's environment.
+
+
+@pytest.mark.parametrize(
+    ("variables", "words"),
+    [
+        ({"ACCELERATE_MIXED_PRECISION": "bf16"}, "leave the precision to --mixed-precision, which is 'no'"),
+        ({"ACCELERATE_USE_FSDP": "true"}, "must go without FSDP"),
+        ({"ACCELERATE_DYNAMO_BACKEND": "nonsense"}, "Got ACCELERATE_DYNAMO_BACKEND=nonsense"),
+        ({"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}, "RANK=0, WORLD_SIZE=2: "),
+    ],
+)
+def test_what_a_launch_left_in_the_environment_is_obeyed_or_refused_in_one_line(
+    udon: Udon, student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], words: str
+) -> None:
+    folder = write(tmp_path / "p", "a/0.png", "a/1.png", "b/0.png", "b/1.png")
+    for name in ("ACCELERATE_DYNAMO_BACKEND", "ACCELERATE_MIXED_PRECISION", "WORLD_SIZE", "RANK", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    AcceleratorState._reset_state(True)
+    done = udon("embed", folder, "--out", tmp_path / "e", "--num-workers", 0, "--model", student)
+    assert done.code == 2 and words in done.err and done.err.count("\n") == 1, done.err
+    AcceleratorState._reset_state(True)
+    with pytest.raises(ValueError, match=re.escape(words)):
+        evaluate(str(student), {"p": DomainSpec(path=str(folder), validation_split=None, test_split="train")})
+    AcceleratorState._reset_state(True)
