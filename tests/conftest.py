@@ -52,7 +52,7 @@ from modeling_udon.training.step import StepResult
 from modeling_udon.training.trainer import Trainer
 
 # A student and pictures on disk, for the tests of embedding, search and evaluation.
-pytest_plugins = ["picture_fixtures"]
+pytest_plugins = ["picture_fixtures", "shop_index"]
 
 ROOT = Path(__file__).parent.parent
 KILLED = 9

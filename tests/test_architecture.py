@@ -57,6 +57,7 @@ FLOORS = {
     f"{PACKAGE}.serving": 12,
     f"{PACKAGE}.retrieval": 13,
     f"{PACKAGE}.hub": 13,
+    f"{PACKAGE}.engines": 14,
     f"{PACKAGE}.training": 14,
     # The public names, for users only: they lead to every floor, and each is loaded when it is first used.
     PACKAGE: 15,

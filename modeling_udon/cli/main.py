@@ -11,12 +11,14 @@ from modeling_udon.cli.app import app
 from modeling_udon.cli.embed import embed
 from modeling_udon.cli.evaluate import evaluate
 from modeling_udon.cli.export import export
+from modeling_udon.cli.export_index import export_index
 from modeling_udon.cli.export_page import export_page
 from modeling_udon.cli.index import index
 from modeling_udon.cli.models import page
 from modeling_udon.cli.options import Parser, add_verb, run_verb
 from modeling_udon.cli.prepare import csv, folder, hub, own, uned
 from modeling_udon.cli.push import push
+from modeling_udon.cli.push_index import push_index
 from modeling_udon.cli.push_space import push_space
 from modeling_udon.cli.report import report
 from modeling_udon.cli.search import search
@@ -87,6 +89,8 @@ def make_parser() -> argparse.ArgumentParser:
     add_verb(verbs, "export", export)
     add_verb(verbs, "export-page", export_page)
     add_verb(verbs, "push", push)
+    add_verb(verbs, "export-index", export_index)
+    add_verb(verbs, "push-index", push_index)
     return parser
 
 

@@ -43,12 +43,13 @@ def open_model(
     return Encoder.open(model, revision=revision, trust_remote_code=trust_remote_code, dim=dim, pooling=pooling)
 
 
-def open_for_index(index: str, model: str, revision: str | None, trust_remote_code: bool, pooling: Any = None) -> Any:
+def open_for_index(index: Any, model: str, revision: str | None, trust_remote_code: bool, pooling: Any = None) -> Any:
     """Opens the model of an index, pooled as its images were unless told otherwise."""
     from modeling_udon.search.index_folder import read_manifest
     from modeling_udon.storage import standing_folder
 
-    pooling = pooling or read_manifest(standing_folder(Path(index))).about.pooling
+    about = read_manifest(standing_folder(Path(index))).about if isinstance(index, str) else index.about
+    pooling = pooling or about.pooling
     return open_model(model, revision, trust_remote_code, pooling=pooling)
 
 
@@ -60,6 +61,17 @@ def need_gradio() -> None:
     """
     if find_spec("gradio") is None:
         raise ImportError('the page needs gradio, which is missing: pip install "modeling-udon[demo]"')
+
+
+def open_index(index: str) -> Any:
+    """Opens an index in a Lance table; the name of a folder is given back as it is."""
+    from modeling_udon.engines.lance_address import is_lance
+
+    if not is_lance(index):
+        return index
+    from modeling_udon.engines.lance_index import LanceIndex
+
+    return LanceIndex(index)
 
 
 def page(

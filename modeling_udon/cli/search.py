@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from json import dumps
 
-from modeling_udon.cli.models import open_for_index
+from modeling_udon.cli.models import open_for_index, open_index
 from modeling_udon.cli.options import Commit, File, Folder, Name, Natural, Pooling, Positive
 from modeling_udon.cli.terminal import say, warn
 
@@ -28,7 +28,7 @@ def search(
 
     Args:
         query: Image, or folder of images.
-        index: Folder that `udon index` wrote.
+        index: Folder that `udon index` wrote, lancedb://FOLDER, or hf://datasets/OWNER/NAME.
         model: Folder of a model, or its id on the Hub.
         revision: Commit, tag or branch of the model on the Hub.
         trust_remote_code: Run the code beside a model that is not a UDON model.
@@ -50,10 +50,11 @@ def search(
     if html is not None:
         check_page(html, force)
 
+    opened = open_index(index)
     results = search_images(
         query,
-        index,
-        lambda: open_for_index(index, model, revision, trust_remote_code, pooling),
+        opened,
+        lambda: open_for_index(opened, model, revision, trust_remote_code, pooling),
         k=k,
         domain=domain,
         batch_size=batch_size,

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
@@ -43,6 +43,8 @@ class Target:
         revision: Branch to commit to, made if need be; `None` is the main one.
         tag: Tag that the user asked for.
         create_pr: Whether the commit goes into a pull request.
+        kind: Kind of the repository.
+        message: Message of the commit.
     """
 
     repo: str
@@ -50,6 +52,8 @@ class Target:
     revision: str | None = None
     tag: str | None = None
     create_pr: bool = False
+    kind: Literal["model", "dataset"] = "model"
+    message: str = "Upload the student with udon push"
 
     def __post_init__(self) -> None:
         check_repo(self.repo)
@@ -97,14 +101,17 @@ def publish(
     """
     branch = target.revision or MAIN_BRANCH
     tags = _make_repository(api, files, target, branch, say)
-    old = _with_retries(lambda: api.list_repo_files(target.repo, revision=branch), say)
+    old = _with_retries(lambda: api.list_repo_files(target.repo, revision=branch, repo_type=target.kind), say)
     stale = [path for path in old if path not in files and any(fnmatch(path, own) for own in own_files)]
     done = _commit(api, files, stale, target, branch, say)
     if target.create_pr:
         return str(done.pr_url)
     if tag is not None and tag not in tags:
         try:
-            _with_retries(lambda: api.create_tag(target.repo, tag=tag, revision=done.oid, exist_ok=True), say)
+            _with_retries(
+                lambda: api.create_tag(target.repo, tag=tag, revision=done.oid, repo_type=target.kind, exist_ok=True),
+                say,
+            )
         except (OSError, HTTPError) as error:
             raise PushError(
                 f"{target.repo} has the commit {done.oid}, but not its tag {tag!r}, which the card names: "
@@ -115,19 +122,19 @@ def publish(
 
 def _make_repository(api: HfApi, files: Mapping[str, Path], target: Target, branch: str, say: Say) -> set[str]:
     """Makes repository and branch if need be; returns the tags that are there."""
-    repo = target.repo
-    _with_retries(lambda: api.create_repo(repo, private=target.private or None, exist_ok=True), say)
-    if target.private and not _with_retries(lambda: api.repo_info(repo), say).private:
+    repo, kind = target.repo, target.kind
+    _with_retries(lambda: api.create_repo(repo, repo_type=kind, private=target.private or None, exist_ok=True), say)
+    if target.private and not _with_retries(lambda: api.repo_info(repo, repo_type=kind), say).private:
         raise ValueError(
             f"`--private` must go with a private repository. Got {repo}, which is public; make it private in its "
             "settings, or leave `--private` out."
         )
-    refs = _with_retries(lambda: api.list_repo_refs(repo), say)
+    refs = _with_retries(lambda: api.list_repo_refs(repo, repo_type=kind), say)
     tags = {ref.name for ref in refs.tags}
     if target.tag in tags and not _tagged_already(api, files, target):
         raise ValueError(f"`--tag` must be new. Got {target.tag!r}, which {repo} has; choose another one.")
     if branch not in {ref.name for ref in refs.branches}:
-        _with_retries(lambda: api.create_branch(repo, branch=branch, exist_ok=True), say)
+        _with_retries(lambda: api.create_branch(repo, branch=branch, repo_type=kind, exist_ok=True), say)
     return tags
 
 
@@ -139,7 +146,8 @@ def _commit(api: HfApi, files: Mapping[str, Path], stale: list[str], target: Tar
         return api.create_commit(
             target.repo,
             operations,
-            commit_message="Upload the student with udon push",
+            commit_message=target.message,
+            repo_type=target.kind,
             revision=None if target.create_pr else branch,
             create_pr=target.create_pr,
         )
@@ -156,7 +164,7 @@ def _commit(api: HfApi, files: Mapping[str, Path], stale: list[str], target: Tar
 
 def _tagged_already(api: HfApi, files: Mapping[str, Path], target: Target) -> bool:
     """Whether the tag names these files: then an earlier push had come so far, and this one changes nothing."""
-    tagged = api.get_paths_info(target.repo, list(files), revision=target.tag)
+    tagged = api.get_paths_info(target.repo, list(files), revision=target.tag, repo_type=target.kind)
     known = {entry.path: (entry.lfs.sha256 if entry.lfs else entry.blob_id) for entry in tagged}  # type: ignore[union-attr]
     return all(known.get(path) in _blob_ids(source.read_bytes()) for path, source in files.items())
 

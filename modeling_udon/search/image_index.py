@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from modeling_udon.search.any_index import check_dimension
 from modeling_udon.search.index_folder import OpenedIndex, open_index, read_manifest
 from modeling_udon.search.ranking import merge, pick, ranked, rescored
 from modeling_udon.search.segments import INTERNALS, PART, ROW, Chosen
@@ -115,11 +116,7 @@ class ImageIndex:
             ValueError: If the dimension is another, there is no such domain or column, the condition is none, or
                 there are no exact vectors to rerank with.
         """
-        if queries.shape[1] != self.about.dim:
-            raise ValueError(
-                f"queries must have the dimension of the index, {self.about.dim}. Got {queries.shape[1]}; embed them "
-                f"with {self.about.model}."
-            )
+        check_dimension(queries, self.about)
         queries = np.ascontiguousarray(queries, dtype=np.float32)
         self._check_rerank(rerank)
         chosen = self._choose(domain, where)

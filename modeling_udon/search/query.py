@@ -15,6 +15,7 @@ from modeling_udon.calibration import Calibration
 from modeling_udon.data.folders import describe_passed_over, walk_images
 from modeling_udon.data.images import num_cores
 from modeling_udon.encoder import Encoder, fastest_device
+from modeling_udon.search.any_index import AnyIndex
 from modeling_udon.search.image_index import ImageIndex
 from modeling_udon.text import printable
 
@@ -61,7 +62,7 @@ class FoundImage:
             "file": self.file,
             "domain": self.domain,
             "match": self.accepted,
-            "columns": {name: _json_value(value) for name, value in self.columns.items()},
+            "columns": {name: json_value(value) for name, value in self.columns.items()},
         }
 
 
@@ -111,7 +112,7 @@ class SearchResults:
 
 def search_images(
     queries: Sequence[str | os.PathLike[str]],
-    index: str | os.PathLike[str],
+    index: str | os.PathLike[str] | AnyIndex,
     model: Callable[[], Encoder] | Encoder,
     k: int = 5,
     domain: str | None = None,
@@ -124,7 +125,7 @@ def search_images(
 
     Args:
         queries: Image files, or folders of them.
-        index: Folder that `udon index` wrote.
+        index: Folder that `udon index` wrote, or an opened index.
         model: The model that the index was made with, or what loads it once the rest is known to be right. It goes to
             the GPU, if there is one.
         k: Neighbours a query.
@@ -137,7 +138,7 @@ def search_images(
     Raises:
         ValueError: If a query or the domain does not exist, the index is of another model, or no query can be read.
     """
-    opened = ImageIndex(index)
+    opened = ImageIndex(index) if isinstance(index, str | os.PathLike) else index
     if domain is not None and domain not in opened.domains():
         known = ", ".join(opened.domains()) or "none, since its images were embedded without"
         raise ValueError(f"`domain` must be one of the index: {known}. Got {domain!r}.")
@@ -163,7 +164,7 @@ def search_images(
     return SearchResults(results, str(index), about.kind, about.num_images, loaded.name, domain, loaded.calibration)
 
 
-def check_model(index: ImageIndex, model: Encoder) -> None:
+def check_model(index: AnyIndex, model: Encoder) -> None:
     """Refuses a model that the index was not made with.
 
     Raises:
@@ -216,7 +217,7 @@ def _query_files(queries: Sequence[str | os.PathLike[str]], warn: Callable[[str]
 
 
 def neighbours_of(
-    index: ImageIndex,
+    index: AnyIndex,
     model: Encoder,
     embeddings: np.ndarray,
     k: int,
@@ -246,7 +247,7 @@ def neighbours_of(
     ]
 
 
-def _found(index: ImageIndex, model: Encoder, row: int, score: float, thumbnail: bool) -> FoundImage:
+def _found(index: AnyIndex, model: Encoder, row: int, score: float, thumbnail: bool) -> FoundImage:
     values = index.describe(row, thumbnail)
     return FoundImage(
         row,
@@ -268,12 +269,12 @@ def _cells(rank: int, found: FoundImage) -> list[str]:
     return [printable(cell) for cell in (f"{rank}", f"{found.score:.3f}", found.domain or "", found.path, others, mark)]
 
 
-def _json_value(value: Any) -> Any:
+def json_value(value: Any) -> Any:
     """A value of any Arrow type as JSON holds it: NaN as null, times in ISO 8601, bytes in base64."""
     if isinstance(value, dict):
-        return {str(name): _json_value(part) for name, part in value.items()}
+        return {str(name): json_value(part) for name, part in value.items()}
     if isinstance(value, list | tuple):
-        return [_json_value(part) for part in value]
+        return [json_value(part) for part in value]
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, bytes):
