@@ -25,7 +25,8 @@ def app(
         udon app --model runs/demo/best --index photos-index --examples photos
     """
     need_gradio()
-    from modeling_udon.search.app import make_page, open_side, start
+    from modeling_udon.search.app import make_page, start
+    from modeling_udon.search.page_answers import open_side
 
     sides = [open_side(side.index, side.open(shown.trust_remote_code)) for side in shown.sides]
     page = make_page(sides, shown.examples)

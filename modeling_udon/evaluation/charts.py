@@ -2,12 +2,12 @@
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 # A chart's drawing area, in units of its own; the page scales it.
-WIDTH, HEIGHT = 640, 240
-LEFT, RIGHT, TOP, BOTTOM = 52, 12, 10, 30
+WIDTH, HEIGHT = 640, 270
+LEFT, RIGHT, TOP, BOTTOM = 72, 16, 10, 56
 # As many series as have a colour of their own in the template; the one after them is the text's, for a mean.
 NUM_COLOURS = 8
 MEAN = "mean"
@@ -53,12 +53,25 @@ class Tick:
 
 @dataclass(frozen=True)
 class Chart:
-    """A line chart, ready to be drawn."""
+    """A line chart, ready to be drawn.
+
+    Attributes:
+        title: What it shows.
+        series: The lines.
+        x_ticks: Marks of the horizontal axis.
+        y_ticks: Marks of the vertical axis.
+        x_title: What the horizontal axis is.
+        y_title: What the vertical axis is; empty where the title says it.
+        has_points: Whether the points of the lines are drawn too.
+    """
 
     title: str
     series: list[Series]
     x_ticks: list[Tick]
     y_ticks: list[Tick]
+    x_title: str = "step"
+    y_title: str = ""
+    has_points: bool = False
 
 
 def make_charts(rows: Sequence[Mapping[str, Any]]) -> list[Chart]:
@@ -124,6 +137,28 @@ def make_chart(title: str, series: Mapping[str, Sequence[Point]]) -> Chart:
     ]
     x_ticks = [Tick(across(x), f"{x:g}") for x in axis_steps(first, last) if first <= x <= last]
     return Chart(title, drawn, x_ticks, [Tick(upward(y), f"{y:g}") for y in y_steps])
+
+
+def make_quality_chart(rows: Sequence[Mapping[str, Any]]) -> Chart | None:
+    """R@1 by the bytes of a vector, a line for each code; bytes in powers of two. `None` without reduced ones.
+
+    Args:
+        rows: What `quality_per_byte` gave.
+    """
+    lines: dict[str, list[Point]] = {}
+    for row in rows:
+        # The embeddings as they are would lie on the lines' ends.
+        if row["pca"]:
+            lines.setdefault(row["code"], []).append((math.log2(row["bytes"]), 100 * row["R@1"]))
+    if not lines:
+        return None
+    chart = make_chart("Quality per byte", {name: sorted(line) for name, line in lines.items()})
+    ends = [x for line in lines.values() for x, _ in line]
+    low, high = min(ends), max(ends)
+    span = max(high - low, 1)
+    powers = range(math.ceil(low), math.floor(high) + 1)
+    ticks = [Tick(round(LEFT + (x - low) / span * (WIDTH - LEFT - RIGHT), 1), f"{2**x:g}") for x in powers]
+    return replace(chart, x_ticks=ticks, x_title="bytes of a vector", y_title="R@1, percent", has_points=True)
 
 
 def axis_steps(low: float, high: float, most: int = 6) -> list[float]:

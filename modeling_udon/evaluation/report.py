@@ -8,9 +8,10 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from modeling_udon.evaluation.adaptation import adaptation_rows
-from modeling_udon.evaluation.charts import BOTTOM, HEIGHT, LEFT, RIGHT, WIDTH, make_charts
+from modeling_udon.evaluation.charts import BOTTOM, HEIGHT, LEFT, RIGHT, WIDTH, make_charts, make_quality_chart
 from modeling_udon.evaluation.gallery import Gallery
 from modeling_udon.evaluation.protocol import mean_over_domains
+from modeling_udon.evaluation.report_summary import changed_settings, opening_sentence, overview
 from modeling_udon.evaluation.tables import format_notes, frequency_range
 from modeling_udon.storage import write_text
 
@@ -73,6 +74,7 @@ def render_report(
             for name, split in results.get("splits", {}).items()
         ],
         charts=make_charts(rows),
+        settings=changed_settings(results.get("config", {})),
         versions=results.get("versions", {}),
         config=json.dumps(results.get("config", {}), indent=2),
         width=WIDTH,
@@ -114,7 +116,10 @@ def _split(
             _table(f"reduced to {dim} dimensions", scores, None, names)
             for dim, scores in analysis.get("pca", {}).items()
         ],
+        "opening": opening_sentence(name, split, baseline),
+        "overview": overview(name, split, baseline),
         "quality": _quality(analysis.get("quality_per_byte", [])),
+        "quality_chart": make_quality_chart(analysis.get("quality_per_byte", [])),
         "leaks": analysis.get("leaks"),
         "notes": format_notes(split) + list(analysis.get("known_classes", [])),
         "gallery": gallery,

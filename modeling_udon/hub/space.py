@@ -254,8 +254,9 @@ def _app_file(placed: Sequence[_Placed], has_examples: bool, trust_remote_code: 
     examples = 'find_examples("examples")' if has_examples else "[]"
     return f'''"""The page of `udon app`, as a Space."""
 
-from modeling_udon.search.app import make_page, open_side, start
+from modeling_udon.search.app import make_page, start
 from modeling_udon.search.examples import find_examples
+from modeling_udon.search.page_answers import open_side
 from modeling_udon.encoder import Encoder
 
 page = make_page(

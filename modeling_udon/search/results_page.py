@@ -1,5 +1,6 @@
 """Self-contained page of search results: thumbnails and styles are inlined, and nothing is loaded."""
 
+from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
@@ -19,7 +20,16 @@ section { display: grid; grid-template-columns: 11rem 1fr; gap: 1.25rem; border-
 ol { display: grid; grid-template-columns: repeat(auto-fill, minmax(8rem, 1fr)); gap: .75rem; list-style: none;
   margin: 0; padding: 0; }
 figure { margin: 0; }
-figcaption { font-size: .8rem; overflow-wrap: anywhere; margin-top: .3rem; }
+figcaption { font-size: .8rem; margin-top: .3rem; }
+li figcaption > div { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
+.query figcaption, details span { overflow-wrap: anywhere; }
+details span { display: block; }
+summary { cursor: pointer; }
+li { min-width: 0; }
+.bar { display: block; height: 4px; border-radius: 2px; background: var(--line); margin: .3rem 0 .2rem;
+  overflow: hidden; }
+.bar i { display: block; height: 100%; background: var(--accent); }
+.divider ~ li .bar i { background: var(--muted); }
 .picture { aspect-ratio: 1; width: 100%; border-radius: 6px; background: #8881; display: grid; place-items: center;
   overflow: hidden; color: var(--muted); font-size: .8rem; }
 .picture img { width: 100%; height: 100%; object-fit: contain; }
@@ -81,14 +91,21 @@ def render_page(results: SearchResults) -> str:
 """
 
 
-def neighbour_list(query: QueryResult) -> str:
+def neighbour_list(query: QueryResult, side: int | None = None) -> str:
     """The neighbours of a query as an HTML list: pictures, scores, and escaped names.
 
-    One line divides those that reach the threshold of their domain from the others.
+    One line divides those that reach the threshold of their domain from the others. Copies of one file are one item.
+
+    Args:
+        query: The query with its neighbours.
+        side: Number of the index, where the page has a script: items then get buttons for it.
     """
-    ranked = list(enumerate(query.neighbours, 1))
-    matches = [_item(rank, found) for rank, found in ranked if found.accepted is not False]
-    others = [_item(rank, found) for rank, found in ranked if found.accepted is False]
+    copies: dict[str, list[tuple[int, FoundImage]]] = {}
+    for rank, found in enumerate(query.neighbours, 1):
+        copies.setdefault(found.sha256 or f"row {found.row}", []).append((rank, found))
+    items = [(group[0][1].accepted is not False, _item(group, side)) for group in copies.values()]
+    matches = [item for is_match, item in items if is_match]
+    others = [item for is_match, item in items if not is_match]
     divider = ['<li class="divider">no match from here on</li>'] if others else []
     return "<ol>\n" + "\n".join(matches + divider + others) + "\n</ol>"
 
@@ -107,12 +124,29 @@ def _section(query: QueryResult) -> str:
 </section>"""
 
 
-def _item(rank: int, found: FoundImage) -> str:
+def _item(group: Sequence[tuple[int, FoundImage]], side: int | None) -> str:
+    rank, found = group[0]
     details = [found.domain or "", *(f"{name}: {value}" for name, value in found.columns.items())]
     lines = "".join(f'<div class="muted">{html_text(detail)}</div>' for detail in details if detail)
+    others = "".join(f"<span>{html_text(copy.path)}</span>" for _, copy in group[1:])
+    noun = "copy" if len(group) == 2 else "copies"
+    lines += f"<details><summary>and {len(group) - 1} {noun}</summary>{others}</details>" if others else ""
     picture = _picture(find_thumbnail(found.thumbnail, found.file, found.sha256))
+    name = html_text(found.path)
+    if side is not None:
+        place = f"{side}:{found.row}"
+        tag = (
+            f'<button type="button" class="picture" data-do="enlarge" data-place="{place}" aria-label="Enlarge {name}">'
+        )
+        picture = picture.replace('<div class="picture">', tag).replace("</div>", "</button>")
+        lines += (
+            f'<div class="actions"><button type="button" data-do="like" data-place="{place}" '
+            'aria-label="More like this" title="More like this">Similar</button><button type="button" data-do="copy" '
+            f'data-path="{name}" aria-label="Copy path" title="Copy path">Copy</button></div>'
+        )
     score = f'<span class="muted">{rank}</span> <span class="score">{found.score:.3f}</span>'
-    caption = f"<figcaption>{score}<div>{html_text(found.path)}</div>{lines}</figcaption>"
+    bar = f'<span class="bar"><i style="width: {100 * min(max(found.score, 0.0), 1.0):.0f}%"></i></span>'
+    caption = f'<figcaption title="{name}">{score}{bar}<div>{name}</div>{lines}</figcaption>'
     return f"<li><figure>{picture}{caption}</figure></li>"
 
 

@@ -10,12 +10,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from modeling_udon.config_file import dump_config, load_config
 from modeling_udon.evaluation.analysis import analyse
-from modeling_udon.evaluation.charts import axis_steps, make_chart, make_charts
+from modeling_udon.evaluation.charts import axis_steps, make_chart, make_charts, make_quality_chart
 from modeling_udon.evaluation.gallery import GalleryRow, Picture, choose_queries, write_sheets
 from modeling_udon.evaluation.neighbours import SplitNeighbours
 from modeling_udon.evaluation.protocol import EmbeddedDomain, Neighbours, search_merged, search_separate
 from modeling_udon.evaluation.report import read_rows, render_report, write_report
+from modeling_udon.evaluation.report_summary import changed_settings, overview
 from modeling_udon.evaluation.results import build_results, merge_results
 
 EVIL = "<script>alert('x')</script>&\"quoted\""
@@ -25,7 +27,7 @@ TINY = "data:image/jpeg;base64,AAAA"
 class Page(html.parser.HTMLParser):
     """Tags, addresses and text of a page; complains of tags that do not close."""
 
-    EMPTY = {"meta", "img", "line"}
+    EMPTY = {"meta", "img", "line", "circle"}
 
     def __init__(self, source):
         super().__init__()
@@ -115,6 +117,65 @@ def test_the_tables_show_every_value_with_its_interval():
     assert "raw pixels" in page.text and "untrained backbone" not in page.text
 
 
+def test_the_page_opens_with_score_comparison_and_weakest_domain():
+    results = example_results()
+    scores, pixels = results["splits"]["test"]["merged"], results["baseline"]["raw_pixels"]["R@1"]
+    worst = min(scores["domains"], key=lambda name: scores["domains"][name]["R@1"])
+    difference = 100 * (scores["mean"]["R@1"] - pixels)
+    sentence = (
+        f"R@1 is {100 * scores['mean']['R@1']:.1f} % on the test split, mean of 2 domains, against "
+        f"{100 * pixels:.1f} % by raw pixels ({difference:+.1f} points); the weakest domain is {worst} with "
+        f"{100 * scores['domains'][worst]['R@1']:.1f} %."
+    )
+    text = [line for line in Page(render_report("run", results, [], {})).text if line]
+    assert text[text.index("run", text.index("run") + 1) + 1] == sentence
+
+
+def test_differences_of_systems_are_told_by_sign_and_arrow_not_by_colour_alone():
+    def split(of_student, of_teacher):
+        scores = {"mean": {"R@1": of_student}, "domains": {"cars": {"R@1": of_student}}}
+        return {"merged": scores, "separate": scores, "teachers": {"cars": {"R@1": of_teacher}}}
+
+    baseline = {"untrained": {"R@1": 0.75, "domains": {"cars": {"R@1": 0.75}}}}
+    table = overview("test", split(0.5, 0.25), baseline)
+    assert table["columns"] == ["own index", "teachers", "untrained"]
+    assert [cell["difference"] for cell in table["rows"][0][2]] == ["= same", "▲ +25.0", "▼ −25.0"]
+    assert [cell["kind"] for cell in table["mean"][2]] == ["", "above", "below"]
+
+
+def test_settings_are_those_that_differ_from_the_defaults(make_values, tmp_path):
+    config = load_config(write_yaml(tmp_path, make_values(tmp_path)))
+    found = {key: (value, default) for key, value, default in changed_settings(dump_config(config))}
+    assert found["sampling.update_every"] == ("4", "1000") and found["data.image_size"] == ("16", "224")
+    assert "loss.scale" not in found and "train.seed" not in found
+    assert changed_settings({"model": "timm:x", "image_size": 8}) == [
+        ("model", '"timm:x"', ""),
+        ("image_size", "8", ""),
+    ]
+
+
+def write_yaml(folder, values):
+    (folder / "config.yaml").write_text(json.dumps(values))
+    return folder / "config.yaml"
+
+
+def test_quality_per_byte_is_drawn_over_powers_of_two_with_named_axes():
+    rows = [
+        {"dim": 8, "pca": True, "code": "flat", "bytes": 32.0, "R@1": 0.5},
+        {"dim": 16, "pca": True, "code": "flat", "bytes": 64.0, "R@1": 0.6},
+        {"dim": 32, "pca": True, "code": "flat", "bytes": 128.0, "R@1": 0.8},
+        {"dim": 32, "pca": True, "code": "sq8", "bytes": 32.0, "R@1": 0.7},
+    ]
+    chart = make_quality_chart(rows)
+    assert [tick.text for tick in chart.x_ticks] == ["32", "64", "128"]
+    places = [float(point) for point in re.findall(r"[ML]([\d.]+)", chart.series[0].path)]
+    assert places == [tick.place for tick in chart.x_ticks]
+    results = example_results()
+    results["analysis"]["test"]["quality_per_byte"] = rows
+    text = Page(render_report("run", results, [], {})).text
+    assert "bytes of a vector" in text and "R@1, percent" in text and make_quality_chart([]) is None
+
+
 def test_right_and_wrong_neighbours_are_marked_by_more_than_colour():
     page = Page(render_report("run", example_results(), [], {"test": example_gallery()}))
     kinds = [value for name, value in page.attributes if name == "class" and value in ("asked", "right", "wrong")]
@@ -124,7 +185,8 @@ def test_right_and_wrong_neighbours_are_marked_by_more_than_colour():
 
 def test_a_run_without_a_test_has_its_curves():
     page = Page(render_report("run", None, example_rows(), {}))
-    assert page.tags.count("svg") == 4 and "table" not in page.tags
+    # One more holds the mark of a point.
+    assert page.tags.count("svg") == 4 + 1 and "table" not in page.tags
 
 
 def test_the_page_is_written_from_the_files_of_a_run(tmp_path):
@@ -133,7 +195,7 @@ def test_the_page_is_written_from_the_files_of_a_run(tmp_path):
     path = write_report(tmp_path, example_results(), {})
     assert path == tmp_path / "report.html"
     page = Page(path.read_text(encoding="utf-8"))
-    assert page.tags.count("svg") == 4 and tmp_path.name in page.text
+    assert page.tags.count("svg") == 4 + 1 and tmp_path.name in page.text
     assert sorted(file.name for file in tmp_path.iterdir()) == ["metrics.jsonl", "report.html"]
     assert read_rows(tmp_path / "nowhere.jsonl") == []
 

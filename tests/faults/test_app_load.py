@@ -23,7 +23,7 @@ from modeling_udon.encoder import Encoder
 pytest.importorskip("gradio", reason='the page needs gradio: pip install "modeling-udon[demo]"')
 import httpx
 
-from modeling_udon.search.app import answer, answer_request, open_side
+from modeling_udon.search.page_answers import answer, answer_request, open_side
 
 NUM_REQUESTS, AT_A_TIME = 500, 20
 MAX_SECONDS = 300

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from html import unescape
 from importlib import import_module
 from pathlib import Path
@@ -21,10 +22,14 @@ from modeling_udon.encoder import Encoder
 
 pytest.importorskip("gradio", reason='the page needs gradio: pip install "modeling-udon[demo]"')
 import httpx
+from gradio.utils import get_upload_folder
 from gradio_client import Client, handle_file
 
-from modeling_udon.search.app import answer, open_side, start
+from modeling_udon.search.app import start
 from modeling_udon.search.examples import MAX_EXAMPLES, find_examples
+from modeling_udon.search.page_answers import answer, answer_json, enlarge, open_side
+from modeling_udon.search.query import QueryResult, neighbours_of
+from modeling_udon.search.results_page import neighbour_list
 
 ROOT = Path(__file__).parents[2]
 DIVIDER = '<li class="divider">no match from here on</li>'
@@ -58,7 +63,7 @@ def shown(html):
 
 @pytest.fixture
 def ask(side):
-    return lambda file, domain="", k=4, sides=(side,): answer(sides, file, domain, k)
+    return lambda file, domain="", k=4, sides=(side,), **others: answer(sides, file, domain, k, **others)
 
 
 def test_the_neighbours_are_those_of_all_cosines(ask, searchable):
@@ -169,6 +174,84 @@ def test_examples_are_the_first_pictures_that_a_browser_shows(tmp_path):
         find_examples(tmp_path)
 
 
+def test_copies_of_a_file_are_shown_once(searchable, side, ask):
+    picture = searchable.pictures / "tools" / "2.png"
+    found = neighbours_of(side.index, side.model, side.model.encode([picture]).embeddings, 3, None, thumbnails=True)[0]
+    copy = replace(found[0], row=99, path="copy.png")
+    html = neighbour_list(QueryResult("", [found[0], copy, found[1]]))
+    assert [name for _, name in shown(html)] == [found[0].path, found[1].path]
+    assert "<summary>and 1 copy</summary><span>copy.png</span>" in html
+
+
+def test_an_indexed_image_can_be_the_query_and_is_left_out(ask, searchable, side):
+    (row,) = side.index.rows_of([json_of(side, searchable.pictures / "tools" / "2.png", 1)[0]["id"]])
+    found = shown(ask(None, k=4, like=f"0:{row}"))
+    assert [name for _, name in found] == [name for _, name in nearest(searchable, "tools/2.png")[1:5]]
+    assert "Images like tools/2.png" in ask(None, k=4, like=f"0:{row}")
+
+
+def json_of(side, file, k, **others):
+    return answer_json([side], upload_of(file), "", k, **others)["sides"][0]["neighbours"]
+
+
+def upload_of(file):
+    folder = Path(get_upload_folder())
+    folder.mkdir(parents=True, exist_ok=True)
+    return {"path": str(shutil.copy(file, folder))}
+
+
+def test_two_models_are_asked_for_what_is_like_an_image_of_one(ask, searchable, side, make_searchable):
+    other = make_searchable(seed=1, domains=("plants", "birds"))
+    sides = [side, open_side(other.index, lambda: Encoder.open(str(other.model)))]
+    (row,) = side.index.rows_of([json_of(side, searchable.pictures / "plants" / "0.png", 1)[0]["id"]])
+    first, second = ask(None, sides=sides, like=f"0:{row}").split("</section>")[:2]
+    assert [name for _, name in shown(first)] == [name for _, name in nearest(searchable, "plants/0.png")[1:5]]
+    assert len(shown(second)) == 4
+
+
+def test_a_box_is_searched_as_the_picture_cut_to_it(ask, searchable, tmp_path):
+    picture = searchable.pictures / "tools" / "2.png"
+    image = Image.open(picture)
+    width, height = image.size
+    image.crop((width // 2, 0, width, height // 2)).save(tmp_path / "part.png")
+    box = f"{width // 2 / width},0,1,{height // 2 / height}"
+    assert shown(ask(picture, crop=box)) == shown(ask(tmp_path / "part.png")) != shown(ask(picture))
+
+
+@pytest.mark.parametrize(
+    ("words", "values"),
+    [
+        ("must be an image of the index", {"like": "x"}),
+        ("must be an image of the index", {"like": "7:1"}),
+        ("must be an image that is still in the index", {"like": "0:999"}),
+        ("must be cut to left,top,right,bottom", {"crop": "1,2"}),
+        ("must be cut to left,top,right,bottom", {"crop": "a,b,c,d"}),
+        ("must be cut to a box that is larger", {"crop": "0.5,0.5,0.5,0.9"}),
+        ("must be cut to a box that is larger", {"crop": "nan,nan,nan,nan"}),
+    ],
+)
+def test_a_wrong_box_or_image_is_answered_with_the_reason(ask, searchable, side, words, values):
+    picture = searchable.pictures / "tools" / "2.png"
+    assert words in ask(picture, **values)
+    assert words in answer_json([side], upload_of(picture), "", 3, **values)["error"]
+
+
+def test_an_image_is_enlarged_from_its_file_and_nothing_else_of_the_machine(side, searchable):
+    (row,) = side.index.rows_of([json_of(side, searchable.pictures / "tools" / "2.png", 1)[0]["id"]])
+    html = enlarge([side], f"0:{row}")
+    assert "<p>tools/2.png</p>" in html and 'src="data:image/jpeg;base64,' in html
+    for place in ("", "0", "0:x", "0:-1", "1:0", "../0:0", None, "0:" + "9" * 40):
+        assert "This image is not there." in enlarge([side], place)
+
+
+def test_programs_get_the_neighbours_as_json_without_where_they_lie(side, searchable):
+    picture = searchable.pictures / "tools" / "2.png"
+    found = json_of(side, picture, 4)
+    assert [hit["name"] for hit in found] == [name for _, name in nearest(searchable, "tools/2.png")[:4]]
+    assert [hit["rank"] for hit in found] == [1, 2, 3, 4] and "file" not in found[0]
+    assert answer_json([side], {"path": "/etc/passwd"}, "", 3) == {"error": "This request cannot be read."}
+
+
 @pytest.fixture(scope="module")
 def address(searchable, serve_page):
     with serve_page("--examples", searchable.pictures / "plants") as served:
@@ -180,6 +263,8 @@ def test_the_page_answers_over_http(address, ask, searchable):
     client = Client(address, verbose=False)
     found = client.predict(handle_file(str(picture)), "tools", 3, api_name="/search")
     assert shown(found) == shown(ask(picture, "tools", 3))
+    told = client.predict(handle_file(str(picture)), "tools", 3, api_name="/neighbours")
+    assert [hit["name"] for hit in told["sides"][0]["neighbours"]] == [name for _, name in shown(found)]
 
 
 def test_files_of_the_machine_that_nobody_uploaded_are_refused(address, searchable):
@@ -298,6 +383,9 @@ def test_in_a_browser_an_uploaded_picture_shows_the_right_neighbours(visit, sear
     widths = tab.evaluate("[...document.querySelectorAll('.udon-results img')].map(image => image.naturalWidth)")
     assert len(widths) == 8 and all(widths)
     assert tab.evaluate("document.documentElement.scrollWidth") == size["width"]
+    # The first results are seen without scrolling.
+    bottom = tab.evaluate("document.querySelector('.udon-results .picture').getBoundingClientRect().bottom")
+    assert 0 < bottom <= size["height"]
     red, green, blue = map(int, re.findall(r"\d+", tab.evaluate("getComputedStyle(document.body).backgroundColor"))[:3])
     assert (red + green + blue > 600) == (scheme == "light")
     assert tab.alarms == []
@@ -347,3 +435,42 @@ def test_in_a_browser_a_bad_file_is_named_and_the_next_picture_works(visit, sear
         tab.wait_for_selector("text=will appear here")
     upload(tab, searchable.pictures / "tools" / "0.png")
     assert wait_for_names(tab, 8)[0] == "tools/0.png"
+
+
+def test_in_a_browser_a_hit_is_enlarged_searched_with_and_its_path_copied(visit, searchable):
+    tab = visit(viewport=PHONE)
+    upload(tab, searchable.pictures / "tools" / "2.png")
+    first = wait_for_names(tab, 8)
+    tab.locator(".udon-results .picture").nth(1).click()
+    tab.wait_for_selector(".udon-large img")
+    assert tab.inner_text(".udon-large p") == first[1]
+    tab.keyboard.press("Escape")
+    tab.wait_for_selector(".udon-large", state="detached")
+    tab.get_by_role("button", name="Copy path").nth(1).click()
+    tab.wait_for_selector("text=Copied")
+    tab.get_by_role("button", name="More like this").nth(1).click()
+    tab.wait_for_selector(f"text=Images like {first[1]}")
+    want = [name for _, name in nearest(searchable, first[1])[1:9]]
+    assert wait_for_names(tab, 8) == want
+    tab.get_by_role("button", name="Back to your picture").click()
+    tab.wait_for_selector(".udon-like", state="detached")
+    assert wait_for_names(tab, 8) == first and tab.alarms == []
+
+
+def test_in_a_browser_a_box_on_the_picture_is_searched(visit, searchable, ask):
+    picture = searchable.pictures / "tools" / "2.png"
+    tab = visit(viewport=LAPTOP)
+    upload(tab, picture)
+    wait_for_names(tab, 8)
+    before = tab.inner_html(".udon-results")
+    tab.click("#udon-crop-button")
+    frame = tab.locator("#udon-picture img").bounding_box()
+    middle = frame["x"] + frame["width"] / 2, frame["y"] + frame["height"] / 2
+    tab.mouse.move(*middle)
+    tab.mouse.down()
+    tab.mouse.move(middle[0] + 30, middle[1] + 30, steps=4)
+    tab.mouse.move(frame["x"] + frame["width"] - 1, frame["y"] + frame["height"] - 1, steps=4)
+    tab.mouse.up()
+    tab.wait_for_function("before => document.querySelector('.udon-results').innerHTML !== before", arg=before)
+    assert shown(tab.inner_html(".udon-results")) == shown(ask(picture, k=8, crop="0.5,0.5,1,1"))
+    assert tab.locator(".udon-box").count() == 1 and tab.alarms == []
