@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from modeling_udon.data.domains import open_domain
 from modeling_udon.domain_spec import DomainSpec
 from modeling_udon.systems import SYSTEMS
 from modeling_udon.training.errors import TrainingError
+from modeling_udon.training.optimization import learning_rates
 
 Values = Callable[..., dict[str, Any]]
 Run = Callable[..., Path]
@@ -38,6 +41,7 @@ NEEDS: dict[str, dict[str, Any]] = {
     "okdhp": {},
 }
 CLASSES = ("ant", "bee", "cat", "dog")
+DOMAINS = ("paper", "screen", "dusk", "glare")
 
 
 def write_shifted(folder: Path, number: int, shift: int, seed: int, classes: tuple[str, ...] = CLASSES) -> None:
@@ -72,7 +76,7 @@ def adapted(make_values: Values, shifted: Path) -> Values:
         values.pop("sampling", None)
         values["domains"] = {
             name: {"path": str((data or shifted) / name), "labels": "column" if name in ("paper", "screen") else "none"}
-            for name in ("paper", "screen", "dusk", "glare")
+            for name in DOMAINS
         }
         return values
 
@@ -120,7 +124,7 @@ def test_nobody_looks_at_the_labels_of_a_target(
     adapted: Values, run_train: Run, shifted: Path, tmp_path: Path, system: str
 ) -> None:
     other = tmp_path / "other"
-    for name in ("paper", "screen", "dusk", "glare"):
+    for name in DOMAINS:
         (other / name).mkdir(parents=True)
         for path in (shifted / name).glob("*.parquet"):
             table = pq.read_table(path)
@@ -265,3 +269,76 @@ def _written(values: dict[str, Any]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(yaml.safe_dump(values))
     return path
+
+
+def test_the_results_have_scores_across_domains_of_teachers_and_of_branches(
+    adapted: Values, run_train: Run, tmp_path: Path
+) -> None:
+    run = run_train(adapted(tmp_path, "kd_mtda"))
+    found = json.loads((run / "results.json").read_text())["adaptation"]["test"]
+    assert set(found["across"]) == set(found["teachers"]) == {"dusk", "glare"}
+    assert set(found["across"]["dusk"]) == {"paper", "screen"} and set(found["prototypes"]) == set(DOMAINS)
+    # The paper has three of the four classes.
+    assert found["across"]["dusk"]["paper"]["num_queries"] == 12 and found["prototypes"]["dusk"]["num_queries"] == 16
+    assert "Domains that share classes" in (run / "report.html").read_text()
+
+
+def test_a_student_and_a_branch_open_where_this_package_is_not(adapted: Values, run_train: Run, tmp_path: Path) -> None:
+    two_blocks = {**TINY_VIT, "num_hidden_layers": 2}
+    branches = [{"depth": 1, "embedding_dim": 6}]
+    values = adapted(tmp_path, "okdhp", model__backbone_config=two_blocks, adaptation__branches=branches)
+    run = run_train(values)
+    program = (
+        "import sys, torch; sys.modules['modeling_udon'] = None; from transformers import AutoModel\n"
+        "for folder in sys.argv[1:]:\n"
+        "    model = AutoModel.from_pretrained(folder, trust_remote_code=True).eval()\n"
+        "    embeds = model(torch.ones(1, 3, 16, 16)).image_embeds\n"
+        "    names = [name for name, _ in model.named_parameters() if 'teacher' in name or 'branch' in name]\n"
+        "    print(tuple(embeds.shape), model.config.backbone_config.num_hidden_layers, names)"
+    )
+    folders = [str(run / "best"), str(run / "branches" / "0")]
+    done = subprocess.run(
+        [sys.executable, "-c", program, *folders], capture_output=True, text=True, check=True, cwd=tmp_path
+    )
+    assert done.stdout.splitlines() == ["(1, 8) 2 []", "(1, 6) 1 []"]
+
+
+def test_distillation_gives_a_teacher_no_gradient(adapted: Values, open_trainer: Any, tmp_path: Path) -> None:
+    trainer = open_trainer(load_config(_written(adapted(tmp_path, "kd_mtda"))))
+    model = trainer.run.model
+    output = model(torch.randn(20, 3, 16, 16), torch.zeros(10, dtype=torch.int64), "dusk")
+    (output.losses["distillation_source"] + output.losses["distillation_target"]).backward()
+    assert all(parameter.grad is None for parameter in model.teachers.parameters())
+    assert model.udon.student_head.projection.weight.grad is not None
+
+
+def test_the_shares_of_the_learning_rates_go_from_the_teacher_to_the_student(
+    adapted: Values, open_trainer: Any, tmp_path: Path
+) -> None:
+    config = load_config(
+        _written(adapted(tmp_path, "kd_stda", optim__student_share=[0.2, 0.8], optim__frozen_fraction=0))
+    )
+    groups = {group["name"] for group in open_trainer(config).run.optimizer.param_groups}
+    assert groups == {"backbone", "heads", "teacher_backbone", "teacher_heads"}
+    first, half = learning_rates(config.optim, 0, 10), learning_rates(config.optim, 5, 10)
+    assert first["heads"] == pytest.approx(0.2 * 1e-2) and first["teacher_heads"] == pytest.approx(0.8 * 1e-2)
+    assert half["backbone"] == pytest.approx(0.4 * 1e-3) and half["teacher_backbone"] == pytest.approx(0.6 * 1e-3)
+
+
+def test_integers_and_text_are_no_shared_classes(adapted: Values, run_train: Run, tmp_path: Path) -> None:
+    numbers = tmp_path / "numbers"
+    numbers.mkdir()
+    images = [encode_png(draw_image(7, label, np.random.default_rng(label))) for label in (0, 1)]
+    write_parquet(numbers / "train.parquet", images, [0, 1])
+    values = adapted(tmp_path / "runs", "uda")
+    values["domains"]["paper"] = {"path": str(numbers), "validation_split": None, "test_split": None}
+    with pytest.raises(ConfigError, match="`domains` must name their classes alike, as integers or as text"):
+        run_train(values)
+
+
+def test_every_config_of_the_benchmark_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("UDON_ADAPTATION_DIR", "/data")
+    folder = Path(__file__).parents[2] / "configs" / "adaptation"
+    names = {path.stem for path in folder.glob("*.yaml")} - {"base", "teacher"}
+    systems = {load_config(folder / f"{name}.yaml").system for name in names}
+    assert systems == set(NEEDS) and len(names) == 16
