@@ -17,7 +17,7 @@ SNIPPET = re.compile(
     r"(?:<!-- not run: (?P<why>[^\n]+) -->\n)?^ *```python\n(?P<code>.*?)^ *```$", re.MULTILINE | re.DOTALL
 )
 # What only an extra brings: a snippet that uses it is left out where the extra is not installed.
-OPTIONAL = {"sentence_transformers"}
+OPTIONAL = {"lancedb", "sentence_transformers"}
 
 
 def snippets(page: Path) -> list[re.Match[str]]:
