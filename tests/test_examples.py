@@ -40,6 +40,13 @@ def test_the_nearest_photo_is_the_query_itself(monkeypatch, capsys, searchable) 
     assert first == f"1.000  {query.relative_to(searchable.pictures)}" and second != first
 
 
+def test_each_day_of_a_shops_week_is_answered_as_from_nothing(monkeypatch, capsys, searchable) -> None:
+    pytest.importorskip("duckdb")
+    run(monkeypatch, "shop_week.py", "--model", searchable.model, "--pictures", 100)
+    days = capsys.readouterr().out.splitlines()
+    assert len(days) == 7 and all("answers as from nothing" in day for day in days[:6])
+
+
 def test_the_cells_of_the_notebook_run_in_order(monkeypatch, tiny_config: Callable[..., Path]) -> None:
     monkeypatch.chdir(EXAMPLES)
     cells = json.loads((EXAMPLES / "train_in_a_notebook.ipynb").read_text(encoding="utf-8"))["cells"]

@@ -8,7 +8,7 @@ import traceback
 from collections.abc import Sequence
 
 from modeling_udon.cli.app import app
-from modeling_udon.cli.embed import embed
+from modeling_udon.cli.embed import embed, images
 from modeling_udon.cli.evaluate import evaluate
 from modeling_udon.cli.export import export
 from modeling_udon.cli.export_index import export_index
@@ -78,7 +78,7 @@ def make_parser() -> argparse.ArgumentParser:
         add_verb(kinds, kind.__name__, kind, own)
     add_verb(kinds, "uned", uned)
     verbs.add_parser("train", help="train on the domains of a config", add_help=False)
-    add_verb(verbs, "embed", embed, at_most_one_of=("domain", "domain_from_folder"))
+    add_verb(verbs, "embed", images, embed, at_most_one_of=("domain", "domain_from_folder"))
     add_verb(verbs, "index", index)
     add_verb(verbs, "search", search)
     add_verb(verbs, "evaluate", evaluate, one_of=("run", "model", "embeddings"))

@@ -39,9 +39,20 @@ def _share(text: str) -> float:
     return value
 
 
+def _four_numbers(text: str) -> tuple[float, float, float, float]:
+    try:
+        left, top, width, height = map(float, text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"must be four numbers, left,top,width,height in pixels. Got {text!r}."
+        ) from None
+    return left, top, width, height
+
+
 Positive = Annotated[int, Value("N", _whole_number(1))]
 Natural = Annotated[int, Value("N", _whole_number(0))]
 Share = Annotated[float, Value("R", _share)]
+Box = Annotated[tuple[float, float, float, float], Value("L,T,W,H", _four_numbers)]
 Folder = Annotated[str, Value("FOLDER")]
 File = Annotated[str, Value("FILE")]
 Name = Annotated[str, Value("NAME")]
@@ -128,7 +139,7 @@ def _add_argument(parser: Any, parameter: inspect.Parameter, hint: Any, text: st
     kind, many = _unwrapped(hint)
     settings: dict[str, Any] = {"default": list(default) if isinstance(default, tuple) else default, **required}
     if many:
-        settings["nargs"] = "+"
+        settings["nargs"] = "*" if positional and default is not None else "+"
     if get_origin(kind) is Literal:
         settings["choices"] = get_args(kind)
     else:

@@ -4,6 +4,7 @@ The two transforms run in `DataLoader` workers on numpy uint8 arrays of shape `(
 batch in torch, wherever the batch lies, so that a quarter of the bytes cross to the device.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -108,6 +109,51 @@ class EvalTransform:
         # Both round down, but not the same number: 61 x 56 at 224 gives 244 in transformers, 243 in the original.
         longer_side = int(self.image_size * long / short) if self.antialias else int(long / short * self.image_size)
         return (longer_side, self.image_size) if width <= height else (self.image_size, longer_side)
+
+
+@dataclass(frozen=True)
+class Letterbox:
+    """Pads images to squares, so that another transform cuts nothing off.
+
+    Args:
+        transform: The other transform.
+        colour: Of the padding: red, green, blue.
+    """
+
+    transform: ImageTransform
+    colour: tuple[int, int, int]
+
+    def __call__(self, image: np.ndarray) -> np.ndarray:
+        """`(H, W, 3)` -> what the other transform makes of the image in the middle of a square."""
+        image = _cut_long_ends(image)
+        height, width = image.shape[:2]
+        side = max(height, width)
+        padded = np.empty((side, side, 3), np.uint8)
+        padded[:] = self.colour
+        top, left = (side - height) // 2, (side - width) // 2
+        padded[top : top + height, left : left + width] = image
+        return self.transform(padded)
+
+
+def cut_box(image: np.ndarray, box: Sequence[float]) -> np.ndarray:
+    """The part of an image in a box.
+
+    Args:
+        image: Shape `(H, W, 3)`.
+        box: Left, top, width and height in pixels; what lies outside of the image is left out.
+
+    Raises:
+        ValueError: If nothing of the image lies in the box.
+    """
+    left, top, width, height = box
+    rows = max(math.floor(top), 0), min(math.ceil(top + height), image.shape[0])
+    columns = max(math.floor(left), 0), min(math.ceil(left + width), image.shape[1])
+    if rows[0] >= rows[1] or columns[0] >= columns[1]:
+        raise ValueError(
+            f"`box` must lie in the image of {image.shape[1]} x {image.shape[0]} pixels. Got left, top, width, height "
+            f"of {', '.join(f'{value:g}' for value in box)}; correct it."
+        )
+    return np.ascontiguousarray(image[slice(*rows), slice(*columns)])
 
 
 def _cut_long_ends(image: np.ndarray) -> np.ndarray:

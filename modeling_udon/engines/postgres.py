@@ -10,7 +10,7 @@ import pyarrow as pa
 from modeling_udon.engines.columns import ID, ROW, VECTOR, Columns, fit_names
 from modeling_udon.engines.store import Place, fitted, padded, said_in_one_line
 from modeling_udon.faults import require
-from modeling_udon.search.query import json_value
+from modeling_udon.search.found import json_value
 
 _ROWS = 8_192
 _EFFORT = 128

@@ -9,7 +9,7 @@ import numpy as np
 from modeling_udon.engines.columns import ID, ROW, VECTOR, Columns
 from modeling_udon.engines.store import Place, one_of_both, padded, said_in_one_line
 from modeling_udon.faults import require
-from modeling_udon.search.query import json_value
+from modeling_udon.search.found import json_value
 
 _ROWS = 1_024
 # Candidates that a search keeps in the graph of a server; its own default is that of the build, 100.

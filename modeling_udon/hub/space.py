@@ -28,7 +28,7 @@ from modeling_udon.hub.student_folder import write_student
 from modeling_udon.search.commits import check_compact
 from modeling_udon.search.image_index import ImageIndex
 from modeling_udon.search.index_folder import INDEX_FILE, METADATA_FILE, write_about
-from modeling_udon.search.query import check_model
+from modeling_udon.search.query import fitted_model
 from modeling_udon.storage import replaced_folder
 
 PACKAGE = "modeling_udon"
@@ -131,7 +131,7 @@ def _place(side: SpaceSide, number: int, space: Path, trust_remote_code: bool, s
     index = ImageIndex(side.index)
     pooling = index.about.pooling
     encoder = Encoder.open(side.model, revision=side.revision, trust_remote_code=trust_remote_code, pooling=pooling)
-    check_model(index, encoder)
+    fitted_model(index, encoder)
     if encoder.kind == "backbone":
         raise ValueError(
             f"`index` must be of a student's own embeddings. Got {side.index!r} of its backbone's features; embed the "

@@ -22,7 +22,7 @@ from modeling_udon.data.label_columns import as_files_say
 from modeling_udon.data.opening import DEMO_PREFIX, OpenedData, open_data, why_not_opened
 from modeling_udon.domain_spec import DomainSpec
 from modeling_udon.search.file_source import read_image_file
-from modeling_udon.search.source_spec import Read, ReadImage, SourceSpec, with_domain
+from modeling_udon.search.source_spec import Box, Read, ReadImage, SourceSpec, with_domain
 
 # Columns that `udon embed` writes itself. A column `id` of the data set takes the place of ours.
 OWN_COLUMNS = ("path", "row", "sha256", "num_bytes", "mtime", "embedding", "thumbnail")
@@ -40,12 +40,18 @@ class DatasetSource:
         kept: The data set with the columns to keep.
         title: What a row is called by that has no path, with its number.
         domain: Domain of all images.
+        named: The data set with the columns of ids and boxes alone, where there are such.
+        id_column: The column of ids.
+        box_column: The column of boxes.
     """
 
     images: Dataset
     kept: Dataset
     title: str
     domain: str | None
+    named: Dataset | None = None
+    id_column: str | None = None
+    box_column: str | None = None
     root: str = ""
 
     @property
@@ -68,7 +74,23 @@ class DatasetSource:
             kept = self.kept.with_format("arrow")[start:stop]
             for name in kept.column_names:
                 table = table.append_column(name, _kept_column(name, kept[name], self.kept.features[name]))
+        if self.id_column is not None:
+            ids = _kept_column("id", self._named(self.id_column, start, stop), None)
+            table = table.append_column("id", ids.cast(pa.string()))
+        if self.box_column is not None and "box" not in table.column_names:
+            boxes = [None if box is None else list(box) for box in self.boxes(start, stop)]
+            table = table.append_column("box", pa.array(boxes, pa.list_(pa.float64())))
         return with_domain(table, self.domain)
+
+    def boxes(self, start: int, stop: int) -> list[Box | None]:
+        """See `ImageSource`."""
+        if self.box_column is None:
+            return [None] * (stop - start)
+        return [_box(value, self.box_column) for value in self._named(self.box_column, start, stop).to_pylist()]
+
+    def _named(self, column: str, start: int, stop: int) -> pa.ChunkedArray:
+        assert self.named is not None, "a column of ids or boxes is kept"
+        return self.named.with_format("arrow")[start:stop][column]
 
     def readers(self, start: int, stop: int) -> list[Read]:
         """See `ImageSource`."""
@@ -105,7 +127,9 @@ def open_dataset(spec: SourceSpec, path: Path) -> tuple[DatasetSource, dict[str,
     files = () if opened is None else opened.files.get(spec.split or next(iter(opened.splits)), ())
     images = _undecoded(dataset, image_column, files)
     title = "/".join(part for part in (spec.source, spec.name, spec.split) if part)
-    source = DatasetSource(images, _columns_to_keep(spec, dataset, opened, image_column, files), title, spec.domain)
+    named = _named_columns(spec, dataset, image_column)
+    kept = _columns_to_keep(spec, dataset, opened, image_column, files)
+    source = DatasetSource(images, kept, title, spec.domain, named, spec.id_column, spec.box_column)
     _check_types(source.describe(0, min(len(images), 1)))
     identity = {
         "kind": "data set",
@@ -115,7 +139,36 @@ def open_dataset(spec: SourceSpec, path: Path) -> tuple[DatasetSource, dict[str,
         "columns": list(spec.columns),
         "content": _digest(source),
     }
+    for key in ("id_column", "box_column"):
+        if getattr(spec, key) is not None:
+            identity[key] = getattr(spec, key)
     return source, identity
+
+
+def _named_columns(spec: SourceSpec, dataset: Dataset, image_column: str) -> Dataset | None:
+    names = [name for name in (spec.id_column, spec.box_column) if name is not None]
+    for option, name in (("id_column", spec.id_column), ("box_column", spec.box_column)):
+        others = [column for column in dataset.column_names if column != image_column]
+        if name is not None and name not in others:
+            raise ValueError(f"`{option}` must be among {', '.join(others) or 'none'} of the data set. Got {name!r}.")
+    if spec.id_column is not None and "id" in spec.columns:
+        raise ValueError(f"`id_column` must be left out where `columns` has the id. Got {spec.id_column!r}.")
+    if spec.box_column not in (None, "box") and "box" in spec.columns:
+        raise ValueError("`columns` must not have 'box', as which the column of boxes is kept. Got it; leave it out.")
+    return dataset.select_columns(list(dict.fromkeys(names))) if names else None
+
+
+def _box(value: Any, column: str) -> Box | None:
+    """One box of a row: left, top, width, height."""
+    if value is None:
+        return None
+    numbers = value if isinstance(value, list | tuple) else []
+    if len(numbers) != 4 or not all(isinstance(number, int | float) for number in numbers):
+        raise ValueError(
+            f"`box_column` must hold four numbers in each row: left, top, width, height. Got {value!r} in {column!r}."
+        )
+    left, top, width, height = map(float, numbers)
+    return left, top, width, height
 
 
 def _undecoded(dataset: Dataset, column: str, files: Sequence[str]) -> Dataset:
@@ -262,8 +315,9 @@ def _digest(source: DatasetSource) -> str:
         total += pc.sum(sizes).as_py() or 0
         for values in (sizes, pc.struct_field(images, "path")):
             _update(digest, pa.table({"x": values}))
-        if source.kept.column_names:
-            _update(digest, source.kept.with_format("arrow")[start:stop])
+        for others in (source.kept, source.named):
+            if others is not None and others.column_names:
+                _update(digest, others.with_format("arrow")[start:stop])
     num_hashed = source.num_images if total <= _HASHED_BYTES else min(source.num_images, _NUM_HASHED)
     for row in np.linspace(0, source.num_images - 1, num=num_hashed, dtype=int):
         with suppress(OSError, ValueError):

@@ -7,45 +7,43 @@ import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
-import torch
-from accelerate import Accelerator, InitProcessGroupKwargs
-from tqdm import tqdm
+from accelerate import InitProcessGroupKwargs
 
 from modeling_udon.data.doubts import doubts_of_images, rows_to_look_at
 from modeling_udon.data.folders import describe_passed_over
 from modeling_udon.encoder import Encoder
-from modeling_udon.search.file_source import FileSource, what_changed, write_listing
-from modeling_udon.search.loading import Facts, ShardSlices, make_loader
+from modeling_udon.search.embed_loop import Work, about_embeddings, embed_missing
+from modeling_udon.search.file_source import FileSource, read_listing, what_changed, write_listing
 from modeling_udon.search.processes import check_launcher, start_accelerator
 from modeling_udon.search.shards import (
     LISTING_FILE,
     SKIPPED_FILE,
     WORK_FOLDER,
     ShardFolder,
-    embedding_table,
     make_folder,
     open_embeddings,
     read_manifest,
     start_or_resume,
     write_manifest,
+    write_skipped,
 )
 from modeling_udon.search.source_spec import ImageSource, Read, SourceSpec
 from modeling_udon.search.sources import OpenedSource, open_source, passed_over
+from modeling_udon.search.update import Changes, commit, find_changes, unreadable_as_before
+from modeling_udon.search.update_plan import SelectedRows, planned_rows, read_plan, start_plan, write_plan
 from modeling_udon.storage import locked
 
 # Processes finish at different times, and one alone lists the files.
 _PATIENCE = timedelta(days=7)
 _NUM_SHOWN = 5
-# 128 bits of the SHA-256 of an image's bytes; exact copies share an id.
-_ID_DIGITS = 32
 
 
 @dataclass(frozen=True)
@@ -77,17 +75,6 @@ class Embedded:
         return pa.concat_tables([table for _, table in open_embeddings(self.folder).blocks()])
 
 
-@dataclass
-class _Shard:
-    """What is known of the shard in work; embeddings stay on the device until it is whole."""
-
-    rows: list[int] = field(default_factory=list)
-    embeds: list[torch.Tensor] = field(default_factory=list)
-    facts: list[Facts] = field(default_factory=list)
-    thumbnails: list[bytes] = field(default_factory=list)
-    errors: dict[int, str] = field(default_factory=dict)
-
-
 def embed(
     source: str | os.PathLike[str] | SourceSpec,
     encoder: Encoder,
@@ -98,7 +85,9 @@ def embed(
     num_workers: int | None = None,
     mixed_precision: str = "no",
     shard_size: int = 10_000,
+    dtype: Literal["float32", "float16"] = "float32",
     strict: bool = False,
+    update: bool = False,
     force: bool = False,
     progress: bool | None = False,
     say: Callable[[str], None] = lambda text: None,
@@ -117,7 +106,9 @@ def embed(
         num_workers: Processes that decode, for each process with a model; `None`: the cores shared out, less one.
         mixed_precision: `"no"`, `"fp16"` or `"bf16"`.
         shard_size: Images per shard.
+        dtype: Number format of the embeddings on disk.
         strict: Whether an image that cannot be read is an error, once all others are embedded.
+        update: Whether, where the source has changed, to embed what is new or changed and to remove what has gone.
         force: Whether to drop embeddings that are there.
         progress: Whether to show a bar; `None` for one on a terminal only.
         say: Called with lines for the user, on the main process.
@@ -134,25 +125,24 @@ def embed(
     is_main = accelerator.is_main_process
     say = say if is_main else lambda text: None
     opened = open_source(spec)
-    work = _Work(
-        encoder,
-        accelerator,
-        opened.dataset is not None if thumbnails is None else thumbnails,
-        batch_size,
-        num_workers,
-        progress,
-    )
+    keeps = opened.dataset is not None if thumbnails is None else thumbnails
+    work = Work(encoder, accelerator, keeps, batch_size, num_workers, progress, dtype)
     folder = Path(tempfile.mkdtemp(prefix="udon-embed-") if out is None else out)
     identity = {"model": encoder.fingerprint, **opened.identity}
     identity |= {"thumbnails": work.thumbnails, "mixed_precision": accelerator.mixed_precision}
+    identity |= {} if dtype == "float32" else {"dtype": dtype}
     with ExitStack() as held:
         if is_main:
             make_folder(folder)
             held.enter_context(locked(folder))
-        with accelerator.main_process_first():
-            shards = _prepare(folder, opened, identity, shard_size, force and is_main, is_main, say)
         began = time.perf_counter()
-        num_missing, num_embedded = _embed_missing(opened, spec, shards, work, say)
+        if update and not force and start_or_resume(folder, identity, force=False, update=True):
+            shards, num_missing, num_embedded = _update(folder, opened, spec, identity, work, say)
+        else:
+            with accelerator.main_process_first():
+                shards = _prepare(folder, opened, identity, shard_size, force and is_main, is_main, say)
+            began = time.perf_counter()
+            num_missing, num_embedded = _embed_all(opened, spec, shards, work, say)
         skipped = shards.collect_skipped() if is_main else []
         done = Embedded(shards.folder, shards.num_images, num_embedded, skipped, time.perf_counter() - began)
         if out is None:
@@ -170,18 +160,6 @@ def embed(
     return done
 
 
-@dataclass(frozen=True)
-class _Work:
-    """How to embed: see `embed`."""
-
-    model: Encoder
-    accelerator: Accelerator
-    thumbnails: bool
-    batch_size: int
-    num_workers: int | None
-    progress: bool | None
-
-
 def _prepare(
     folder: Path,
     opened: OpenedSource,
@@ -194,6 +172,7 @@ def _prepare(
     listing = folder / WORK_FOLDER / LISTING_FILE
     if start_or_resume(folder, identity, force):
         shards = read_manifest(folder)
+        listing = folder / WORK_FOLDER / shards.listing
         if opened.paths is not None and is_main:
             _check_files(opened, shards, listing)
         if shards.shard_size != shard_size:
@@ -207,11 +186,7 @@ def _prepare(
         num_images = write_listing(paths, listing, shard_size, opened.root)
         if counts := passed_over(paths):
             say(f"passed over: {describe_passed_over(counts)}")
-    if num_images == 0:
-        raise ValueError(
-            f"`source` must hold at least one image. Got {opened.identity['source']!r} with none; for a data set that "
-            "is not recognised, name its split."
-        )
+    _check_any(num_images, opened)
     say(f"{num_images:,} images found")
     shards = ShardFolder(folder, num_images, shard_size)
     write_manifest(shards, identity)
@@ -228,104 +203,94 @@ def _check_files(opened: OpenedSource, shards: ShardFolder, listing: Path) -> No
             raise ValueError(
                 f"`out` must hold embeddings of the images that are there now. Got {str(shards.folder)!r}, since when "
                 f"the files changed in {opened.identity['source']!r}: {changes}; give another --out, or --force to "
-                "embed all again."
+                "embed all again, or --update to embed these alone."
             )
 
 
-def _embed_missing(
-    opened: OpenedSource, spec: SourceSpec, shards: ShardFolder, work: _Work, say: Callable[[str], None]
+def _embed_all(
+    opened: OpenedSource, spec: SourceSpec, shards: ShardFolder, work: Work, say: Callable[[str], None]
 ) -> tuple[int, int]:
-    """Embeds this process's share of the missing shards; returns how many images were missing, and its own share."""
-    source = opened.dataset or FileSource(
-        opened.root,
-        shards.folder / WORK_FOLDER / LISTING_FILE,
-        shards.num_images,
-        shards.shard_size,
-        spec.domain,
-        spec.domain_from_folder,
-        opened.confined,
-    )
-    accelerator, missing = work.accelerator, shards.missing()
-    accelerator.wait_for_everyone()  # before a shard appears that another process would not find missing
-    mine = missing[accelerator.process_index :: accelerator.num_processes]
-    num_missing = sum(len(shards.rows(shard)) for shard in missing)
-    if num_missing and accelerator.is_main_process:
+    """Embeds what is missing; returns how many images were, and how many of them this process embedded."""
+    source, num_missing = _source(opened, spec, shards), sum(len(shards.rows(shard)) for shard in shards.missing())
+    if num_missing and work.accelerator.is_main_process:
         reads = [read for row in rows_to_look_at(source.num_images) for read in source.readers(row, row + 1)]
         for line in doubts_of_images([partial(_data_of, read) for read in reads]):
             say(f"WARNING: {line}")
     if num_done := shards.num_images - num_missing:
         say(f"{num_done:,} of {shards.num_images:,} images are there already")
-    num_embedded = _embed_shards(source, shards, mine, work)
-    accelerator.wait_for_everyone()
-    return num_missing, num_embedded
+    return embed_missing(source, shards, work)
 
 
 def _data_of(read: Read) -> bytes:
     return read().data
 
 
-@torch.inference_mode()
-def _embed_shards(source: ImageSource, shards: ShardFolder, mine: Sequence[int], work: _Work) -> int:
-    """Embeds and writes some shards, one after the other; returns the number of images."""
-    model, accelerator = work.model, work.accelerator
-    model.network.to(accelerator.device)
-    about = {"model": model.name, "fingerprint": model.fingerprint, "dim": model.dim, "root": source.root}
-    about["pooling"] = model.pooling
-    slices = ShardSlices(shards, mine, work.batch_size)
-    loader = make_loader(source, model.transform, slices, accelerator, work.num_workers, work.thumbnails)
-    remaining, shard, num_embedded = iter(mine), _Shard(), 0
-    number = next(remaining, -1)
-    hides_bar = not work.progress if isinstance(work.progress, bool) else None
-    with tqdm(
-        total=sum(len(shards.rows(shard)) for shard in mine),
-        unit=" images",
-        unit_scale=accelerator.num_processes,
-        disable=hides_bar if accelerator.is_main_process else True,
-        smoothing=0.1,
-    ) as bar:
-        for images in loader:
-            if images.pixels is not None:
-                with accelerator.autocast():
-                    shard.embeds.append(model(images.pixels.to(accelerator.device, non_blocking=True)))
-            shard.rows += images.rows
-            shard.facts += images.facts
-            shard.thumbnails += images.thumbnails
-            shard.errors |= images.errors
-            bar.update(len(images.rows) + len(images.errors))
-            if images.stop == shards.rows(number).stop:
-                _write(source, shards, number, shard, about, work.thumbnails)
-                num_embedded += len(shard.rows)
-                shard, number = _Shard(), next(remaining, -1)
-    return num_embedded
+def _source(opened: OpenedSource, spec: SourceSpec, shards: ShardFolder) -> ImageSource:
+    return opened.dataset or FileSource(
+        opened.root,
+        shards.folder / WORK_FOLDER / shards.listing,
+        shards.num_images,
+        shards.shard_size,
+        spec.domain,
+        spec.domain_from_folder,
+        opened.confined,
+    )
 
 
-def _write(
-    source: ImageSource,
-    shards: ShardFolder,
-    number: int,
-    shard: _Shard,
-    about: dict[str, Any],
-    thumbnails: bool,
-) -> None:
-    rows = shards.rows(number)
-    table = source.describe(rows.start, rows.stop)
-    paths = table["path"]
-    skipped = [(paths[row - rows.start].as_py(), reason) for row, reason in shard.errors.items()]
-    table = table.take(pa.array([row - rows.start for row in shard.rows], pa.int64()))
-    digests = [digest for digest, _, _ in shard.facts]
-    sizes, times = [size for _, size, _ in shard.facts], [mtime for _, _, mtime in shard.facts]
-    if "id" not in table.column_names:
-        table = table.append_column("id", pa.array([digest[:_ID_DIGITS] for digest in digests], pa.string()))
-    for name, values, kind in (
-        ("sha256", digests, pa.string()),
-        ("num_bytes", sizes, pa.int64()),
-        ("mtime", times, pa.int64()),
-    ):
-        table = table.append_column(name, pa.array(values, kind))
-    if thumbnails:
-        table = table.append_column("thumbnail", pa.array(shard.thumbnails, pa.binary()))
-    embeds = torch.cat(shard.embeds).cpu().numpy() if shard.embeds else np.empty((0, about["dim"]), dtype=np.float32)
-    shards.write(number, embedding_table(table, embeds, about), skipped)
+def _update(
+    folder: Path,
+    opened: OpenedSource,
+    spec: SourceSpec,
+    identity: Mapping[str, Any],
+    work: Work,
+    say: Callable[[str], None],
+) -> tuple[ShardFolder, int, int]:
+    """Embeds what has changed; returns the folder, how many images that were, and this process's share of them."""
+    is_main, shards, found = work.accelerator.is_main_process, read_manifest(folder), None
+    with work.accelerator.main_process_first():
+        if is_main:
+            found = _plan(shards, opened, spec, say)
+        planned = read_plan(folder)
+    now = replace(shards, num_images=planned.num_images, listing=planned.listing)
+    source = _source(opened, spec, now)
+    rows = planned_rows(planned)
+    pending = ShardFolder(planned.folder, len(rows), shards.shard_size)
+    num_missing, num_embedded = embed_missing(SelectedRows(source, rows), pending, work)
+    if found is not None:
+        lines = [*found.skipped, *pending.skipped_lines()]
+        about = about_embeddings(work.model, source)
+        shards = commit(shards, pending, source, found, identity, planned.listing, about)
+        write_skipped(folder / SKIPPED_FILE, lines)
+    work.accelerator.wait_for_everyone()
+    return read_manifest(folder), num_missing, num_embedded
+
+
+def _plan(shards: ShardFolder, opened: OpenedSource, spec: SourceSpec, say: Callable[[str], None]) -> Changes:
+    """Lists the source and writes down which of its images are to be embedded."""
+    planned, stats, as_before = start_plan(shards), None, {}
+    listing = shards.folder / WORK_FOLDER / planned.listing
+    if opened.dataset is not None:
+        num_images = opened.dataset.num_images
+    else:
+        assert opened.paths is not None, "a source has files or is a data set"
+        num_images = write_listing(opened.paths(), listing, shards.shard_size, opened.root)
+        stats, as_before = read_listing(listing)[1], unreadable_as_before(shards, listing)
+    _check_any(num_images, opened)
+    source = _source(opened, spec, replace(shards, num_images=num_images, listing=planned.listing))
+    found = find_changes(shards, source, stats, as_before)
+    write_plan(replace(planned, num_images=num_images), found.to_embed)
+    kinds = ("new", "changed", "moved", "removed")
+    told = [f"{found.counts[kind]:,} {kind}" for kind in kinds if found.counts[kind]]
+    say(f"{num_images:,} images found: {', '.join(told) or 'nothing has changed'}")
+    return found
+
+
+def _check_any(num_images: int, opened: OpenedSource) -> None:
+    if num_images == 0:
+        raise ValueError(
+            f"`source` must hold at least one image. Got {opened.identity['source']!r} with none; for a data set that "
+            "is not recognised, name its split."
+        )
 
 
 def _report(done: Embedded, num_new: int, say: Callable[[str], None]) -> None:

@@ -6,6 +6,8 @@ from typing import Any
 import faiss
 import numpy as np
 
+from modeling_udon.search.coarse import LISTS_FOR_GRAPH, MANY_LISTS, POINTS_PER_LIST
+
 KINDS = ("flat", "ivf", "hnsw", "pq", "ivfpq", "sq8", "binary")
 # Up to here exact search answers in a few milliseconds on one core; beyond the next one, vectors are compressed.
 FLAT_UP_TO = 200_000
@@ -47,6 +49,7 @@ def empty_index(kind: str, dim: int, num_images: int) -> Any:
         )
     num_bytes = max(size for size in range(1, max(dim // 2, 1) + 1) if dim % size == 0)
     num_lists = max(min(int(4 * num_images**0.5), num_images // 39), 1)
+    graph = "_HNSW32" if num_lists >= LISTS_FOR_GRAPH else ""
     factory = {
         "flat": "Flat",
         "sq8": "SQ8",
@@ -54,8 +57,8 @@ def empty_index(kind: str, dim: int, num_images: int) -> Any:
         # Bare PQ takes no filter; with one list it is the same and takes one. "np" spares FAISS the ordering of codes
         # for a search by Hamming distance, which is slow to train and not used here.
         "pq": f"IVF1,PQ{num_bytes}x8np",
-        "ivf": f"IVF{num_lists},Flat",
-        "ivfpq": f"IVF{num_lists},PQ{num_bytes}x8np",
+        "ivf": f"IVF{num_lists}{graph},Flat",
+        "ivfpq": f"IVF{num_lists}{graph},PQ{num_bytes}x8np",
         # One bit per dimension, by its sign after centring, with two correction factors (arXiv 2405.12497).
         "binary": "RaBitQ",
     }[kind]
@@ -75,8 +78,10 @@ def empty_like(index: Any, num_images: int) -> Any:
 
 
 def num_training_rows(index: Any) -> int:
-    """As many as FAISS uses: 256 a centroid."""
-    return max(256 * index.nlist, 2**16) if isinstance(index, faiss.IndexIVF) else 2**16
+    """As many as FAISS uses, 256 for each list; fewer where there are many lists."""
+    if not isinstance(index, faiss.IndexIVF):
+        return 2**16
+    return max((POINTS_PER_LIST if index.nlist > MANY_LISTS else 256) * index.nlist, 2**16)
 
 
 def search_faiss(

@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from modeling_udon.data.files import lies_in, read_file
 from modeling_udon.search.shards import damage_of_embeddings
-from modeling_udon.search.source_spec import Read, ReadImage, with_domain
+from modeling_udon.search.source_spec import Box, Read, ReadImage, with_domain
 from modeling_udon.text import as_unicode
 
 # Paths as the disk has them: bytes, which need be no UTF-8.
@@ -56,11 +56,20 @@ class FileSource:
         root = self.root if self.confined else None
         return [partial(read_image_file, Path(self.root, path), root) for path in self._paths(start, stop)]
 
+    def boxes(self, start: int, stop: int) -> list[Box | None]:
+        """See `ImageSource`."""
+        return [None] * (stop - start)
+
     def _paths(self, start: int, stop: int) -> list[str]:
-        shard, first = divmod(start, self.shard_size)
+        paths: list[bytes] = []
         with damage_of_embeddings(self.listing), pa.memory_map(str(self.listing)) as file:
-            batch = pa.ipc.open_file(file).get_batch(shard)
-            return [os.fsdecode(path) for path in batch.column("path").slice(first, stop - start).to_pylist()]
+            batches = pa.ipc.open_file(file)
+            while start < stop:
+                shard, first = divmod(start, self.shard_size)
+                last = min(first + stop - start, self.shard_size)
+                paths += batches.get_batch(shard).column("path").slice(first, last - first).to_pylist()
+                start += last - first
+        return [os.fsdecode(path) for path in paths]
 
 
 def read_image_file(path: str | os.PathLike[str], root: str | None = None) -> ReadImage:
@@ -119,6 +128,14 @@ def write_listing(paths: Iterable[str], listing: Path, shard_size: int, root: st
             writer.write_batch(pa.record_batch([list(map(_bytes, block)), list(sizes), list(times)], schema=_LISTING))
             num_paths += len(block)
     return num_paths
+
+
+def read_listing(listing: Path) -> tuple[list[str], list[tuple[int, int]]]:
+    """Paths of a listing as rows have them, and for each the size and time of its file."""
+    with damage_of_embeddings(listing), pa.memory_map(str(listing)) as file:
+        table = pa.ipc.open_file(file).read_all()
+        paths = [as_unicode(os.fsdecode(path)) for path in table["path"].to_pylist()]
+        return paths, list(zip(table["num_bytes"].to_pylist(), table["mtime"].to_pylist(), strict=True))
 
 
 def what_changed(then: Path, now: Path) -> str:

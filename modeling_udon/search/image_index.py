@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from modeling_udon.search.any_index import check_dimension
+from modeling_udon.search.columns import group_numbers, places_of, plain_value
 from modeling_udon.search.index_folder import OpenedIndex, open_index, read_manifest
 from modeling_udon.search.ranking import merge, pick, ranked, rescored
 from modeling_udon.search.segments import INTERNALS, PART, ROW, Chosen
@@ -70,6 +71,12 @@ class ImageIndex:
         """Number of the commit."""
         return self.manifest.version
 
+    @property
+    def unsettled_share(self) -> float:
+        """Share of the rows on the disk that were added or removed since the index was built or compacted."""
+        num_added = len(self.rows) - self.segments[0].num_rows
+        return (num_added + int((~self.is_live[: self.segments[0].num_rows]).sum())) / len(self.rows)
+
     def is_current(self) -> bool:
         """Whether the folder holds nothing newer."""
         return read_manifest(standing_folder(self.folder)) == self.manifest
@@ -121,7 +128,7 @@ class ImageIndex:
         self._check_rerank(rerank)
         chosen = self._choose(domain, where)
         groups = None if group_by is None else self.groups(group_by)
-        excluded = None if exclude is None else [self._places(np.array(list(rows), np.int64)) for rows in exclude]
+        excluded = None if exclude is None else [self.places(np.array(list(rows), np.int64)) for rows in exclude]
         most_excluded = max(map(len, excluded), default=0) if excluded is not None else 0
         number = (k + most_excluded) * (1 if groups is None else _GROWTH)
         num_chosen = sum(part.num_rows for part in chosen)
@@ -155,9 +162,9 @@ class ImageIndex:
         Raises:
             ValueError: If there is no such row.
         """
-        line = self.table.slice(int(self._places(np.array([row]))[0]), 1)
+        line = self.table.slice(int(self.places(np.array([row]))[0]), 1)
         values = {
-            name: _value(line[name])
+            name: plain_value(line[name])
             for name in line.column_names
             if name not in INTERNALS and (thumbnail or name != "thumbnail")
         }
@@ -171,22 +178,20 @@ class ImageIndex:
 
     def rows_of(self, ids: Sequence[str]) -> np.ndarray:
         """The numbers of all rows with one of some ids, int64, ascending."""
-        if "id" not in self.table.column_names:
-            return np.empty(0, np.int64)
-        found = np.asarray(pc.is_in(self.table["id"], value_set=pa.array(list(ids), pa.string())))
-        return np.sort(self.rows[found & self.is_live])
+        return np.unique(np.concatenate([np.empty(0, np.int64), *self.rows_with("id", ids).values()]))
+
+    def rows_with(self, column: str, values: Sequence[str | None]) -> dict[str, np.ndarray]:
+        """The numbers of the rows with each of some values of a column of texts, ascending."""
+        found = places_of(self.table, column, values)
+        return {value: np.sort(self.rows[places[self.is_live[places]]]) for value, places in found.items()}
 
     def ids_of(self, rows: np.ndarray) -> set[str]:
         """The ids of some rows."""
-        return set(self.table["id"].take(pa.array(self._places(rows))).to_pylist()) if len(rows) else set()
+        return set(self.table["id"].take(pa.array(self.places(rows))).to_pylist()) if len(rows) else set()
 
     def check_rows(self, rows: np.ndarray) -> None:
-        """Refuses numbers of rows that are not there.
-
-        Raises:
-            ValueError: If there is one.
-        """
-        self._places(rows)
+        """Refuses numbers of rows that are not there; raises ValueError."""
+        self.places(rows)
 
     def vectors(self, rows: np.ndarray) -> np.ndarray:
         """Vectors of some rows, of shape `(num_rows, dim)`, float32; approximate where the index keeps none exactly.
@@ -194,7 +199,7 @@ class ImageIndex:
         Raises:
             ValueError: If there is no such row.
         """
-        return self.vectors_at(self._places(np.asarray(rows, np.int64)))
+        return self.vectors_at(self.places(np.asarray(rows, np.int64)))
 
     def blocks(self, size: int = 65_536, columns: Sequence[str] | None = None) -> Iterator[IndexBlock]:
         """All rows that a search can find, so many at a time.
@@ -221,22 +226,8 @@ class ImageIndex:
         """For each place the number of the group that the value of a column makes; without a value each its own."""
         with self._lock:
             if column not in self._groups:
-                self._groups[column] = self._grouped(column)
+                self._groups[column] = group_numbers(self.table, column, self.schema.names)
             return self._groups[column]
-
-    def _grouped(self, column: str) -> np.ndarray:
-        if column not in self.schema.names:
-            raise ValueError(
-                f"`group_by` must be a column of the index: {', '.join(self.schema.names)}. Got {column!r}."
-            )
-        try:
-            codes = self.table[column].dictionary_encode().unify_dictionaries().combine_chunks()
-        except (pa.ArrowNotImplementedError, pa.ArrowInvalid, AttributeError) as error:
-            kind = self.table.schema.field(column).type
-            raise ValueError(f"`group_by` must be a column of texts or numbers. Got {column!r} of {kind}.") from error
-        codes = codes.combine_chunks() if isinstance(codes, pa.ChunkedArray) else codes
-        numbers = np.asarray(codes.indices.fill_null(-1)).astype(np.int64)
-        return np.where(numbers < 0, -1 - np.arange(len(numbers)), numbers)
 
     @cached_property
     def _conditions(self) -> Conditions:
@@ -253,11 +244,13 @@ class ImageIndex:
         self, queries: np.ndarray, number: int, chosen: Sequence[Chosen], rerank: int
     ) -> tuple[np.ndarray, np.ndarray]:
         """Scores and places of the nearest chosen rows, of shape `(num_queries, number)`."""
+        if not number:
+            return np.empty((len(queries), 0), np.float32), np.empty((len(queries), 0), np.int64)
         # An exact index answers the same, bit for bit, however its rows lie in segments.
         is_exact = self.about.kind == "flat"
         wanted = max(number + _NUM_SPARE if is_exact else number, rerank)
         scores, places = self._candidates(queries, wanted, chosen)
-        if not (is_exact or rerank) or not places.size:
+        if not (is_exact or rerank):
             return scores[:, :number], places[:, :number]
         last = scores[:, -1].copy()
         there = places >= 0
@@ -311,15 +304,16 @@ class ImageIndex:
             allowed = matching if allowed is None else allowed & matching
         return allowed
 
-    def _places(self, rows: np.ndarray) -> np.ndarray:
-        """Where rows stand in the table.
+    def places(self, rows: np.ndarray) -> np.ndarray:
+        """Where rows stand in the table; -1 for -1.
 
         Raises:
             ValueError: If a row is not there, or was removed.
         """
         found = np.searchsorted(self.rows, rows, sorter=self._order)
         places = self._order[np.minimum(found, len(self.rows) - 1)]
-        wrong = (self.rows[places] != rows) | ~self.is_live[places]
+        places = np.where(rows < 0, -1, places)
+        wrong = (rows >= 0) & ((self.rows[places] != rows) | ~self.is_live[places])
         if wrong.any():
             raise ValueError(f"`rows` must be of the index. Got {rows[wrong][0]}, which is not there or was removed.")
         return places
@@ -332,10 +326,3 @@ class ImageIndex:
             mine = owners == number
             found[mine] = self.segments[number].vectors(places[mine] - self._starts[number])
         return found
-
-
-def _value(column: pa.ChunkedArray) -> Any:
-    try:
-        return column.to_pylist()[0]
-    except (ValueError, OverflowError):
-        return str(column.cast(pa.string())[0]) if column.type != pa.null() else None

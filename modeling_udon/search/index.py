@@ -14,6 +14,7 @@ import faiss
 import numpy as np
 import pyarrow as pa
 
+from modeling_udon.search.coarse import train_lists
 from modeling_udon.search.exact_search import exact_search
 from modeling_udon.search.faiss_index import (
     choose_kind,
@@ -29,12 +30,11 @@ from modeling_udon.search.index_folder import (
     METADATA_FILE,
     VECTORS_FILE,
     IndexAbout,
-    unified,
     write_about,
     write_metadata,
 )
 from modeling_udon.search.segments import INTERNAL_FIELDS, PART, PART_ROW, ROW, is_exact
-from modeling_udon.search.shards import Embeddings, Part, open_embeddings
+from modeling_udon.search.shards import Embeddings, Part, open_embeddings, unified
 from modeling_udon.storage import check_out, locked, replaced_folder, sync
 
 RECALL_AT = 10
@@ -221,7 +221,7 @@ def write_base(
     num_images = about.num_images
     index = empty_index(about.kind, about.dim, num_images)
     if not index.is_trained:
-        index.train(read_rows(rows, sample_rows(num_images, num_training_rows(index))))
+        train_lists(index, read_rows(rows, sample_rows(num_images, num_training_rows(index))))
     for vectors in _vectors(rows):
         index.add(vectors)
     write_metadata(

@@ -206,18 +206,6 @@ def fitted(table: pa.Table, schema: pa.Schema) -> pa.Table:
     return pa.table(columns, schema=schema)
 
 
-def unified(schemas: Sequence[pa.Schema]) -> pa.Schema:
-    """One schema with the columns of all.
-
-    Raises:
-        ValueError: If they do not agree in the types of their columns.
-    """
-    try:
-        return pa.unify_schemas(list(schemas))
-    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
-        raise ValueError(f"`embeddings` must agree in the types of their columns: {error}") from error
-
-
 def damage_of_index(file: Path) -> AbstractContextManager[None]:
     """Turns what libraries raise of a damaged file of an index into one line with its name."""
     kinds = pa.ArrowException, OSError, LookupError, RuntimeError

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, Sampler
 from torch.utils.data import Dataset as TorchDataset
 
 from modeling_udon.data.images import decode_image, num_cores, use_one_thread
-from modeling_udon.data.transforms import ImageTransform
+from modeling_udon.data.transforms import ImageTransform, cut_box
 from modeling_udon.search.shards import ShardFolder
 from modeling_udon.search.source_spec import ImageSource
 from modeling_udon.search.thumbnails import make_thumbnail
@@ -64,10 +64,11 @@ class DecodedSlices(TorchDataset[DecodedImages]):
     def __getitem__(self, rows: Slice) -> DecodedImages:
         start, stop = rows
         good, pixels, facts, thumbnails, errors = [], [], [], [], {}
-        for row, read in enumerate(self._source.readers(start, stop), start):
+        reads = zip(self._source.readers(start, stop), self._source.boxes(start, stop), strict=True)
+        for row, (read, box) in enumerate(reads, start):
             try:
                 data, mtime = read()
-                image = decode_image(data)
+                image = decode_image(data) if box is None else cut_box(decode_image(data), box)
                 pixels.append(torch.from_numpy(self._transform(image)))
             except (ValueError, OSError) as error:
                 errors[row] = str(error)

@@ -14,8 +14,9 @@ from modeling_udon.data.files import lies_in
 from modeling_udon.data.images import decode_image
 from modeling_udon.encoder import Encoder, fastest_device
 from modeling_udon.search.examples import read_picture
+from modeling_udon.search.found import QueryResult
 from modeling_udon.search.image_index import ImageIndex
-from modeling_udon.search.query import QueryResult, check_model, neighbours_of
+from modeling_udon.search.query import fitted_model, neighbours_of
 from modeling_udon.search.results_page import html_text, neighbour_list
 from modeling_udon.search.thumbnails import data_uri, find_thumbnail
 
@@ -82,7 +83,7 @@ def open_side(index: str | os.PathLike[str], load: Callable[[], Encoder], title:
     """
     opened = ImageIndex(index)
     model = load().to(fastest_device())
-    check_model(opened, model)
+    model = fitted_model(opened, model)
     if title is None:
         folder = Path(model.name)
         title = "/".join(folder.resolve().parts[-2:]) if folder.is_dir() else model.name

@@ -1,167 +1,242 @@
 """`udon search`: query images through the model, their neighbours in an index, as a table or as JSON."""
 
-import base64
-import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from datetime import date, time
-from pathlib import Path
-from typing import Any
+from functools import cached_property
+from typing import Any, Literal
 
 import numpy as np
 
 from modeling_udon.calibration import Calibration
-from modeling_udon.data.folders import describe_passed_over, walk_images
-from modeling_udon.data.images import num_cores
 from modeling_udon.encoder import Encoder, fastest_device
 from modeling_udon.search.any_index import AnyIndex
+from modeling_udon.search.found import FoundImage, QueryResult, SearchResults
 from modeling_udon.search.image_index import ImageIndex
-from modeling_udon.text import printable
-
-# Of the JSON: 1 had the columns of the data beside our own, which they could replace.
-SCHEMA = 2
+from modeling_udon.search.letterbox import letterboxed
+from modeling_udon.search.queries import QueryBatch, QueryReader
+from modeling_udon.search.source_spec import Box
 
 
 @dataclass(frozen=True)
-class FoundImage:
-    """A neighbour.
+class Combination:
+    """How several pictures are one query: by the mean of their embeddings, or by the best score of any."""
+
+    name: Literal["mean", "max"]
+
+    def search(
+        self, index: AnyIndex, vectors: np.ndarray, k: int, excluded: Sequence[Collection[int]], **filters: Any
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Scores and rows of the nearest, of shape `(1, num_found)`; what any of the pictures excludes is excluded."""
+        gone = [sorted(set().union(*map(set, excluded)))]
+        if self.name == "mean":
+            mean = vectors.mean(axis=0, keepdims=True, dtype=np.float64)
+            mean /= max(float(np.linalg.norm(mean)), 1e-12)
+            return index.search(mean.astype(np.float32), k, exclude=gone, **filters)
+        scores, rows = (found.ravel() for found in index.search(vectors, k, exclude=gone * len(vectors), **filters))
+        # The best of all are among the best of each, row by row as group by group.
+        kept: dict[Any, int] = {}
+        for place in np.lexsort((rows, -scores)):
+            if rows[place] >= 0 and len(kept) < k:
+                kept.setdefault(_group(index, int(rows[place]), filters["group_by"]), int(place))
+        places = list(kept.values())
+        return scores[None, places], rows[None, places]
+
+
+def _group(index: AnyIndex, row: int, column: str | None) -> Any:
+    if column is None:
+        return "row", row
+    values = index.describe(row, thumbnail=False)
+    value = values.get(column, values["columns"].get(column))
+    return ("row", row) if value is None else value
+
+
+@dataclass(frozen=True)
+class SearchOptions:
+    """What is searched for, and where.
 
     Attributes:
-        row: Its row in the index.
-        id: A digest of its bytes, or what the data set calls it; `None` in an index that knows none.
-        sha256: Digest of its bytes, by which a file that is another now is known.
-        score: Inner product with the query, a cosine; approximate in an index that compresses.
-        path: As it was embedded.
-        file: Where it lies, if that is known.
-        domain: Its domain, if the index knows it.
-        columns: Other columns that were kept and are not empty.
-        thumbnail: A JPEG, if one was kept and is to be shown.
-        accepted: Whether the score reaches the model's threshold; `None` for a model without one.
+        k: Neighbours of each query.
+        domain: Search among the images of this domain only.
+        where: Search among the images for which this SQL condition on the columns is true.
+        group_by: A column of whose values each is found once.
+        rerank: See `ImageIndex.search`.
+        exclude_self: Whether images of the index with the bytes of the query are left out.
+        combine: `"mean"` or `"max"`: all queries are one; `None`: each is its own.
+        thumbnails: Whether neighbours come with the thumbnails that were kept.
     """
 
-    row: int
-    id: str | None
-    sha256: str | None
-    score: float
-    path: str
-    file: str | None
-    domain: str | None
-    columns: dict[str, Any]
-    thumbnail: bytes | None
-    accepted: bool | None
-
-    def to_json(self, rank: int) -> dict[str, Any]:
-        """As plain values that JSON holds, without its picture; what the data says of the image stands in `columns`."""
-        return {
-            "rank": rank,
-            "score": self.score,
-            "row": self.row,
-            "id": self.id,
-            "path": self.path,
-            "file": self.file,
-            "domain": self.domain,
-            "match": self.accepted,
-            "columns": {name: json_value(value) for name, value in self.columns.items()},
-        }
-
-
-@dataclass(frozen=True)
-class QueryResult:
-    """A query image and its neighbours, best first."""
-
-    path: str
-    neighbours: list[FoundImage]
+    k: int = 5
+    domain: str | None = None
+    where: str | None = None
+    group_by: str | None = None
+    rerank: int = 0
+    exclude_self: bool = False
+    combine: Literal["mean", "max"] | None = None
+    thumbnails: bool = False
 
     @property
-    def is_known(self) -> bool:
-        """Whether a neighbour counts as the same: all but those below the model's threshold do."""
-        return any(found.accepted is not False for found in self.neighbours)
+    def filters(self) -> dict[str, Any]:
+        """What `ImageIndex.search` takes of it."""
+        return {key: getattr(self, key) for key in ("domain", "where", "group_by", "rerank")}
 
 
-@dataclass(frozen=True)
-class SearchResults:
-    """The results of all queries, and what was searched."""
+class Search:
+    """An opened index with the model of its queries, which is opened when a picture is to be embedded.
 
-    queries: list[QueryResult]
-    index: str
-    kind: str
-    num_images: int
-    model: str
-    domain: str | None
-    calibration: Calibration | None
+    Args:
+        index: Folder that `udon index` wrote, or an opened index.
+        model: The model that the index was made with, or what loads it; `None` for queries that need none. It goes to
+            the GPU, if there is one.
+        options: What is searched for.
+    """
 
-    def to_json(self) -> dict[str, Any]:
-        """As plain values that JSON holds, without pictures; what the data says of an image stands in `columns`."""
-        return {
-            "schema": SCHEMA,
-            "index": self.index,
-            "model": self.model,
-            "domain": self.domain,
-            "threshold": None if self.calibration is None else self.calibration.threshold,
-            "queries": [
-                {
-                    "path": query.path,
-                    "in_index": query.is_known if self.calibration is not None else None,
-                    "neighbours": [found.to_json(rank) for rank, found in enumerate(query.neighbours, 1)],
-                }
-                for query in self.queries
-            ],
-        }
+    def __init__(
+        self,
+        index: str | os.PathLike[str] | AnyIndex,
+        model: Callable[[], Encoder] | Encoder | None,
+        options: SearchOptions,
+    ) -> None:
+        self.index = ImageIndex(index) if isinstance(index, str | os.PathLike) else index
+        self.options = options
+        self._given = model
+        known = self.index.domains()
+        if options.domain is not None and options.domain not in known:
+            listed = ", ".join(known) or "none, since its images were embedded without"
+            raise ValueError(f"`domain` must be one of the index: {listed}. Got {options.domain!r}.")
+
+    @cached_property
+    def model(self) -> Encoder:
+        """The model, fitted to the index."""
+        if self._given is None:
+            raise ValueError("`model` must be given where queries are pictures. Got none; give --model.")
+        loaded = self._given if isinstance(self._given, Encoder) else self._given()
+        return fitted_model(self.index, loaded).to(fastest_device())
+
+    def results(self, batches: Iterable[QueryBatch]) -> Iterator[QueryResult]:
+        """Answers queries as they come."""
+        if self.options.combine is not None:
+            yield from self._combined(list(batches))
+            return
+        for batch in batches:
+            found = self.index.search(
+                batch.vectors, self.options.k, exclude=self._own_rows(batch), **self.options.filters
+            )
+            yield from self._named(batch.names, *found)
+
+    def _combined(self, batches: Sequence[QueryBatch]) -> Iterator[QueryResult]:
+        names = [name for batch in batches for name in batch.names]
+        if not names or self.options.combine is None:
+            return
+        vectors = np.concatenate([batch.vectors for batch in batches])
+        own = [rows for batch in batches for rows in self._own_rows(batch)]
+        way = Combination(self.options.combine)
+        found = way.search(self.index, vectors, self.options.k, own, **self.options.filters)
+        title = names[0] if len(names) == 1 else f"{self.options.combine} of {len(names):,}: {', '.join(names[:3])}"
+        yield from self._named([title + (", ..." if len(names) > 3 else "")], *found)
+
+    def _own_rows(self, batch: QueryBatch) -> list[Collection[int]]:
+        """For each query the rows that are left out: itself by its number, or what has its bytes."""
+        return [
+            [row] if row >= 0 else self._with_digest(digest)
+            for row, digest in zip(batch.rows, batch.digests, strict=True)
+        ]
+
+    def _with_digest(self, digest: str | None) -> list[int]:
+        if not self.options.exclude_self or digest is None:
+            return []
+        if isinstance(self.index, ImageIndex):
+            return self.index.rows_with("sha256", [digest]).get(digest, np.empty(0, np.int64)).tolist()
+        return self.index.select(where=f"sha256 = '{digest}'").tolist() if digest.isalnum() else []
+
+    def _named(self, names: Sequence[str], scores: np.ndarray, rows: np.ndarray) -> Iterator[QueryResult]:
+        # Without a picture to embed, no model is opened for its threshold alone.
+        calibration = self.model.calibration if self._given is not None else None
+        for name, line_scores, line in zip(names, scores, rows, strict=True):
+            neighbours = [
+                _found(self.index, calibration, int(row), float(score), self.options.thumbnails)
+                for score, row in zip(line_scores, line, strict=True)
+                if row >= 0
+            ]
+            yield QueryResult(name, neighbours)
 
 
 def search_images(
     queries: Sequence[str | os.PathLike[str]],
     index: str | os.PathLike[str] | AnyIndex,
-    model: Callable[[], Encoder] | Encoder,
+    model: Callable[[], Encoder] | Encoder | None = None,
     k: int = 5,
     domain: str | None = None,
     batch_size: int = 32,
     num_workers: int | None = None,
     thumbnails: bool = False,
     warn: Callable[[str], None] = lambda text: None,
+    *,
+    where: str | None = None,
+    group_by: str | None = None,
+    rerank: int = 0,
+    exclude_self: bool = False,
+    combine: Literal["mean", "max"] | None = None,
+    like: Sequence[str] = (),
+    box: Box | None = None,
+    on_result: Callable[[QueryResult], None] | None = None,
 ) -> SearchResults:
     """Searches an index for the images most like each query.
 
     Args:
-        queries: Image files, or folders of them.
+        queries: Image files, folders or lists of them, `-` for a list on the standard input; folders or Parquet files
+            of embeddings by the same model.
         index: Folder that `udon index` wrote, or an opened index.
         model: The model that the index was made with, or what loads it once the rest is known to be right. It goes to
-            the GPU, if there is one.
+            the GPU, if there is one. `None` where no query is a picture.
         k: Neighbours a query.
         domain: Search among the images of this domain only.
         batch_size: Images of one forward pass.
         num_workers: Processes that decode; `None`: the cores but one, and no more than there are batches.
         thumbnails: Whether neighbours come with the thumbnails that were kept.
         warn: Called with a line for each query that cannot be read, and for each folder with what was passed over.
+        where: Search among the images for which this SQL condition on the columns is true.
+        group_by: A column of whose values each is found once.
+        rerank: So many candidates get their exact scores, in kinds that compress; 0 for none.
+        exclude_self: Whether images of the index with the bytes of the query are left out.
+        combine: `"mean"` or `"max"`: all queries are one, by the mean of their embeddings or the best score of any.
+        like: Ids of images of the index, or `row:N`, that are queries too; they themselves are left out.
+        box: Left, top, width and height in pixels of the part of each picture that is the query.
+        on_result: Called with each result as it comes; none are then kept.
 
     Raises:
-        ValueError: If a query or the domain does not exist, the index is of another model, or no query can be read.
+        ValueError: If a query, the domain or a column does not exist, the index is of another model, or no query can
+            be read.
     """
-    opened = ImageIndex(index) if isinstance(index, str | os.PathLike) else index
-    if domain is not None and domain not in opened.domains():
-        known = ", ".join(opened.domains()) or "none, since its images were embedded without"
-        raise ValueError(f"`domain` must be one of the index: {known}. Got {domain!r}.")
-    files = list(_query_files(queries, warn))
-    loaded = model if isinstance(model, Encoder) else model()
-    if opened.about.dim in loaded.nested_dims:
-        loaded = loaded.cut(opened.about.dim)
-    check_model(opened, loaded)
-    if num_workers is None:
-        num_workers = min(num_cores() - 1, len(files) // batch_size)
-    encoded = loaded.to(fastest_device()).encode(files, batch_size=batch_size, num_workers=num_workers)
-    for image in encoded.unreadable:
-        warn(f"skipped {printable(image.path)}: {printable(image.reason)}")
-    rows = sorted(set(range(len(files))) - {image.row for image in encoded.unreadable})
-    if not rows:
-        raise ValueError(f"`queries` must hold an image that can be read. Got none in {len(files)} file(s).")
+    options = SearchOptions(k, domain, where, group_by, rerank, exclude_self, combine, thumbnails)
+    search = Search(index, model, options)
+    reader = QueryReader(search.index, lambda: search.model, batch_size, num_workers, box, exclude_self, warn)
+    names = [os.fspath(query) for query in queries]
+    reader.check(names)
     results: list[QueryResult] = []
-    for start in range(0, len(rows), batch_size):
-        batch = rows[start : start + batch_size]
-        found = neighbours_of(opened, loaded, encoded.embeddings[batch], k, domain, thumbnails)
-        results += [QueryResult(str(files[row]), of) for row, of in zip(batch, found, strict=True)]
-    about = opened.about
-    return SearchResults(results, str(index), about.kind, about.num_images, loaded.name, domain, loaded.calibration)
+    num_results = 0
+    for result in search.results(reader.batches(names, like)):
+        num_results += 1
+        (results.append if on_result is None else on_result)(result)
+    if not num_results:
+        raise ValueError(f"`queries` must hold an image that can be read. Got none in {len(names)} file(s).")
+    about, title = search.index.about, search.index.about.model if model is None else search.model.name
+    calibration = None if model is None else search.model.calibration
+    return SearchResults(results, str(index), about.kind, about.num_images, title, domain, calibration)
+
+
+def fitted_model(index: AnyIndex, model: Encoder) -> Encoder:
+    """The model as the index was made with it: cut to its dimension, padding images where they were padded.
+
+    Raises:
+        ValueError: If it is another model.
+    """
+    if index.about.dim in model.nested_dims:
+        model = model.cut(index.about.dim)
+    if index.about.letterbox:
+        model = letterboxed(model)
+    check_model(index, model)
+    return model
 
 
 def check_model(index: AnyIndex, model: Encoder) -> None:
@@ -180,40 +255,6 @@ def check_model(index: AnyIndex, model: Encoder) -> None:
                 f"`model` must be the one that the index was made with: {about.model}, {what} {expected}. "
                 f"Got {model.name}, {what} {got}; use that model, or embed and index the images with this one."
             )
-
-
-def format_results(results: SearchResults) -> str:
-    """The results as a table for a terminal."""
-    lines: list[str] = []
-    for query in results.queries:
-        lines.append(printable(query.path) + ("" if query.is_known else "  (not in the index)"))
-        cells = [_cells(rank, found) for rank, found in enumerate(query.neighbours, 1)]
-        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-        lines += [
-            "  " + "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-            for line in cells
-        ]
-        lines.append("")
-    if results.calibration is not None:
-        lines.append(results.calibration.describe())
-    return "\n".join(lines).rstrip()
-
-
-def _query_files(queries: Sequence[str | os.PathLike[str]], warn: Callable[[str], None]) -> Iterator[Path]:
-    for query in queries:
-        path = Path(query)
-        if path.is_dir():
-            walk = walk_images(path)
-            files = [path / name for name in walk]
-            if walk.passed_over:
-                warn(f"passed over: {describe_passed_over(walk.passed_over)}")
-            if not files:
-                raise ValueError(f"`queries` must be images or folders that hold some. Got {str(query)!r} with none.")
-            yield from files
-        elif path.is_file():
-            yield path
-        else:
-            raise ValueError(f"`queries` must be images or folders of images. Got {str(query)!r}, which is not there.")
 
 
 def neighbours_of(
@@ -239,7 +280,7 @@ def neighbours_of(
     scores, rows = index.search(embeddings, k, domain, **filters)
     return [
         [
-            _found(index, model, int(row), float(score), thumbnails)
+            _found(index, model.calibration, int(row), float(score), thumbnails)
             for score, row in zip(*found, strict=True)
             if row >= 0
         ]
@@ -247,7 +288,7 @@ def neighbours_of(
     ]
 
 
-def _found(index: AnyIndex, model: Encoder, row: int, score: float, thumbnail: bool) -> FoundImage:
+def _found(index: AnyIndex, calibration: Calibration | None, row: int, score: float, thumbnail: bool) -> FoundImage:
     values = index.describe(row, thumbnail)
     return FoundImage(
         row,
@@ -259,26 +300,5 @@ def _found(index: AnyIndex, model: Encoder, row: int, score: float, thumbnail: b
         domain=values.get("domain"),
         columns=values["columns"],
         thumbnail=values.get("thumbnail"),
-        accepted=None if model.calibration is None else score >= model.calibration.threshold_of(values.get("domain")),
+        accepted=None if calibration is None else score >= calibration.threshold_of(values.get("domain")),
     )
-
-
-def _cells(rank: int, found: FoundImage) -> list[str]:
-    others = "  ".join(f"{name}={value}" for name, value in found.columns.items())
-    mark = "no match" if found.accepted is False else ""
-    return [printable(cell) for cell in (f"{rank}", f"{found.score:.3f}", found.domain or "", found.path, others, mark)]
-
-
-def json_value(value: Any) -> Any:
-    """A value of any Arrow type as JSON holds it: NaN as null, times in ISO 8601, bytes in base64."""
-    if isinstance(value, dict):
-        return {str(name): json_value(part) for name, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [json_value(part) for part in value]
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, bytes):
-        return base64.b64encode(value).decode()
-    if isinstance(value, date | time):
-        return value.isoformat()
-    return value if isinstance(value, str | int | None) else str(value)

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
-from modeling_udon.search.query import FoundImage, QueryResult, SearchResults
+from modeling_udon.search.found import FoundImage, QueryResult, SearchResults
 from modeling_udon.search.thumbnails import data_uri, find_thumbnail
 from modeling_udon.storage import write_text
 from modeling_udon.text import printable

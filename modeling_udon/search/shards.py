@@ -77,19 +77,28 @@ class ShardFolder:
 
     def collect_skipped(self) -> list[str]:
         """Writes the log of skipped paths, if there are any; returns its lines."""
-        lines = [
-            line
-            for shard in range(self.num_shards)
-            for line in self._skipped(shard).read_text(encoding="utf-8").splitlines()
-        ]
         log = self.folder / SKIPPED_FILE
-        log.unlink(missing_ok=True)
-        if lines:
-            write_text(log, "\n".join(lines) + "\n")
+        if self.parts is not None:
+            return log.read_text(encoding="utf-8").splitlines() if log.is_file() else []
+        lines = self.skipped_lines()
+        write_skipped(log, lines)
         return lines
+
+    def skipped_lines(self) -> list[str]:
+        """The paths that the shards skip, with the reasons."""
+        shards = range(self.num_shards)
+        return [line for shard in shards for line in self._skipped(shard).read_text(encoding="utf-8").splitlines()]
 
     def _skipped(self, shard: int) -> Path:
         return self.folder / WORK_FOLDER / f"skipped-{shard:05d}.tsv"
+
+
+def write_skipped(log: Path, lines: Sequence[str]) -> None:
+    """Writes the log of images that were left out, or removes it where there are none."""
+    if lines:
+        write_text(log, "\n".join(lines) + "\n")
+    else:
+        log.unlink(missing_ok=True)
 
 
 @dataclass(frozen=True)
@@ -148,23 +157,20 @@ class Embeddings:
 
 
 def make_folder(folder: Path) -> None:
-    """Makes the folder, if it is not there.
-
-    Raises:
-        ValueError: If it is a file.
-    """
+    """Makes the folder, if it is not there; raises ValueError if it is a file."""
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"`out` must be a folder. Got the file {str(folder)!r}.")
     folder.mkdir(parents=True, exist_ok=True)
 
 
-def start_or_resume(folder: Path, identity: Mapping[str, Any], force: bool) -> bool:
+def start_or_resume(folder: Path, identity: Mapping[str, Any], force: bool, update: bool = False) -> bool:
     """Makes the folder ready; returns whether it already holds the beginning of the same work.
 
     Args:
         folder: Folder of the embeddings.
         identity: What must be the same to go on: model, source, columns.
         force: Whether to drop embeddings that are there.
+        update: Whether the source may hold something else than it did.
 
     Raises:
         ValueError: If the folder holds embeddings of another model or source, or other files.
@@ -183,7 +189,7 @@ def start_or_resume(folder: Path, identity: Mapping[str, Any], force: bool) -> b
         manifest.unlink()
         shutil.rmtree(folder / WORK_FOLDER)
     else:
-        _check_identity(folder, _read_manifest(folder)["identity"], identity)
+        _check_identity(folder, _read_manifest(folder)["identity"], identity, ("content",) if update else ())
         return True
     (folder / WORK_FOLDER).mkdir(parents=True, exist_ok=True)
     return False
@@ -197,14 +203,15 @@ def write_manifest(shards: ShardFolder, identity: Mapping[str, Any]) -> None:
 
 
 def read_manifest(folder: Path) -> ShardFolder:
-    """The shards that the folder will hold.
-
-    Raises:
-        ValueError: If its manifest is damaged, or of another version.
-    """
+    """The shards that the folder will hold; raises ValueError if its manifest is damaged, or of another version."""
     content = _read_manifest(folder)
     updates = {key: content[key] for key in ("parts", "deleted", "listing") if content.get(key) is not None}
     return ShardFolder(folder, content["num_images"], content["shard_size"], **updates)
+
+
+def is_embedding_folder(folder: Path) -> bool:
+    """Whether `udon embed` wrote a folder."""
+    return (folder / WORK_FOLDER / MANIFEST_FILE).is_file()
 
 
 def open_embeddings(folder: Path) -> Embeddings:
@@ -213,7 +220,7 @@ def open_embeddings(folder: Path) -> Embeddings:
     Raises:
         ValueError: If the folder is none of its, is not finished, or holds no embedding.
     """
-    if not (folder / WORK_FOLDER / MANIFEST_FILE).is_file():
+    if not is_embedding_folder(folder):
         raise ValueError(f"`embeddings` must be folders that udon embed wrote. Got {str(folder)!r}.")
     shards = read_manifest(folder)
     if missing := shards.missing():
@@ -225,8 +232,8 @@ def open_embeddings(folder: Path) -> Embeddings:
     num_rows = sum(part.num_live for part in parts)
     if num_rows == 0:
         raise ValueError(f"`embeddings` must hold at least one. Got {str(folder)!r} with none.")
-    schema = unified_columns(schemas)
-    return Embeddings(folder, parts, about, num_rows, schema)
+    plain = [schema.remove_metadata().remove(schema.get_field_index("embedding")) for schema in schemas]
+    return Embeddings(folder, parts, about, num_rows, unified(plain))
 
 
 def opened_parts(shards: ShardFolder) -> tuple[list[Part], list[pa.Schema], dict[str, Any]]:
@@ -248,11 +255,14 @@ def opened_parts(shards: ShardFolder) -> tuple[list[Part], list[pa.Schema], dict
     return parts, schemas, about
 
 
-def unified_columns(schemas: Sequence[pa.Schema]) -> pa.Schema:
-    """The columns of all shards but `embedding`."""
-    plain = [schema.remove_metadata().remove(schema.get_field_index("embedding")) for schema in schemas]
+def unified(schemas: Sequence[pa.Schema]) -> pa.Schema:
+    """One schema with the columns of all.
+
+    Raises:
+        ValueError: If they do not agree in the types of their columns.
+    """
     try:
-        return pa.unify_schemas(plain)
+        return pa.unify_schemas(list(schemas))
     except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
         raise ValueError(f"`embeddings` must agree in the types of their columns: {error}") from error
 
@@ -284,11 +294,13 @@ def embedding_table(table: pa.Table, embeds: np.ndarray, about: Mapping[str, Any
     return table.replace_schema_metadata({METADATA_KEY: json.dumps(about).encode()})
 
 
-def _check_identity(folder: Path, saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    for key in wanted:
-        if saved.get(key) != wanted[key]:
+def _check_identity(
+    folder: Path, saved: Mapping[str, Any], wanted: Mapping[str, Any], passed_over: Sequence[str]
+) -> None:
+    for key in [*wanted, *(key for key in saved if key not in wanted)]:
+        if saved.get(key) != wanted.get(key) and key not in passed_over:
             raise ValueError(
-                f"`out` must hold embeddings of the same {key}, {saved.get(key)!r}. Got {wanted[key]!r} for "
+                f"`out` must hold embeddings of the same {key}, {saved.get(key)!r}. Got {wanted.get(key)!r} for "
                 f"{str(folder)!r}; give another --out, or --force to drop what is there."
             )
 
@@ -324,8 +336,8 @@ def _digest_of_file(path: Path) -> str:
 
 def damage_of_embeddings(file: Path) -> AbstractContextManager[None]:
     """Turns what libraries raise of a damaged file of embeddings into one line with its name."""
-    way_out = "delete it and run its udon embed again"
-    return damage_of(file, pa.ArrowException, OSError, LookupError, argument="embeddings", way_out=way_out)
+    kinds, way_out = (pa.ArrowException, OSError, LookupError), "delete it and run its udon embed again"
+    return damage_of(file, *kinds, argument="embeddings", way_out=way_out)
 
 
 def _check_vectors(vectors: np.ndarray, part: Path) -> None:

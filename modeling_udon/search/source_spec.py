@@ -15,6 +15,8 @@ class ReadImage(NamedTuple):
 
 
 Read = Callable[[], ReadImage]
+# Left, top, width and height in pixels of the upright image, as COCO has them.
+Box = tuple[float, float, float, float]
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,8 @@ class SourceSpec:
         data_revision: Commit, tag or branch of a data set on the Hub.
         image_column: Column of the images; `None` for the only one.
         columns: Columns of a data set to keep.
+        id_column: Column of a data set whose values are the ids of its rows.
+        box_column: Column of a data set with one box per row, of which the image is cut out.
         domain: Domain of all images.
         domain_from_folder: Whether the first folder below the source names an image's domain.
         allow_outside: Whether a list file may name images outside of its folder.
@@ -42,11 +46,14 @@ class SourceSpec:
     domain: str | None = None
     domain_from_folder: bool = False
     allow_outside: bool = False
+    id_column: str | None = None
+    box_column: str | None = None
 
     @property
     def names_dataset(self) -> bool:
         """Whether something is asked for that only a data set has."""
-        return any((self.name, self.split, self.data_revision, self.image_column, self.columns))
+        named = self.name, self.split, self.data_revision, self.image_column, self.id_column, self.box_column
+        return any((*named, self.columns))
 
 
 class ImageSource(Protocol):
@@ -65,6 +72,14 @@ class ImageSource(Protocol):
 
     def readers(self, start: int, stop: int) -> list[Read]:
         """For each image a function that reads it; it raises OSError or ValueError where it cannot."""
+
+    def boxes(self, start: int, stop: int) -> list[Box | None]:
+        """For each image the box that it is cut out of; `None` for the whole."""
+
+
+def box_key(box: Sequence[float] | None) -> str:
+    """A box as text, the same for equal ones."""
+    return "" if box is None else ",".join(f"{value:g}" for value in box)
 
 
 def with_domain(table: pa.Table, domain: str | None) -> pa.Table:

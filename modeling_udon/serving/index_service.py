@@ -14,8 +14,9 @@ import pyarrow as pa
 
 from modeling_udon.encoder import Encoder
 from modeling_udon.search.catalogue import Catalogue, Changed
+from modeling_udon.search.found import FoundImage, QueryResult
 from modeling_udon.search.image_index import OWN_COLUMNS, ImageIndex
-from modeling_udon.search.query import FoundImage, QueryResult, check_model, neighbours_of
+from modeling_udon.search.query import check_model, neighbours_of
 from modeling_udon.search.thumbnails import find_thumbnail
 from modeling_udon.serving.images import ReadImage
 from modeling_udon.serving.limits import Limits, ServiceError, refusal

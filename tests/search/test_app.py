@@ -27,8 +27,9 @@ from gradio_client import Client, handle_file
 
 from modeling_udon.search.app import start
 from modeling_udon.search.examples import MAX_EXAMPLES, find_examples
+from modeling_udon.search.found import QueryResult
 from modeling_udon.search.page_answers import answer, answer_json, enlarge, open_side
-from modeling_udon.search.query import QueryResult, neighbours_of
+from modeling_udon.search.query import neighbours_of
 from modeling_udon.search.results_page import neighbour_list
 
 ROOT = Path(__file__).parents[2]

@@ -15,7 +15,7 @@ import torch
 from datasets import Dataset, Features, Image, Value
 
 from modeling_udon.encoder import Encoder
-from modeling_udon.search import query
+from modeling_udon.search import queries, query
 
 
 @pytest.fixture
@@ -315,7 +315,7 @@ def test_queries_are_decoded_in_other_processes_and_on_the_device_of_the_model(
 
     monkeypatch.setattr(Encoder, "encode", watch)
     monkeypatch.setattr(query, "fastest_device", lambda: torch.device("cpu", 0))
-    monkeypatch.setattr(query, "num_cores", lambda: 3)
+    monkeypatch.setattr(queries, "num_cores", lambda: 3)
     arguments = ("--index", index, "--model", student, "--json")
     found = [
         [[one["row"] for one in of["neighbours"]] for of in json.loads(done.out)["queries"]]
