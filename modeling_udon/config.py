@@ -47,6 +47,8 @@ class TrainSection(Section):
     """Whether the backbone is compiled by torch."""
     shard_backbone: bool = False
     """Whether each process keeps only its part of the backbone's weights, gradients and moments (FSDP2)."""
+    shard_prototypes: bool = False
+    """Whether each process keeps only its share of the classes' prototypes, with their gradients and moments."""
     checkpoint_every: int = Field(1000, gt=0)
     """Steps between two checkpoints; there is always one at the end."""
     keep_checkpoints: int = Field(2, gt=0)
@@ -256,6 +258,24 @@ class TrainConfig(Section):
             raise ValueError("`train.shard_backbone` must go without `model.lora` and `train.ema_decay`")
         if self.train.heads_only and self.model.lora is not None:
             raise ValueError("`train.heads_only` must go without `model.lora`, which trains the backbone")
+        return self
+
+    @model_validator(mode="after")
+    def _prototypes_can_be_cut(self) -> "TrainConfig":
+        others = {
+            "loss.sampled_classes": self.loss.sampled_classes is not None,
+            "loss.classifier 'joint'": self.loss.classifier == "joint",
+            "loss.scale_by 'adacos'": self.loss.scale_by == "adacos",
+            "loss.gate": self.loss.gate != "none",
+            "teachers": self.teachers is not None,
+            "frozen_teachers with `logit`": any(teacher.logit for teacher in self.frozen_teachers),
+            "init": self.init is not None,
+            "adaptation": self.adaptation is not None,
+            "train.shard_backbone": self.train.shard_backbone,
+            "train.mixed_precision 'fp16'": self.train.mixed_precision == "fp16",
+        }
+        if self.train.shard_prototypes and (found := [name for name, there in others.items() if there]):
+            raise ValueError(f"`train.shard_prototypes` must go without {', '.join(found)}")
         return self
 
     @model_validator(mode="after")

@@ -250,17 +250,20 @@ def run_script() -> Callable[..., subprocess.CompletedProcess[str]]:
 def run_two_processes() -> Callable[..., Path]:
     """Trains in two forks of this process that talk by gloo: quicker to start than `run_script`.
 
-    Takes values of a config, `resume`, and `stop_at`, the step at which both die as if killed.
+    Takes values of a config, `resume`, `stop_at`, the step at which both die as if killed, and another number of forks.
     """
 
-    def run(values: dict[str, Any], *, resume: bool = False, stop_at: int | None = None) -> Path:
+    def run(
+        values: dict[str, Any], *, resume: bool = False, stop_at: int | None = None, num_processes: int = 2
+    ) -> Path:
         config = load_config(write_config(values))
         with socket.socket() as free:
             free.bind(("localhost", 0))
             port = str(free.getsockname()[1])
         context = multiprocessing.get_context("fork")
         processes = [
-            context.Process(target=_train_as_rank, args=(rank, port, config, resume, stop_at)) for rank in (0, 1)
+            context.Process(target=_train_as_rank, args=(rank, num_processes, port, config, resume, stop_at))
+            for rank in range(num_processes)
         ]
         for process in processes:
             process.start()
@@ -346,8 +349,11 @@ def udon(capsys: pytest.CaptureFixture[str]) -> Callable[..., Answer]:
     return run
 
 
-def _train_as_rank(rank: int, port: str, config: TrainConfig, resume: bool, stop_at: int | None) -> None:
-    address = {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+def _train_as_rank(
+    rank: int, num_processes: int, port: str, config: TrainConfig, resume: bool, stop_at: int | None
+) -> None:
+    world = str(num_processes)
+    address = {"MASTER_ADDR": "localhost", "MASTER_PORT": port, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
     os.environ |= address | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
     _reset_accelerate()
     train_step = Trainer.train_step

@@ -5,6 +5,8 @@ that the process allows for matrix products:
 
 1. The backend proposes a few more candidates than asked for. The last bits of its scores depend on the library, so
 2. each candidate is scored again in float64 and rounded to float32, and candidates are ordered by score, then by row.
+   On processors with bfloat16 arithmetic, candidates for the "faiss" backend come from products in bfloat16, a fifth of
+   the time, with more of them to spare; a query that the rounding of its values could touch goes to FAISS.
 3. A query whose last neighbour scores too close to its last candidate, so that a row which was not proposed could tie
    (many duplicates, a collapsed model), is searched again in float64 with this order built into the comparison.
 """
@@ -17,6 +19,10 @@ import torch
 
 # Candidates beyond those asked for: that many rows may tie at the last place before a second search is needed.
 NUM_SPARE_CANDIDATES = 8
+# The same for candidates by products in bfloat16, whose rounding moves scores by about 0.003.
+NUM_SPARE_HALVES = 40
+# Rows of the index and queries whose bfloat16 products are held at a time, and rows of which the best counts first.
+HALF_BLOCK, HALF_QUERIES, HALF_GROUP = 2**17, 256, 32
 # Products that the torch backend and the second search hold at a time: 128 MiB in float64.
 BLOCK_SIZE = 2**24
 
@@ -74,9 +80,14 @@ def exact_search(
 
     scores = np.full((len(queries), k), -np.inf, dtype=np.float32)
     ids = np.full((len(queries), k), -1, dtype=np.int64)
+    waiting = np.arange(len(queries))
+    if backend == "faiss" and _is_quick_in_halves(len(queries), len(index), k):
+        waiting = _search_in_halves(queries, index, own_rows, scores, ids)
     num_candidates = min(k + (exclude is not None) + NUM_SPARE_CANDIDATES, len(index))
-    for start in range(0, len(queries) if num_candidates else 0, chunk_size):
-        chunk = slice(start, start + chunk_size)
+    for start in range(0, len(waiting) if num_candidates else 0, chunk_size):
+        chunk: slice | np.ndarray = slice(start, start + chunk_size)
+        if len(waiting) < len(queries):
+            chunk = waiting[chunk]
         if resident is None:
             proposed_scores, candidates = faiss.knn(queries[chunk], index, num_candidates, faiss.METRIC_INNER_PRODUCT)
         else:
@@ -87,12 +98,85 @@ def exact_search(
         scores[chunk], ids[chunk] = _rank(exact_scores, candidates, own_rows[chunk], k)
         if num_candidates == len(index):
             continue
-        unsure = start + np.flatnonzero(scores[chunk, -1] <= proposed_scores.min(axis=1) + tolerance)
+        unsure = waiting[start : start + chunk_size][scores[chunk, -1] <= proposed_scores.min(axis=1) + tolerance]
         if len(unsure):
             candidates = _search_again(queries[unsure], index, own_rows[unsure], scores[unsure, -1], k, chosen)
             exact_scores = _score(queries[unsure], index, candidates)
             scores[unsure], ids[unsure] = _rank(exact_scores, candidates, own_rows[unsure], k)
     return scores, ids
+
+
+def _is_quick_in_halves(num_queries: int, num_index: int, k: int) -> bool:
+    """Whether the processor multiplies in bfloat16, and there is enough to search."""
+    groups = min(num_index, HALF_BLOCK) // HALF_GROUP
+    return (
+        num_queries >= HALF_QUERIES and groups >= 4 * (k + NUM_SPARE_HALVES) and torch.cpu._is_avx512_bf16_supported()
+    )
+
+
+@torch.inference_mode()
+def _search_in_halves(
+    queries: np.ndarray, index: np.ndarray, own_rows: np.ndarray, scores: np.ndarray, ids: np.ndarray
+) -> np.ndarray:
+    """Fills in `scores` and `ids` where products in bfloat16 can decide who is among the neighbours.
+
+    What is rounded away is known: of a product of q and x no more than |q - q'| |x| + |q'| |x - x'|, by Cauchy and
+    Schwarz, and in the product itself 2^-8 of it. A row that was not proposed cannot score more than the last candidate
+    by more than that.
+
+    Returns:
+        The other queries, ascending.
+    """
+    k = ids.shape[1]
+    rows = torch.from_numpy(index)
+    half = rows.bfloat16()
+    largest = float(rows.norm(dim=1).max())
+    lost = max(float((block - block.bfloat16()).norm(dim=1).max()) for block in rows.split(HALF_BLOCK))
+    decided = np.zeros(len(queries), bool)
+    columns = -(-min(len(index), HALF_BLOCK) // HALF_GROUP) * HALF_GROUP
+    products = torch.empty(HALF_QUERIES, columns, dtype=torch.bfloat16)
+    for start in range(0, len(queries), HALF_QUERIES):
+        chunk = slice(start, start + HALF_QUERIES)
+        exact = torch.from_numpy(queries[chunk])
+        rounded = exact.bfloat16()
+        found = _half_candidates(rounded, half, k + 1 + NUM_SPARE_HALVES, products[: len(exact)])
+        proposed, candidates = (values.numpy() for values in found)
+        exact_scores = _score(queries[chunk], index, candidates)
+        scores[chunk], ids[chunk] = _rank(exact_scores, candidates, own_rows[chunk], k)
+        slack = (exact - rounded).norm(dim=1) * largest + rounded.float().norm(dim=1) * lost
+        last = proposed.min(axis=1)
+        # Below zero the order of the groups is not that of their scores.
+        decided[chunk] = (last > 0) & (scores[chunk, -1] > last * (1 + 2.0**-8) + 1.01 * slack.numpy() + 1e-6)
+    return np.flatnonzero(~decided)
+
+
+def _half_candidates(
+    queries: torch.Tensor, index: torch.Tensor, k: int, products: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The `k` rows with the largest products in bfloat16, if those are above zero, and the products.
+
+    A sort of all products would take longer than the products. So groups of `HALF_GROUP` rows are compared by their
+    best first, as integers, which have the order of positive floats: the best `k` rows lie in the best `k` groups. `products` is
+    memory for those of a block, of shape `(num_queries, num_rows)`, made once.
+    """
+    best, best_ids = torch.empty(len(queries), 0), torch.empty(len(queries), 0, dtype=torch.int64)
+    for start in range(0, len(index), HALF_BLOCK):
+        block = index[start : start + HALF_BLOCK]
+        num_groups = -(-len(block) // HALF_GROUP)
+        of_block = products[:, : num_groups * HALF_GROUP]
+        torch.mm(queries, block.T, out=of_block[:, : len(block)])
+        of_block[:, len(block) :] = 0
+        maxima = of_block.view(torch.int16)
+        while maxima.shape[1] > num_groups:
+            maxima = torch.maximum(*maxima.chunk(2, dim=1))
+        groups = maxima.topk(min(k, num_groups), sorted=False).indices  # (Q, groups) -> (Q, k)
+        columns = (groups[:, :, None] + num_groups * torch.arange(HALF_GROUP)).flatten(1)  # (Q, k) -> (Q, k * group)
+        found, places = of_block.gather(1, columns).float().topk(min(k, columns.shape[1]), sorted=False)
+        best = torch.cat([best, found], dim=1)
+        best_ids = torch.cat([best_ids, start + columns.gather(1, places)], dim=1)
+        best, order = best.topk(min(k, best.shape[1]))
+        best_ids = best_ids.gather(1, order)
+    return best, best_ids.clamp(max=len(index) - 1)
 
 
 def _device(backend: str, device: str | torch.device | None) -> torch.device:

@@ -4,6 +4,11 @@ Both go over the prototypes in chunks of classes: forward, log-sum-exps are summ
 chunk's cosines are computed again. Values and gradients are those of `losses.classification_loss` and
 `losses.logit_distillation_loss` on `losses.cosine_logits`, up to rounding; what a step holds of a class count C falls
 from `(batch_size, C)` to `(batch_size, chunk_size)`.
+
+Where each process has a shard of the classes, it goes over its own with the embeddings of all processes, and sums and
+log-sum-exps are added up over processes. A loss is the mean over the process's own images. Gradients of embeddings are
+of that loss, as of all that processes average; gradients of prototypes, which nobody averages, of the mean of the
+processes' losses.
 """
 
 from collections.abc import Iterator
@@ -12,6 +17,7 @@ from typing import Any
 
 import torch
 
+from modeling_udon.training.class_shards import ClassShard
 from modeling_udon.training.losses import check_margin, cosine_logits, with_margin
 
 
@@ -24,6 +30,7 @@ def chunked_classification_loss(
     kind: str = "normface",
     chunk_size: int = 8192,
     label_smoothing: float = 0.0,
+    shard: ClassShard | None = None,
 ) -> torch.Tensor:
     """Cross entropy of scaled cosines, averaged over the batch; see `losses.classification_loss`.
 
@@ -36,13 +43,14 @@ def chunked_classification_loss(
         kind: `"normface"`, `"cosface"` or `"arcface"`.
         chunk_size: Classes whose cosines are held at a time.
         label_smoothing: Share of the target that goes to all classes equally.
+        shard: Which of the classes the prototypes are; `None` for all. Labels are of all.
 
     Raises:
         ValueError: If `kind` is unknown, or `normface` comes with a margin.
     """
     check_margin(margin, kind)
     hardness = _Hardness(scale, margin, kind, label_smoothing)
-    loss: torch.Tensor = _Classification.apply(embeds, prototypes, labels, hardness, chunk_size)
+    loss: torch.Tensor = _Classification.apply(embeds, prototypes, labels, hardness, chunk_size, shard)
     return loss
 
 
@@ -55,6 +63,7 @@ def chunked_logit_distillation_loss(
     teacher_temperature: float = 0.1,
     chunk_size: int = 8192,
     gates: torch.Tensor | None = None,
+    shard: ClassShard | None = None,
 ) -> torch.Tensor:
     """`KL(softmax(teacher / T_t) || softmax(student / T_s))`, averaged over the batch; the teacher gets no gradient.
 
@@ -67,6 +76,7 @@ def chunked_logit_distillation_loss(
         teacher_temperature: Divisor of the teacher's cosines.
         chunk_size: Classes whose cosines are held at a time.
         gates: Weight of each image in the mean, of shape `(batch_size,)`; `None` gives all the same.
+        shard: Which of the classes both prototypes are; `None` for all.
     """
     temperatures = student_temperature, teacher_temperature
     divergences: torch.Tensor = _LogitDistillation.apply(
@@ -76,6 +86,7 @@ def chunked_logit_distillation_loss(
         teacher_prototypes.detach(),
         temperatures,
         chunk_size,
+        shard,
     )
     return (divergences if gates is None else gates * divergences).mean()
 
@@ -142,20 +153,27 @@ class _Classification(torch.autograd.Function):
         labels: torch.Tensor,
         hardness: _Hardness,
         chunk_size: int,
+        shard: ClassShard | None,
     ) -> torch.Tensor:
+        num_classes = len(prototypes) if shard is None else shard.num_classes
+        if shard is not None:
+            embeds, labels = shard.gather(embeds), shard.gather(labels) - shard.start
         log_sum = embeds.new_full((len(embeds),), -torch.inf)
-        true_logits, sums = torch.empty_like(log_sum), torch.zeros_like(log_sum)
+        true_logits, sums = torch.zeros_like(log_sum), torch.zeros_like(log_sum)
         for chunk in _chunks(len(prototypes), chunk_size):
             own, columns = _own(labels, chunk)
             logits = hardness.scale * _harder_cosines(embeds, prototypes[chunk], own, columns, hardness)
             log_sum = torch.logaddexp(log_sum, logits.logsumexp(1))
             true_logits = torch.where(own, logits.gather(1, columns)[:, 0], true_logits)
             sums += logits.sum(1)
+        if shard is not None:
+            log_sum, true_logits, sums = shard.log_add(log_sum), shard.add(true_logits), shard.add(sums)
         ctx.save_for_backward(embeds, prototypes, labels, log_sum)
-        ctx.hardness, ctx.chunk_size = hardness, chunk_size
+        ctx.hardness, ctx.chunk_size, ctx.shard, ctx.num_classes = hardness, chunk_size, shard, num_classes
         share = hardness.smoothing
-        targets = (1 - share) * true_logits + share / len(prototypes) * sums if share else true_logits
-        return (log_sum - targets).mean()
+        targets = (1 - share) * true_logits + share / num_classes * sums if share else true_logits
+        losses = log_sum - targets
+        return losses.mean() if shard is None else shard.own(losses).mean()
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -171,10 +189,14 @@ class _Classification(torch.autograd.Function):
             of_cosines = (hardness.scale * cosines.detach()).sub_(log_sum[:, None]).exp_()
             share = hardness.smoothing
             of_cosines.scatter_add_(1, columns, (share - 1) * own[:, None].to(of_cosines.dtype))
-            of_cosines -= share / len(prototypes)
+            of_cosines -= share / ctx.num_classes
             of_cosines *= hardness.scale * gradient / len(labels)
             _add_gradients(gradients, chunk, torch.autograd.grad(cosines, leaves, of_cosines))
-        return (*gradients, None, None, None)
+        of_embeds, of_prototypes = gradients
+        if ctx.shard is not None:
+            # Divided by the images of all processes above; a loss is the mean over one's own.
+            of_embeds = ctx.shard.num_processes * ctx.shard.own(ctx.shard.add(of_embeds))
+        return of_embeds, of_prototypes, None, None, None, None
 
 
 class _LogitDistillation(torch.autograd.Function):
@@ -187,7 +209,10 @@ class _LogitDistillation(torch.autograd.Function):
         teacher_prototypes: torch.Tensor,
         temperatures: tuple[float, float],
         chunk_size: int,
+        shard: ClassShard | None,
     ) -> torch.Tensor:
+        if shard is not None:
+            student_embeds, teacher_embeds = shard.gather(student_embeds), shard.gather(teacher_embeds)
         log_sum = student_embeds.new_full((len(student_embeds),), -torch.inf)
         teacher_log_sum, difference = log_sum, torch.zeros_like(log_sum)
         for chunk in _chunks(len(student_prototypes), chunk_size):
@@ -199,16 +224,23 @@ class _LogitDistillation(torch.autograd.Function):
             # The teacher's mean of `targets - logits` over the classes so far, by the classes' probabilities.
             mean = (targets.softmax(1) * (targets - logits)).sum(1)
             difference = difference * (before - teacher_log_sum).exp() + mean * (of_chunk - teacher_log_sum).exp()
+        if shard is not None:
+            of_shard, log_sum, teacher_log_sum = teacher_log_sum, shard.log_add(log_sum), shard.log_add(teacher_log_sum)
+            difference = shard.add(difference * (of_shard - teacher_log_sum).exp())
         ctx.save_for_backward(
             student_embeds, student_prototypes, teacher_embeds, teacher_prototypes, log_sum, teacher_log_sum
         )
-        ctx.temperatures, ctx.chunk_size = temperatures, chunk_size
-        return difference - teacher_log_sum + log_sum
+        ctx.temperatures, ctx.chunk_size, ctx.shard = temperatures, chunk_size, shard
+        divergences = difference - teacher_log_sum + log_sum
+        return divergences if shard is None else shard.own(divergences)
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         embeds, prototypes, teacher_embeds, teacher_prototypes, log_sum, teacher_log_sum = ctx.saved_tensors
         temperature, teacher_temperature = ctx.temperatures
+        shard: ClassShard | None = ctx.shard
+        if shard is not None:
+            gradient = shard.gather(gradient)
         gradients = torch.zeros_like(embeds), torch.empty_like(prototypes)
         for chunk in _chunks(len(prototypes), ctx.chunk_size):
             with torch.enable_grad():
@@ -219,7 +251,10 @@ class _LogitDistillation(torch.autograd.Function):
             of_cosines -= targets.sub_(teacher_log_sum[:, None]).exp_()
             of_cosines *= gradient[:, None] / temperature
             _add_gradients(gradients, chunk, torch.autograd.grad(cosines, leaves, of_cosines))
-        return (*gradients, None, None, None, None)
+        of_embeds, of_prototypes = gradients
+        if shard is not None:
+            of_embeds, of_prototypes = shard.own(shard.add(of_embeds)), of_prototypes / shard.num_processes
+        return of_embeds, of_prototypes, None, None, None, None, None
 
 
 def _chunks(num_classes: int, chunk_size: int) -> Iterator[slice]:

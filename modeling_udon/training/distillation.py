@@ -254,7 +254,7 @@ class UdonForDistillation(nn.Module):
         """The student's cosines with the domain's classes, as distillation trains them."""
         if self._distill_through_backbone or not (self.objective.needs_teachers or embeds.frozen):
             return own
-        return self._terms.cosines(self.udon.student_head(embeds.backbone.detach()), own.prototypes)
+        return self._terms.cosines(self.udon.student_head(embeds.backbone.detach()), own.prototypes, shard=own.shard)
 
     def _teach(
         self,

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from modeling_udon.config import OptimConfig
 from modeling_udon.training.distillation import UdonForDistillation
@@ -92,7 +93,11 @@ def _groups(named: Mapping[str, nn.Parameter], optim: OptimConfig, prefix: str) 
         {"params": parameters, "name": f"{prefix}backbone", "lr": scale * optim.backbone_lr, "scale": scale}
         for scale, parameters in by_scale.items()
     ]
-    return [*groups, {"params": heads, "name": f"{prefix}heads", "lr": optim.lr, "scale": 1.0}]
+    for in_shards in (False, True):
+        # Apart, since one call of the fused optimiser takes whole tensors or shards.
+        own_kind = [parameter for parameter in heads if isinstance(parameter, DTensor) == in_shards]
+        groups.append({"params": own_kind, "name": f"{prefix}heads", "lr": optim.lr, "scale": 1.0})
+    return groups
 
 
 def block_depths(names: Sequence[str]) -> dict[str, int]:

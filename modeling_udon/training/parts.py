@@ -9,6 +9,7 @@ from transformers.utils import ModelOutput
 
 from modeling_udon.config import LossConfig
 from modeling_udon.modeling_udon import init_lecun_normal_
+from modeling_udon.training.class_shards import ClassShard
 
 
 @dataclass
@@ -76,12 +77,19 @@ class Cosines:
         prototypes: Shape `(num_classes, dim)`.
         logits: Their cosines of shape `(batch_size, num_classes)`; `None` where a loss goes over chunks of classes.
         scale: Factor on the cosines, where it is not that of the config.
+        shard: Which of the classes the prototypes are, where each process has some of them; `None` for all.
     """
 
     embeds: torch.Tensor
     prototypes: torch.Tensor
     logits: torch.Tensor | None
     scale: torch.Tensor | None = None
+    shard: ClassShard | None = None
+
+    @property
+    def num_classes(self) -> int:
+        """Classes of all processes."""
+        return len(self.prototypes) if self.shard is None else self.shard.num_classes
 
 
 @dataclass(frozen=True)

@@ -120,11 +120,13 @@ def make_peers(accelerator: Accelerator) -> Peers | None:
 def describe_prototypes(config: TrainConfig, domains: Mapping[str, Domain], accelerator: Accelerator) -> list[str]:
     """Says what the prototypes of a run will take of the memory that is free now."""
     learning = config.loss.needs_teachers and config.teachers is None
+    # A process compares the images of all with its share of the classes.
+    shards = accelerator.num_processes if config.train.shard_prototypes else 1
     estimate = estimate_prototypes(
-        {name: len(domain.classes) for name, domain in domains.items()},
+        {name: -(-len(domain.classes) // shards) for name, domain in domains.items()},
         config.model.embedding_dim,
         config.model.teacher_dim if learning else 0,
-        config.train.batch_size // (accelerator.num_processes * config.train.accumulation_steps),
+        shards * config.train.batch_size // (accelerator.num_processes * config.train.accumulation_steps),
         config.loss,
         config.ablation.idle_heads == "coast",
         config.ablation.distill_through_backbone,

@@ -3,9 +3,11 @@
 import torch
 from accelerate import Accelerator
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from modeling_udon.config import TrainConfig
+from modeling_udon.training.class_shards import shard_prototypes
 from modeling_udon.training.distillation import STEP_STATE, UdonForDistillation
 from modeling_udon.training.sharding import shard_backbone
 
@@ -27,6 +29,10 @@ def share_model(
     ignored = [name for domain in model.num_classes for name in model.domain_parameters(domain)]
     ignored += STEP_STATE
     model.move_frozen(accelerator.device)
+    if config.train.shard_prototypes and accelerator.num_processes > 1:
+        model.to(accelerator.device)
+        for prototypes in (model.student_prototypes, model.teacher_prototypes):
+            shard_prototypes(prototypes, accelerator.device.type, accelerator.num_processes)
     if accelerator.num_processes > 1 and not sharded:
         ignored += _without_gradient(config, model.to(accelerator.device), accelerator)
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, ignored)
@@ -70,7 +76,8 @@ def start_equal(model: UdonForDistillation, shared_heads: tuple[nn.Parameter, ..
     if accelerator.num_processes > 1:
         owned = [parameter for domain in model.num_classes for parameter in model.domain_parameters(domain).values()]
         for parameter in (*shared_heads, *owned):
-            torch.distributed.broadcast(parameter.data, src=0)
+            if not isinstance(parameter, DTensor):  # Those were cut from the first one's.
+                torch.distributed.broadcast(parameter.data, src=0)
 
 
 def share_buffers(backbone: nn.Module, num_processes: int) -> None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from accelerate import Accelerator
+from torch.distributed.tensor import DTensor
 
 from modeling_udon.data.dataset import DomainBatch
 from modeling_udon.training.centring import CentredStep
@@ -159,7 +160,9 @@ def _judge(run: Run, domain: str, losses: torch.Tensor) -> Judgement:
     config, processes = run.config, run.accelerator.num_processes
     faulty = 1 - losses.isfinite().all().float()
     if processes > 1:
-        ours = (*run.shared_heads, *run.model.domain_parameters(domain).values())
+        heads = (*run.shared_heads, *run.model.domain_parameters(domain).values())
+        # Prototypes in shards have their whole gradient already.
+        ours = [parameter for parameter in heads if not isinstance(parameter, DTensor)]
         faulty = average_gradients(ours, processes, faulty)
     norm = None
     if config.optim.max_grad_norm is not None:
@@ -195,7 +198,7 @@ def _relational_banks(
 
 def _clip_gradients(run: Run, max_norm: float) -> torch.Tensor:
     parameters = with_gradients(run.optimizer)
-    if run.shared_heads:
+    if any(isinstance(parameter, DTensor) for parameter in parameters):
         return clip_gradients(parameters, max_norm)
     norm: torch.Tensor = run.accelerator.clip_grad_norm_(parameters, max_norm)
     return norm

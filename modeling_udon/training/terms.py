@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
 from modeling_udon.config import LossConfig
@@ -14,6 +15,7 @@ from modeling_udon.training.chunked import (
     chunked_hardness,
     chunked_logit_distillation_loss,
 )
+from modeling_udon.training.class_shards import ClassShard
 from modeling_udon.training.feature_teachers import FeatureTeacher
 from modeling_udon.training.gates import confidence
 from modeling_udon.training.losses import (
@@ -45,10 +47,25 @@ class Terms:
 
     objective: LossConfig
 
-    def cosines(self, embeds: torch.Tensor, prototypes: torch.Tensor, scale: torch.Tensor | None = None) -> Cosines:
-        """Compares embeddings with prototypes, unless the losses do it chunk by chunk."""
-        whole = self.objective.chunk_size is None
-        return Cosines(embeds, prototypes, cosine_logits(embeds, prototypes) if whole else None, scale)
+    def cosines(
+        self,
+        embeds: torch.Tensor,
+        prototypes: torch.Tensor,
+        scale: torch.Tensor | None = None,
+        shard: ClassShard | None = None,
+    ) -> Cosines:
+        """Compares embeddings with prototypes, unless the losses do it chunk by chunk or over processes.
+
+        Args:
+            embeds: Shape `(batch_size, dim)`, unit norm.
+            prototypes: Shape `(num_classes, dim)`.
+            scale: Factor on the cosines, where it is not that of the config.
+            shard: Which of the classes they are, where they are a process's own; of a `DTensor` it is known.
+        """
+        if isinstance(prototypes, DTensor):
+            shard, prototypes = ClassShard.of(prototypes), prototypes.to_local()
+        whole = self.objective.chunk_size is None and shard is None
+        return Cosines(embeds, prototypes, cosine_logits(embeds, prototypes) if whole else None, scale, shard)
 
     def classification(self, cosines: Cosines, labels: torch.Tensor) -> torch.Tensor:
         """The classification loss, a scalar."""
@@ -56,9 +73,8 @@ class Terms:
         hardness = self.scale(cosines), objective.margin, objective.kind
         if cosines.logits is not None:
             return classification_loss(cosines.logits, labels, *hardness, smoothing)
-        return chunked_classification_loss(
-            cosines.embeds, cosines.prototypes, labels, *hardness, self._chunk_size, smoothing
-        )
+        chunks = self._chunk_size(cosines), smoothing, cosines.shard
+        return chunked_classification_loss(cosines.embeds, cosines.prototypes, labels, *hardness, *chunks)
 
     def nested_classification(self, cosines: Cosines, labels: torch.Tensor, dims: Sequence[int]) -> torch.Tensor:
         """The mean of the classification losses of whole embeddings and of their first dimensions.
@@ -72,8 +88,8 @@ class Terms:
         """
         losses = [self.classification(cosines, labels)]
         for dim in dims:
-            embeds = F.normalize(cosines.embeds[:, :dim], dim=1)
-            first = self.cosines(embeds, cosines.prototypes[..., :dim], cosines.scale)
+            cut = F.normalize(cosines.embeds[:, :dim], dim=1), cosines.prototypes[..., :dim]
+            first = self.cosines(*cut, cosines.scale, cosines.shard)
             losses.append(self.classification(first, labels))
         return torch.stack(losses).mean() if dims else losses[0]
 
@@ -82,7 +98,7 @@ class Terms:
         how = self.scale(cosines), self.objective.gate_by
         if cosines.logits is not None:
             return confidence(cosines.logits, labels, *how)
-        return chunked_confidence(cosines.embeds, cosines.prototypes, labels, *how, self._chunk_size)
+        return chunked_confidence(cosines.embeds, cosines.prototypes, labels, *how, self._chunk_size(cosines))
 
     def hardness(self, *heads: tuple[Cosines | None, torch.Tensor]) -> torch.Tensor:
         """What the next scales of student and teacher, if any, depend on; see `adaptive_scale.hardness`.
@@ -101,7 +117,8 @@ class Terms:
             if cosines.logits is not None:
                 found.append(hardness(cosines.logits, labels, scale))
             else:
-                found.append(chunked_hardness(cosines.embeds, cosines.prototypes, labels, scale, self._chunk_size))
+                chunk_size = self._chunk_size(cosines)
+                found.append(chunked_hardness(cosines.embeds, cosines.prototypes, labels, scale, chunk_size))
         return torch.stack(found, dim=1)
 
     def logit_distillation(self, student: Cosines, teacher: Cosines, gates: torch.Tensor | None) -> torch.Tensor:
@@ -110,7 +127,7 @@ class Terms:
         if student.logits is not None and teacher.logits is not None:
             return logit_distillation_loss(student.logits, teacher.logits, *temperatures, gates)
         both = student.embeds, student.prototypes, teacher.embeds, teacher.prototypes
-        return chunked_logit_distillation_loss(*both, *temperatures, self._chunk_size, gates)
+        return chunked_logit_distillation_loss(*both, *temperatures, self._chunk_size(student), gates, student.shard)
 
     def relational_distillation(
         self,
@@ -162,9 +179,7 @@ class Terms:
         """Factor on the cosines in a classification among these classes."""
         if cosines.scale is not None:
             return cosines.scale
-        return scale_for(len(cosines.prototypes), self.objective.scale, self.objective.scale_by)
+        return scale_for(cosines.num_classes, self.objective.scale, self.objective.scale_by)
 
-    @property
-    def _chunk_size(self) -> int:
-        assert self.objective.chunk_size is not None, "without it, all cosines are there"
-        return self.objective.chunk_size
+    def _chunk_size(self, cosines: Cosines) -> int:
+        return self.objective.chunk_size or max(len(cosines.prototypes), 1)

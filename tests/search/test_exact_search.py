@@ -163,3 +163,42 @@ def test_wrong_input_is_named_in_one_line(options, message):
     with pytest.raises(ValueError, match=message) as error:
         exact_search(**{"queries": VECTORS, "index": VECTORS, "k": 1, **options})
     assert "\n" not in str(error.value)
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Candidates by products in bfloat16, whatever the processor and the sizes, in blocks of 96 rows."""
+    monkeypatch.setattr(index_module, "_is_quick_in_halves", lambda *sizes: True)
+    monkeypatch.setattr(index_module, "HALF_BLOCK", 96)
+    monkeypatch.setattr(index_module, "HALF_GROUP", 4)
+    monkeypatch.setattr(index_module, "HALF_QUERIES", 16)
+    monkeypatch.setattr(index_module, "NUM_SPARE_HALVES", 6)
+
+
+@pytest.mark.parametrize("num_index", [30, 96, 250])
+def test_candidates_in_bfloat16_give_what_a_loop_gives(quick, num_index):
+    queries, index = unit_vectors(0, 25), unit_vectors(1, num_index)
+    assert_same(exact_search(queries, index, 5), search_by_loop(queries, index, 5))
+    own = np.arange(25)
+    assert_same(exact_search(index[:25], index, 5, exclude=own), search_by_loop(index[:25], index, 5, own))
+
+
+@pytest.mark.parametrize("case", ["ties", "collapsed", "negative", "long"])
+def test_what_bfloat16_cannot_decide_is_searched_exactly(quick, case):
+    queries, index = unit_vectors(0, 20), unit_vectors(1, 200)
+    if case == "ties":
+        index = np.repeat(index[:10], 20, axis=0)
+    elif case == "collapsed":
+        index = index[:1] + 1e-4 * index
+    elif case == "negative":
+        index, queries = np.abs(index), -np.abs(queries)
+    else:
+        index = 1000 * index
+    assert_same(exact_search(queries, index, 5), search_by_loop(queries, index, 5))
+
+
+def test_most_queries_are_decided_in_bfloat16(quick):
+    queries, index = unit_vectors(0, 64, 64), unit_vectors(1, 250, 64)
+    scores, ids = np.empty((64, 3), np.float32), np.empty((64, 3), np.int64)
+    left = index_module._search_in_halves(queries, index, np.full(64, -1), scores, ids)
+    assert len(left) < 16
