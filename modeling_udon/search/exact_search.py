@@ -156,8 +156,8 @@ def _half_candidates(
     """The `k` rows with the largest products in bfloat16, if those are above zero, and the products.
 
     A sort of all products would take longer than the products. So groups of `HALF_GROUP` rows are compared by their
-    best first, as integers, which have the order of positive floats: the best `k` rows lie in the best `k` groups. `products` is
-    memory for those of a block, of shape `(num_queries, num_rows)`, made once.
+    best first, as integers, which have the order of positive floats: the best `k` rows lie in the best `k` groups.
+    `products` is memory for those of a block, of shape `(num_queries, num_rows)`, made once.
     """
     best, best_ids = torch.empty(len(queries), 0), torch.empty(len(queries), 0, dtype=torch.int64)
     for start in range(0, len(index), HALF_BLOCK):
