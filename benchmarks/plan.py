@@ -4,7 +4,13 @@ Arithmetic on what is given; nothing is measured here. Given are the sizes of th
 images that a GPU trains on in a second and its shortest step, both as `benchmarks/step.py` gave them for an H100, and
 the bytes that go in and out of it, an assumption. For example:
 `python benchmarks/plan.py --gpus 1 8 64`,
-`python benchmarks/plan.py --gpus 64 --images 100e6 --classes 10e6 --domains 1000 --largest 1e6 --batch-size 8192`.
+`python benchmarks/plan.py --gpus 64 --images 100e6 --classes 10e6 --domains 1000 --largest 1e6 --batch-size 8192`,
+and for prototypes in shards `--gpus 1 8 --classes 10e6 --domains 1 --largest 10e6 --batch-size 1024 --chunk-size 8192
+--shard-prototypes`.
+
+A checkpoint holds training up for the copy to the host alone (`--host-bandwidth`); a thread writes it meanwhile, and
+the next one waits for it. An evaluation embeds queries and index on all GPUs at the rate of a forward pass, three times
+a training step's, and the main process searches exactly (`--search-tflops`, an assumption of float32 products).
 """
 
 import argparse
@@ -27,17 +33,21 @@ def mean_classes(arguments: argparse.Namespace) -> float:
     return float(arguments.classes / arguments.domains)
 
 
-def all_heads(arguments: argparse.Namespace) -> float:
-    """Weights of the heads and prototypes of all domains."""
-    return float(arguments.domains * head_weights(mean_classes(arguments)))
+def all_heads(arguments: argparse.Namespace, gpus: int = 1) -> float:
+    """Weights of the heads and prototypes of all domains that a GPU holds, where each has its share; by default all."""
+    shares = gpus if arguments.shard_prototypes else 1
+    return float(arguments.domains * head_weights(mean_classes(arguments) / shares))
 
 
 def memory(arguments: argparse.Namespace, gpus: int) -> dict[str, str]:
     """What lies on each GPU besides activations, in GB."""
     shared = BACKBONE / (gpus if arguments.shard_backbone else 1) + (HIDDEN + 1) * STUDENT
-    heads = all_heads(arguments)
-    active = head_weights(arguments.largest)
-    logits = arguments.batch_size / gpus * arguments.largest
+    heads = all_heads(arguments, gpus)
+    active = head_weights(arguments.largest / (gpus if arguments.shard_prototypes else 1))
+    # With shards a GPU compares the images of all with its share of the classes: as many cosines.
+    share = (gpus if arguments.shard_prototypes else 1) / gpus
+    classes = arguments.largest / (gpus if arguments.shard_prototypes else 1)
+    logits = arguments.batch_size * share * min(classes, arguments.chunk_size or classes)
     parts = {
         "weights": FLOAT * (shared + heads),
         "moments of AdamW": 2 * FLOAT * (shared + heads),
@@ -57,8 +67,11 @@ def traffic(arguments: argparse.Namespace, gpus: int) -> dict[str, float]:
     backbone = BACKBONE * ring * (1.5 if arguments.shard_backbone else 1)
     return {
         "backbone and student head": FLOAT * (backbone + ring * (HIDDEN + 1) * STUDENT),
-        "heads of the step's domain, on average": FLOAT * ring * head_weights(mean_classes(arguments)),
-        "embeddings": FLOAT * gathers,
+        "heads of the step's domain, on average": FLOAT
+        * ring
+        * head_weights(0 if arguments.shard_prototypes else mean_classes(arguments)),
+        # With shards, embeddings are gathered for the losses too, and their gradients are reduced.
+        "embeddings": FLOAT * gathers * (1 + 2 * 3 * arguments.shard_prototypes),
         "heads of all domains, were they reduced": FLOAT
         * ring
         * arguments.domains
@@ -82,8 +95,27 @@ def plan(arguments: argparse.Namespace, gpus: int) -> dict[str, str]:
         "ms per step, sending": f"{waiting * 1000:.1f}",
         "hours, sending hidden": f"{steps * max(compute, waiting) / 3600:.1f}",
         "hours, sending not hidden": f"{steps * (compute + waiting) / 3600:.1f}",
-        "checkpoint, GB": f"{3 * FLOAT * (BACKBONE + all_heads(arguments)) / 1e9:.2f}",
+        **checkpoints(arguments, gpus),
+        **evaluation(arguments, gpus),
     }
+
+
+def checkpoints(arguments: argparse.Namespace, gpus: int) -> dict[str, str]:
+    """What a checkpoint holds, how long it holds training up, and how long its thread writes."""
+    size = 3 * FLOAT * (BACKBONE + all_heads(arguments))
+    copying, writing = (size / (rate * 1e9) for rate in (arguments.host_bandwidth, arguments.disk_bandwidth))
+    return {
+        "checkpoint, GB": f"{size / 1e9:.2f}",
+        "s that a checkpoint holds training up": f"{copying:.1f}",
+        "s that its thread writes": f"{writing:.1f}",
+    }
+
+
+def evaluation(arguments: argparse.Namespace, gpus: int) -> dict[str, str]:
+    """Seconds of one test: embedding on all GPUs, exact search on one."""
+    embedding = (arguments.queries + arguments.indexed) / (3 * arguments.images_per_second * gpus)
+    searching = 2 * STUDENT * arguments.queries * arguments.indexed / (arguments.search_tflops * 1e12)
+    return {"s of a test, embedding": f"{embedding:.1f}", "s of a test, searching": f"{searching:.1f}"}
 
 
 def main() -> None:
@@ -103,6 +135,13 @@ def main() -> None:
     parser.add_argument("--shortest-step", type=float, default=26, help="ms that twelve layers take at any batch")
     parser.add_argument("--bandwidth", type=float, default=50, help="assumed GB/s out of one GPU")
     parser.add_argument("--shard-backbone", action="store_true", help="as train.shard_backbone")
+    parser.add_argument("--shard-prototypes", action="store_true", help="as train.shard_prototypes")
+    parser.add_argument("--chunk-size", type=float, help="as loss.chunk_size")
+    parser.add_argument("--host-bandwidth", type=float, default=10, help="assumed GB/s from a GPU to its host")
+    parser.add_argument("--disk-bandwidth", type=float, default=1, help="assumed GB/s to the disk")
+    parser.add_argument("--queries", type=float, default=241_000, help="queries of a test; UnED's by default")
+    parser.add_argument("--indexed", type=float, default=1_400_000, help="images of its index; UnED's by default")
+    parser.add_argument("--search-tflops", type=float, default=20, help="assumed, of exact search on one GPU")
     arguments = parser.parse_args()
     columns = [plan(arguments, gpus) for gpus in arguments.gpus]
     print("| GPUs | " + " | ".join(map(str, arguments.gpus)) + " |")
