@@ -118,20 +118,10 @@ def embed(
             or is being written to, or with `strict` an image was skipped.
     """
     spec = source if isinstance(source, SourceSpec) else SourceSpec(str(source))
-<<<<<<< HEAD
     check_launcher(mixed_precision)
     accelerator = start_accelerator(
         mixed_precision=mixed_precision, kwargs_handlers=[InitProcessGroupKwargs(timeout=_PATIENCE)]
     )
-||||||| parent of 13c721e (benchmarks/peers.py beside what users would run instead; gpu_peers.py for a lent GPU; plan.py knows shards, asynchronous checkpoints and evaluation)
-    asked = asked_for(backend, mixed_precision)
-    check_launcher(mixed_precision)
-    accelerator = start_accelerator(mixed_precision="no", kwargs_handlers=[InitProcessGroupKwargs(timeout=_PATIENCE)])
-=======
-    asked = asked_for(backend, mixed_precision)
-    check_launcher(asked.get("mixed_precision", "no"))
-    accelerator = start_accelerator(mixed_precision="no", kwargs_handlers=[InitProcessGroupKwargs(timeout=_PATIENCE)])
->>>>>>> 13c721e (benchmarks/peers.py beside what users would run instead; gpu_peers.py for a lent GPU; plan.py knows shards, asynchronous checkpoints and evaluation)
     is_main = accelerator.is_main_process
     say = say if is_main else lambda text: None
     opened = open_source(spec)
