@@ -16,7 +16,8 @@ from modeling_udon.encoder import Encoder
 from modeling_udon.search.catalogue import Catalogue, Changed
 from modeling_udon.search.found import FoundImage, QueryResult
 from modeling_udon.search.image_index import OWN_COLUMNS, ImageIndex
-from modeling_udon.search.query import check_model, neighbours_of
+from modeling_udon.search.letterbox import is_letterboxed
+from modeling_udon.search.query import check_model, fitted_model, neighbours_of
 from modeling_udon.search.thumbnails import find_thumbnail
 from modeling_udon.serving.images import ReadImage
 from modeling_udon.serving.limits import Limits, ServiceError, refusal
@@ -53,8 +54,7 @@ class IndexService:
 
     def __init__(self, folder: str | os.PathLike[str], encoder: Encoder, limits: Limits, metrics: Metrics) -> None:
         self._catalogue = Catalogue(folder, wait=_WAIT_FOR_WRITERS)
-        dim = self._catalogue.index.about.dim
-        self._encoder = encoder.cut(dim) if dim in encoder.nested_dims else encoder
+        self._encoder = fitted_model(self._catalogue.index, encoder)
         self.name = Path(folder).resolve().name
         self._limits = limits
         self._metrics = metrics
@@ -63,6 +63,11 @@ class IndexService:
         self._searchers = ThreadPoolExecutor(_NUM_SEARCHERS, "searcher")
         # One, since a commit locks the index.
         self._writer = ThreadPoolExecutor(1, "writer")
+
+    @property
+    def is_letterboxed(self) -> bool:
+        """Whether the images of the index were padded to squares."""
+        return is_letterboxed(self._encoder)
 
     def describe(self) -> dict[str, Any]:
         """What the index is."""

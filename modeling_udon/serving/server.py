@@ -9,6 +9,7 @@ from pathlib import Path
 import uvicorn
 
 from modeling_udon.encoder import Encoder, fastest_device
+from modeling_udon.search.letterbox import letterboxed
 from modeling_udon.serving.app import Service, make_app
 from modeling_udon.serving.fetching import Fetcher
 from modeling_udon.serving.gate import Access
@@ -32,7 +33,7 @@ def make_service(
 
     Args:
         encoder: The model.
-        index: Folder that `udon index` wrote with it.
+        index: Folder that `udon index` wrote with it. Where its images were padded to squares, so is every image.
         name: What clients call the model; by default its Hub id, or the last name of its folder.
         limits: What requests may ask for.
         allow_hosts: Hosts that images are fetched from by address.
@@ -46,6 +47,8 @@ def make_service(
     hosts = frozenset(host.lower().rstrip(".") for host in allow_hosts)
     fetcher = Fetcher(hosts, limits.max_image_bytes, limits.decode_seconds)
     opened = None if index is None else IndexService(index, encoder, limits, metrics)
+    if opened is not None and opened.is_letterboxed:
+        encoder = letterboxed(encoder)
     return Service(name, ImageService(encoder.to(fastest_device()), limits, fetcher, metrics), opened, limits, metrics)
 
 

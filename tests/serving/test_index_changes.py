@@ -6,9 +6,12 @@ import threading
 
 import numpy as np
 import pytest
+from PIL import Image
 
-from modeling_udon import Encoder
+from modeling_udon import Encoder, build_index, embed
 from modeling_udon.search.catalogue import Catalogue
+from modeling_udon.search.letterbox import letterboxed
+from modeling_udon.search.source_spec import SourceSpec
 from modeling_udon.serving.gate import Access
 from modeling_udon.storage import locked
 
@@ -148,3 +151,19 @@ def test_searches_while_the_index_changes_see_one_commit_or_the_next(shop, png):
     for thread in threads:
         thread.join()
     assert wrong == []
+
+
+def test_a_service_pads_images_as_those_of_its_index_were(serving, searchable, tmp_path):
+    generator = np.random.default_rng(0)
+    (tmp_path / "wide").mkdir()
+    for number in range(4):
+        pixels = generator.integers(0, 255, (12, 30, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "wide" / f"{number}.png")
+    embed(
+        SourceSpec(str(tmp_path / "wide")), letterboxed(Encoder.open(searchable.model)), tmp_path / "e", num_workers=0
+    )
+    build_index([tmp_path / "e"], tmp_path / "index")
+    with serving(searchable.model, tmp_path / "index") as running:
+        query = base64.b64encode((tmp_path / "wide" / "2.png").read_bytes()).decode()
+        first = ask(running, "/search", {"image": query, "k": 1})["neighbours"][0]
+    assert first["path"] == "2.png" and first["score"] == pytest.approx(1, abs=1e-5)
