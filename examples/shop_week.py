@@ -2,20 +2,31 @@
 
 Pictures are drawn, embedded, indexed and searched; then 200 come, 100 go, 50 move and 20 change, and the catalogue
 follows without embedding the others again. After each day every answer is compared with an exact search from nothing.
+On Sunday the catalogue moves to LanceDB, and is served and asked over HTTP: the same answers again. Needs the extras
+`filters`, `lancedb` and `serve`.
 """
 
 import argparse
+import base64
+import json
 import os
 import shutil
+import socket
+import subprocess
+import sys
 import tempfile
 import time
+import urllib.request
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from modeling_udon import Encoder, build_index, embed
+from modeling_udon.engines.export import export_index
+from modeling_udon.engines.lance_index import LanceIndex
 from modeling_udon.search.catalogue import Catalogue
 from modeling_udon.search.source_spec import SourceSpec
 
@@ -69,6 +80,43 @@ def check(catalogue: Catalogue, pictures: Path, encoder: Encoder, folder: Path) 
         for query, line in zip(queries, found, strict=True):
             assert [row for row in line if row >= 0] == exact(vectors, rows, query, keep, groups)
     return len(asked) * NUM_QUERIES
+
+
+def check_lance(catalogue: Catalogue, table: Path) -> int:
+    """Moves the catalogue to LanceDB and compares its answers; returns how many were compared."""
+    export_index(catalogue.folder, "lancedb", out=str(table))
+    lance, rows = LanceIndex(f"lancedb://{table}"), catalogue.index.select()
+    queries = catalogue.index.vectors(rows[:: max(len(rows) // NUM_QUERIES, 1)][:NUM_QUERIES])
+    asked: list[dict[str, Any]] = [{}, {"domain": BRANDS[1]}, {"where": f"domain <> '{BRANDS[0]}'"}]
+    for filters in asked:
+        np.testing.assert_allclose(
+            lance.search(queries, K, **filters)[0], catalogue.index.search(queries, K, **filters)[0], atol=1e-6
+        )
+    return len(asked) * len(queries)
+
+
+def check_service(catalogue: Catalogue, model: str, pictures: Path) -> int:
+    """Serves the catalogue in a process of its own and asks over HTTP; returns how many answers were compared."""
+    command = [sys.executable, "-m", "modeling_udon.cli", "serve", "--model", model, "--index", str(catalogue.folder)]
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    with subprocess.Popen([*command, "--port", str(port)], stdout=subprocess.PIPE, text=True) as service:
+        try:
+            assert service.stdout is not None
+            service.stdout.readline()  # it says where it serves once it does
+            files = sorted(pictures.rglob("*.jpg"))[:NUM_QUERIES]
+            for file in files:
+                image = base64.b64encode(file.read_bytes()).decode()
+                body = json.dumps({"image": image, "k": K, "where": "num_bytes > 0"}).encode()
+                request = urllib.request.Request(
+                    f"http://127.0.0.1:{port}/search", body, {"content-type": "application/json"}
+                )
+                with urllib.request.urlopen(request) as answer:
+                    first = json.load(answer)["neighbours"][0]
+                assert first["path"] == file.relative_to(pictures).as_posix() and first["score"] > 1 - 1e-4
+        finally:
+            service.terminate()
+    return len(files)
 
 
 def main() -> None:
@@ -137,6 +185,8 @@ def main() -> None:
         day(f"Thursday {moved} move", move)
         day(f"Friday {changed} change", change)
         day("Saturday compacted", lambda: catalogue.compact())
+        print(f"Sunday in LanceDB: {check_lance(catalogue, folder / 'lance')} answers as from the index")
+        print(f"Sunday over HTTP: {check_service(catalogue, arguments.model, pictures)} answers as from the index")
     print(f"the week took {time.perf_counter() - began:.0f} s")
 
 

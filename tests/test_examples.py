@@ -41,10 +41,16 @@ def test_the_nearest_photo_is_the_query_itself(monkeypatch, capsys, searchable) 
 
 
 def test_each_day_of_a_shops_week_is_answered_as_from_nothing(monkeypatch, capsys, searchable) -> None:
-    pytest.importorskip("duckdb")
+    for library in ("duckdb", "lancedb", "uvicorn", "prometheus_client"):
+        pytest.importorskip(library)
+    monkeypatch.setenv("PYTHONPATH", str(EXAMPLES.parent))
     run(monkeypatch, "shop_week.py", "--model", searchable.model, "--pictures", 100)
     days = capsys.readouterr().out.splitlines()
-    assert len(days) == 7 and all("answers as from nothing" in day for day in days[:6])
+    assert len(days) == 9 and all("answers as from nothing" in day for day in days[:6])
+    assert days[6:8] == [
+        "Sunday in LanceDB: 60 answers as from the index",
+        "Sunday over HTTP: 20 answers as from the index",
+    ]
 
 
 def test_the_cells_of_the_notebook_run_in_order(monkeypatch, tiny_config: Callable[..., Path]) -> None:
