@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from accelerate.state import AcceleratorState
 from huggingface_hub import ModelCard
 from peer_runs import Row, Sizes, Skipped, needs, take_turns, write_photographs
 from PIL import Image
@@ -62,6 +63,8 @@ def _measure_one(place: Path, backbone: str, num: int, rounds: int) -> tuple[lis
 
     def ours(precision: str) -> Callable[[], None]:
         def run() -> None:
+            # Accelerate keeps one precision for a process.
+            AcceleratorState._reset_state()
             done = embed(place / "photographs", encoder, batch_size=BATCH_SIZE, mixed_precision=precision)
             answers[precision] = done.embeddings
 

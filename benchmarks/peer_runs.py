@@ -124,7 +124,9 @@ def table(rows: list[Row], skipped: list[Skipped]) -> list[str]:
         ours = first.setdefault(row.work, row)
         spread = f"{statistics.median(row.seconds):.2f} ({min(row.seconds):.2f} to {max(row.seconds):.2f})"
         ratios = [
-            "" if row is ours else f"{statistics.median(t / o for t, o in zip(theirs, own, strict=False)):.2f}"
+            ""
+            if row is ours
+            else f"{statistics.median(t / max(o, 1e-3) for t, o in zip(theirs, own, strict=False)):.2f}"
             for theirs, own in ((row.seconds, ours.seconds), (row.processor, ours.processor))
         ]
         lines.append(f"| {row.work} | {row.way} | {spread} | {ratios[0]} | {ratios[1]} | {row.beside} |")
