@@ -23,12 +23,15 @@ class Change:
 
     def points(self, metric: str) -> str:
         """The difference in percentage points, with its sign."""
-        return f"{100 * (self.after[metric] - self.before[metric]):+.1f}"
+        return f"{self._points(metric):+.1f}"
 
     @property
     def worse(self) -> tuple[str, ...]:
-        """Metrics that have fallen."""
-        return tuple(metric for metric in METRICS if self.after[metric] < self.before[metric])
+        """Metrics that have fallen, by a tenth of a point at least."""
+        return tuple(metric for metric in METRICS if self._points(metric) < 0)
+
+    def _points(self, metric: str) -> float:
+        return round(100 * (self.after[metric] - self.before[metric]), 1)
 
 
 def compare_with_start(results: Mapping[str, Any], split: str = "test") -> list[Change]:

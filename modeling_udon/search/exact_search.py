@@ -128,16 +128,20 @@ def _search_in_halves(
         The other queries, ascending.
     """
     k = ids.shape[1]
-    rows = torch.from_numpy(index)
-    half = rows.bfloat16()
-    largest = float(rows.norm(dim=1).max())
-    lost = max(float((block - block.bfloat16()).norm(dim=1).max()) for block in rows.split(HALF_BLOCK))
+    half = torch.empty(index.shape, dtype=torch.bfloat16)
+    largest = lost = 0.0
+    for begin in range(0, len(index), HALF_BLOCK):
+        # Copied, since an index that lies on the disk may be read alone, of which PyTorch warns.
+        block, place = torch.from_numpy(np.array(index[begin : begin + HALF_BLOCK])), half[begin : begin + HALF_BLOCK]
+        place.copy_(block)
+        largest = max(largest, float(block.norm(dim=1).max()))
+        lost = max(lost, float((block - place).norm(dim=1).max()))
     decided = np.zeros(len(queries), bool)
     columns = -(-min(len(index), HALF_BLOCK) // HALF_GROUP) * HALF_GROUP
     products = torch.empty(HALF_QUERIES, columns, dtype=torch.bfloat16)
     for start in range(0, len(queries), HALF_QUERIES):
         chunk = slice(start, start + HALF_QUERIES)
-        exact = torch.from_numpy(queries[chunk])
+        exact = torch.from_numpy(np.array(queries[chunk]))
         rounded = exact.bfloat16()
         found = _half_candidates(rounded, half, k + 1 + NUM_SPARE_HALVES, products[: len(exact)])
         proposed, candidates = (values.numpy() for values in found)

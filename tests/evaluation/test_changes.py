@@ -38,6 +38,11 @@ def test_a_run_that_made_nothing_worse_says_so() -> None:
     assert name_worse(compare_with_start(better)) == "Training has made none of the 1 domains worse."
 
 
+def test_what_rounds_to_nothing_has_not_fallen() -> None:
+    same = make_results({"a": (0.2, 0.1)}, {"a": (0.2, 0.0999999)})
+    assert name_worse(compare_with_start(same)) == "Training has made none of the 1 domains worse."
+
+
 def test_another_split_and_a_start_that_was_not_measured_are_compared_with_nothing() -> None:
     assert compare_with_start(RESULTS, "validation") == []
     assert compare_with_start({**RESULTS, "baseline": {}}) == []

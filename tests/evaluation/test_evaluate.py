@@ -292,7 +292,7 @@ def test_report_writes_the_page_of_a_run(udon, own_run):
     code, out, _ = udon("report", own_run, "--num-workers", 0)
     assert code == 0 and f"wrote {own_run / 'report.html'}" in out
     page = (own_run / "report.html").read_text()
-    assert page.count("<svg") == 4 and page.count("<details") == 4 and "data:image/jpeg" in page
+    assert page.count("<svg") == 5 and page.count("<details") == 5 and "data:image/jpeg" in page
     assert sorted(path.name for path in (own_run / "gallery").glob("*.jpg")) == [
         "blobs.jpg",
         "noise.jpg",

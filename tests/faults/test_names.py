@@ -216,6 +216,8 @@ COMMANDS = {
     ("index",): (["{embedded}"], "{index}"),
     ("push-space",): (["--repo", "me/x", "--model", "{model}", "--index", "{index}", "--dry-run"], "{space}"),
     ("export",): (["{model}", "--format", "onnx"], "{model}"),
+    ("export-page",): (["--model", "{model}", "--index", "{index}"], "{page}"),
+    ("export-index",): (["--index", "{index}", "--to", "parquet"], "{exported}"),
 }
 
 
@@ -245,7 +247,10 @@ def places(searchable, tiny_domains: Path, tmp_path_factory) -> dict[str, Path]:
     (folder / "space").mkdir()
     for name in ("app.py", "README.md", "requirements.txt"):
         (folder / "space" / name).write_text("kept")
-    names = {name: folder / name for name in ("inside", "info", "prepared", "space")}
+    for name, file in (("page", "page.json"), ("exported", "part-00000.parquet")):
+        (folder / name).mkdir()
+        (folder / name / file).write_text("kept")
+    names = {name: folder / name for name in ("inside", "info", "prepared", "space", "page", "exported")}
     own = {"model": searchable.model, "embedded": searchable.embedded, "index": searchable.index}
     return names | own | {"table": folder / "inside" / "table.csv", "blobs": tiny_domains / "blobs"}
 

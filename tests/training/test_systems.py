@@ -250,6 +250,8 @@ def test_the_resolved_config_of_every_system_reads_back(tiny_config: Callable[..
 
     for system in SYSTEMS:
         teachers = {"teachers": "runs/x"} if system == "separate_teachers" else {}
+        if "adaptation" in SYSTEMS[system]:
+            continue  # in test_adaptation.py, which has domains without labels
         config = load_config(tiny_config(system=system, **teachers))
         path = tmp_path / "again.yaml"
         path.write_text(yaml.safe_dump(dump_config(config)))
