@@ -1,5 +1,6 @@
 """Vision encoders other than UDON's own: opened from transformers or timm, pooled to one feature per image."""
 
+import copy
 import importlib
 import json
 import re
@@ -47,7 +48,8 @@ class ImageFeatures(nn.Module):
 
     def __init__(self, backbone: PreTrainedModel, pooling: Pooling | None, image_size: int | None = None) -> None:
         super().__init__()
-        config = UdonConfig(backbone_config=backbone.config, pooling=pooling)
+        # A copy, since transformers 4 hands a config's choice of attention, here none, down to the configs inside it.
+        config = UdonConfig(backbone_config=copy.deepcopy(backbone.config), pooling=pooling)
         self.backbone = backbone
         self.pooling = config.pooling
         self._config = config
