@@ -297,6 +297,8 @@ def embedding_table(table: pa.Table, embeds: np.ndarray, about: Mapping[str, Any
 def _check_identity(
     folder: Path, saved: Mapping[str, Any], wanted: Mapping[str, Any], passed_over: Sequence[str]
 ) -> None:
+    unsaid = {"dtype": "float32"}
+    saved, wanted = unsaid | dict(saved), unsaid | dict(wanted)
     for key in [*wanted, *(key for key in saved if key not in wanted)]:
         if saved.get(key) != wanted.get(key) and key not in passed_over:
             raise ValueError(

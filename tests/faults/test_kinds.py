@@ -11,11 +11,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from accelerate.state import AcceleratorState
+from packaging.version import Version
 from PIL import Image
 
 from modeling_udon.data.domains import Domain, open_domain
@@ -101,7 +103,12 @@ def test_blanks_around_a_class_make_no_other_class(tmp_path: Path) -> None:
 def test_labels_of_text_that_arrow_stores_in_other_ways_are_text(tmp_path: Path) -> None:
     text = pa.array(["b", "a", "b"])
     for kind, column in {"views": text.cast(pa.string_view()), "large": text.cast(pa.large_string())}.items():
-        assert classes_of(opened(parquet(tmp_path / kind, image=images(3), label=column))) == ["b", "a", "b"]
+        try:
+            path = parquet(tmp_path / kind, image=images(3), label=column)
+        except pa.ArrowNotImplementedError:  # the oldest PyArrow writes no views
+            assert kind == "views" and Version(pa.__version__) < Version("26")
+            continue
+        assert classes_of(opened(path)) == ["b", "a", "b"]
 
 
 @pytest.mark.parametrize("kind", [pa.bool_(), pa.float64(), pa.decimal128(38, 1), pa.binary()])
@@ -315,7 +322,10 @@ def test_archives_are_told_to_be_unpacked(udon: Udon, student: Path, tmp_path: P
     with zipfile.ZipFile(tmp_path / "p" / "photos.zip", "w") as archive:
         for name in ("a/0.png", "b/0.png", "__MACOSX/a/._0.png"):
             archive.writestr(name, draw(0))
-    for path in (tmp_path / "p", tmp_path / "p" / "photos.zip"):
+    refused = [tmp_path / "p", tmp_path / "p" / "photos.zip"]
+    if Version(datasets.__version__).major < 5:  # it reads the classes of a folder's archives
+        assert opened(refused.pop(0)).classes == ("a", "b")
+    for path in refused:
         with pytest.raises(ValueError, match="unpack") as caught:
             opened(path)
         assert "\n" not in str(caught.value)

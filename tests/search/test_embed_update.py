@@ -184,7 +184,7 @@ def test_half_precision_halves_the_vectors_on_disk_and_rounds_them(folder, encod
     assert pq.read_schema(tmp_path / "b" / "part-00000.parquet").field("embedding").type.value_type == pa.float16()
     assert half.embeddings.dtype == np.float32
     np.testing.assert_allclose(half.embeddings, whole, atol=1e-3)
-    with pytest.raises(ValueError, match="of the same dtype"):
+    with pytest.raises(ValueError, match="of the same dtype, .float16.. Got .float32."):
         embed(folder, encoder, tmp_path / "b", num_workers=0)
     build_index([tmp_path / "b"], tmp_path / "i")
     np.testing.assert_array_equal(ImageIndex(tmp_path / "i").vectors(np.arange(12)), half.embeddings)
