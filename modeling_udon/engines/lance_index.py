@@ -1,7 +1,6 @@
 """Index in a Lance table, searched where it lies: in a folder, on object storage, on the Hub."""
 
 import json
-import os
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Collection, Iterable, Sequence
@@ -24,7 +23,7 @@ from modeling_udon.engines.lance_address import (
 from modeling_udon.engines.lance_store import EFFORT_KEY, METADATA_KEY
 from modeling_udon.faults import first_line
 from modeling_udon.search.any_index import check_dimension
-from modeling_udon.search.image_index import OWN_COLUMNS
+from modeling_udon.search.image_index import OWN_COLUMNS, located
 from modeling_udon.search.index_folder import IndexAbout
 from modeling_udon.search.ranking import rescored
 
@@ -142,11 +141,7 @@ class LanceIndex:
         if thumbnail and THUMBNAIL in self._table.schema.names:
             values[THUMBNAIL] = self._read([THUMBNAIL], _in(ROW, [row]))[THUMBNAIL].to_pylist()[0]
         root = self._roots[bisect_right(self._roots, row, key=lambda start: start[0]) - 1][1] if self._roots else ""
-        path = values.get("path") or ""
-        is_file = values.get("mtime") is not None and (root or os.path.isabs(path))
-        own = {name: value for name, value in values.items() if name in OWN_COLUMNS}
-        others = {name: value for name, value in values.items() if name not in OWN_COLUMNS and value is not None}
-        return {"path": path, **own, "file": os.path.join(root, path) if is_file else None, "columns": others}
+        return located(values, root)
 
     def domains(self) -> list[str]:
         """The domains of its images."""

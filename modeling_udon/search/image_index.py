@@ -2,7 +2,7 @@
 
 import os
 import threading
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -170,11 +170,7 @@ class ImageIndex:
         }
         part = line[PART][0].as_py()
         root = "" if part < 0 else self.about.sources[self.manifest.parts[part]["source"]]["root"]
-        # Bytes in a data set have no time of change, and their path names no file, whatever may lie there.
-        is_file = values.get("mtime", 0) is not None and (root or os.path.isabs(values["path"]))
-        own = {name: value for name, value in values.items() if name in OWN_COLUMNS}
-        others = {name: value for name, value in values.items() if name not in OWN_COLUMNS and value is not None}
-        return own | {"file": os.path.join(root, values["path"]) if is_file else None, "columns": others}
+        return located(values, root)
 
     def rows_of(self, ids: Sequence[str]) -> np.ndarray:
         """The numbers of all rows with one of some ids, int64, ascending."""
@@ -326,3 +322,13 @@ class ImageIndex:
             mine = owners == number
             found[mine] = self.segments[number].vectors(places[mine] - self._starts[number])
         return found
+
+
+def located(values: Mapping[str, Any], root: str) -> dict[str, Any]:
+    """What is known of an image, as `describe` gives it, from the columns of its row and the folder of its source."""
+    path = values.get("path") or ""
+    # Bytes in a data set have no time of change, and their path names no file, whatever may lie there.
+    is_file = path and values.get("mtime", 0) is not None and (root or os.path.isabs(path))
+    own = {name: value for name, value in values.items() if name in OWN_COLUMNS}
+    others = {name: value for name, value in values.items() if name not in OWN_COLUMNS and value is not None}
+    return {"path": path, **own, "file": os.path.join(root, path) if is_file else None, "columns": others}
