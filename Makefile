@@ -94,7 +94,7 @@ $(VENV)/.demo-installed: pyproject.toml constraints.txt | $(VENV)/.created
 
 $(VENV)/.dev-installed: pyproject.toml constraints.txt | $(VENV)/.created
 	@echo "Installing the tested versions and the developer's tools into $(VENV), which takes some minutes the first time"
-	@$(VENV)/bin/python $(PIP_INSTALL) -c constraints.txt -e ".[dev,docs,demo,demo-data,export,engines,postgres,serve]"
+	@$(VENV)/bin/python $(PIP_INSTALL) -c constraints.txt -e ".[dev,docs,demo,demo-data,export,engines,openvino,postgres,serve]"
 	@touch $@ $(VENV)/.demo-installed
 
 $(VENV_OLDEST)/.dev-installed: pyproject.toml constraints-oldest.txt | $(VENV_OLDEST)/.created

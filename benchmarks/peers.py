@@ -2,7 +2,7 @@
 
 `python benchmarks/peers.py --quick` takes about ten minutes on two cores, `--only NAME` one part; without `--quick` it
 is an hour or more. Libraries that are not installed are skipped and named
-(`pip install "modeling-udon[peers,engines,export]"`). OML needs torchvision and another OpenCV than ours, so
+(`pip install "modeling-udon[peers,openvino,engines,export]"`). OML needs torchvision and another OpenCV than ours, so
 it has a folder of its own: `pip install --no-deps --target FOLDER open-metric-learning validators omegaconf
 antlr4-python3-runtime==4.9.3 gdown`, and UDON_PEERS_SITE=FOLDER.
 """

@@ -58,7 +58,8 @@ def embed(
     dtype: Literal["float32", "float16"] = "float32",
     batch_size: Positive = 64,
     num_workers: Natural | None = None,
-    mixed_precision: Literal["no", "fp16", "bf16"] = "no",
+    backend: Literal["auto", "torch", "openvino", "onnx"] = "auto",
+    mixed_precision: Literal["auto", "no", "fp16", "bf16"] = "auto",
     shard_size: Positive = 10_000,
     strict: bool = False,
     update: bool = False,
@@ -80,7 +81,8 @@ def embed(
         dtype: Number format of the embeddings on disk.
         batch_size: Images of one forward pass.
         num_workers: Processes that decode; by default one per core but one.
-        mixed_precision: Number format of the forward pass.
+        backend: What the network runs on; auto takes OpenVINO, if installed, for 2,000 images or more on a CPU.
+        mixed_precision: Number format of the forward pass; auto takes bf16 on a GPU, and in OpenVINO if the CPU has it.
         shard_size: Images per file.
         strict: End with an error if an image cannot be read.
         update: Where SOURCE has changed, embed what is new or changed, and remove what has gone.
@@ -102,6 +104,7 @@ def embed(
         thumbnails=True if thumbnails else False if no_thumbnails else None,
         batch_size=batch_size,
         num_workers=num_workers,
+        backend=backend,
         mixed_precision=mixed_precision,
         shard_size=shard_size,
         dtype=dtype,

@@ -1,10 +1,8 @@
 """The student as ONNX graphs in the layout of transformers.js: float32, float16, int8, for batches of any size."""
 
 import json
-import logging
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +13,13 @@ from transformers.image_processing_utils import BaseImageProcessor
 
 from modeling_udon.faults import require
 from modeling_udon.modeling_udon import UdonModel
+from modeling_udon.search.graphs import export_onnx
 
 ONNX_FOLDER = "onnx"
 # Where transformers.js looks for them, by the `dtype` it is asked for: fp32, fp16, q8.
 FLOAT_FILE, HALF_FILE, INT8_FILE = (f"{ONNX_FOLDER}/model{kind}.onnx" for kind in ("", "_fp16", "_quantized"))
 # `pooler_output` is the same once more, under the name that its pipeline asks for with `pool: true`.
 INPUT, OUTPUT, POOLED = "pixel_values", "image_embeds", "pooler_output"
-
-_OPSET = 18
-# A protobuf file holds at most 2 GiB; what is more goes into a file of its own beside it.
-_MOST_BYTES = 2**31 - 2**24
 
 OnnxModel = Callable[[np.ndarray], np.ndarray]
 
@@ -54,23 +49,9 @@ def write_onnx(model: UdonModel, image_size: int, folder: Path) -> None:
     require("onnxscript", "export")
     # Those of timm do not say it.
     channels = getattr(model.config.backbone_config, "num_channels", 3)
-    num_bytes = sum(value.nbytes for value in model.state_dict().values())
     path = folder / FLOAT_FILE
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Two images: torch.export takes a dimension of one for fixed.
-    with _without_notes():
-        torch.onnx.export(
-            _Embed(model).eval(),
-            (torch.zeros(2, channels, image_size, image_size),),
-            str(path),
-            input_names=[INPUT],
-            output_names=[OUTPUT],
-            dynamic_shapes=({0: torch.export.Dim("batch")},),
-            opset_version=_OPSET,
-            dynamo=True,
-            external_data=num_bytes > _MOST_BYTES,
-            verbose=False,
-        )
+    export_onnx(_Embed(model).eval(), torch.zeros(2, channels, image_size, image_size), path, INPUT, OUTPUT)
     _finish(path)
 
 
@@ -177,17 +158,3 @@ def _forget_shapes(path: Path) -> None:
     model = onnx.load(path)
     model.graph.ClearField("value_info")
     onnx.save(model, path)
-
-
-@contextmanager
-def _without_notes() -> Iterator[None]:
-    # The exporter logs that torchvision's operators are missing, which no student has, and warns of torch's own calls.
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*treespec.*", category=FutureWarning)
-        try:
-            yield
-        finally:
-            logger.setLevel(level)

@@ -5,9 +5,9 @@ import shutil
 import tempfile
 import time
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from functools import cached_property, partial
 from pathlib import Path
@@ -23,6 +23,7 @@ from modeling_udon.encoder import Encoder
 from modeling_udon.search.embed_loop import Work, about_embeddings, embed_missing
 from modeling_udon.search.file_source import FileSource, read_listing, what_changed, write_listing
 from modeling_udon.search.processes import check_launcher, start_accelerator
+from modeling_udon.search.runtimes import as_begun, asked_for, choose_runtime
 from modeling_udon.search.shards import (
     LISTING_FILE,
     SKIPPED_FILE,
@@ -30,6 +31,7 @@ from modeling_udon.search.shards import (
     ShardFolder,
     make_folder,
     open_embeddings,
+    read_identity,
     read_manifest,
     start_or_resume,
     write_manifest,
@@ -83,7 +85,8 @@ def embed(
     thumbnails: bool | None = None,
     batch_size: int = 64,
     num_workers: int | None = None,
-    mixed_precision: str = "no",
+    backend: str = "auto",
+    mixed_precision: str = "auto",
     shard_size: int = 10_000,
     dtype: Literal["float32", "float16"] = "float32",
     strict: bool = False,
@@ -104,7 +107,8 @@ def embed(
             whose images could not be shown otherwise.
         batch_size: Images of one forward pass.
         num_workers: Processes that decode, for each process with a model; `None`: the cores shared out, less one.
-        mixed_precision: `"no"`, `"fp16"` or `"bf16"`.
+        backend: What the network runs on: `"torch"`, `"openvino"`, `"onnx"`, or `"auto"`, as `choose_runtime` says.
+        mixed_precision: `"no"`, `"fp16"`, `"bf16"`, or `"auto"`.
         shard_size: Images per shard.
         dtype: Number format of the embeddings on disk.
         strict: Whether an image that cannot be read is an error, once all others are embedded.
@@ -118,10 +122,9 @@ def embed(
             or is being written to, or with `strict` an image was skipped.
     """
     spec = source if isinstance(source, SourceSpec) else SourceSpec(str(source))
+    asked = asked_for(backend, mixed_precision)
     check_launcher(mixed_precision)
-    accelerator = start_accelerator(
-        mixed_precision=mixed_precision, kwargs_handlers=[InitProcessGroupKwargs(timeout=_PATIENCE)]
-    )
+    accelerator = start_accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=_PATIENCE)])
     is_main = accelerator.is_main_process
     say = say if is_main else lambda text: None
     opened = open_source(spec)
@@ -129,18 +132,19 @@ def embed(
     work = Work(encoder, accelerator, keeps, batch_size, num_workers, progress, dtype)
     folder = Path(tempfile.mkdtemp(prefix="udon-embed-") if out is None else out)
     identity = {"model": encoder.fingerprint, **opened.identity}
-    identity |= {"thumbnails": work.thumbnails, "mixed_precision": accelerator.mixed_precision}
+    identity |= {"thumbnails": work.thumbnails, **asked}
     identity |= {} if dtype == "float32" else {"dtype": dtype}
+    left_to_us = {"backend", "mixed_precision"} - asked.keys()
     with ExitStack() as held:
         if is_main:
             make_folder(folder)
             held.enter_context(locked(folder))
         began = time.perf_counter()
-        if update and not force and start_or_resume(folder, identity, force=False, update=True):
+        if update and not force and start_or_resume(folder, identity, False, {"content", *left_to_us}):
             shards, num_missing, num_embedded = _update(folder, opened, spec, identity, work, say)
         else:
             with accelerator.main_process_first():
-                shards = _prepare(folder, opened, identity, shard_size, force and is_main, is_main, say)
+                shards = _prepare(folder, opened, identity, left_to_us, shard_size, force and is_main, work, say)
             began = time.perf_counter()
             num_missing, num_embedded = _embed_all(opened, spec, shards, work, say)
         skipped = shards.collect_skipped() if is_main else []
@@ -164,16 +168,17 @@ def _prepare(
     folder: Path,
     opened: OpenedSource,
     identity: Mapping[str, Any],
+    left_to_us: Collection[str],
     shard_size: int,
     force: bool,
-    is_main: bool,
+    work: Work,
     say: Callable[[str], None],
 ) -> ShardFolder:
     listing = folder / WORK_FOLDER / LISTING_FILE
-    if start_or_resume(folder, identity, force):
+    if start_or_resume(folder, identity, force, left_to_us):
         shards = read_manifest(folder)
         listing = folder / WORK_FOLDER / shards.listing
-        if opened.paths is not None and is_main:
+        if opened.paths is not None and work.accelerator.is_main_process:
             _check_files(opened, shards, listing)
         if shards.shard_size != shard_size:
             say(f"going on with shards of {shards.shard_size:,} images, as begun")
@@ -189,7 +194,8 @@ def _prepare(
     _check_any(num_images, opened)
     say(f"{num_images:,} images found")
     shards = ShardFolder(folder, num_images, shard_size)
-    write_manifest(shards, identity)
+    runtime = choose_runtime(work.model, identity, work.accelerator.device, num_images, say)
+    write_manifest(shards, {**identity, **asdict(runtime)})
     return shards
 
 
@@ -218,7 +224,7 @@ def _embed_all(
             say(f"WARNING: {line}")
     if num_done := shards.num_images - num_missing:
         say(f"{num_done:,} of {shards.num_images:,} images are there already")
-    return embed_missing(source, shards, work)
+    return embed_missing(source, shards, work, as_begun(read_identity(shards.folder)))
 
 
 def _data_of(read: Read) -> bytes:
@@ -255,11 +261,13 @@ def _update(
     source = _source(opened, spec, now)
     rows = planned_rows(planned)
     pending = ShardFolder(planned.folder, len(rows), shards.shard_size)
-    num_missing, num_embedded = embed_missing(SelectedRows(source, rows), pending, work)
+    runtime = as_begun(read_identity(folder))
+    num_missing, num_embedded = embed_missing(SelectedRows(source, rows), pending, work, runtime)
     if found is not None:
         lines = [*found.skipped, *pending.skipped_lines()]
-        about = about_embeddings(work.model, source)
-        shards = commit(shards, pending, source, found, identity, planned.listing, about)
+        about = about_embeddings(work.model, source, runtime)
+        begun = {**identity, **asdict(runtime)}
+        shards = commit(shards, pending, source, found, begun, planned.listing, about)
         write_skipped(folder / SKIPPED_FILE, lines)
     work.accelerator.wait_for_everyone()
     return read_manifest(folder), num_missing, num_embedded

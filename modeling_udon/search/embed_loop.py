@@ -1,7 +1,7 @@
 """Loop of `udon embed`: images of a source through a model, a shard at a time, by each process its own shards."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ from tqdm import tqdm
 from modeling_udon.encoder import Encoder
 from modeling_udon.search.letterbox import is_letterboxed
 from modeling_udon.search.loading import Facts, ShardSlices, make_loader
+from modeling_udon.search.runtimes import Runtime, open_runner
 from modeling_udon.search.shards import ShardFolder, embedding_table
 from modeling_udon.search.source_spec import ImageSource
 
@@ -45,12 +46,12 @@ class _Shard:
     errors: dict[int, str] = field(default_factory=dict)
 
 
-def embed_missing(source: ImageSource, shards: ShardFolder, work: Work) -> tuple[int, int]:
+def embed_missing(source: ImageSource, shards: ShardFolder, work: Work, runtime: Runtime) -> tuple[int, int]:
     """Embeds this process's share of the missing shards; returns how many images were missing, and its own share."""
     accelerator, missing = work.accelerator, shards.missing()
     accelerator.wait_for_everyone()  # before a shard appears that another process would not find missing
     mine = missing[accelerator.process_index :: accelerator.num_processes]
-    num_embedded = _embed_shards(source, shards, mine, work)
+    num_embedded = _embed_shards(source, shards, mine, work, runtime) if mine else 0
     accelerator.wait_for_everyone()
     return sum(len(shards.rows(shard)) for shard in missing), num_embedded
 
@@ -69,7 +70,7 @@ def with_facts(table: pa.Table, facts: Sequence[Facts]) -> pa.Table:
     return table.append_column("mtime", pa.array([mtime for _, _, mtime in facts], pa.int64()))
 
 
-def about_embeddings(model: Encoder, source: ImageSource) -> dict[str, Any]:
+def about_embeddings(model: Encoder, source: ImageSource, runtime: Runtime) -> dict[str, Any]:
     """What a shard says of itself."""
     about: dict[str, Any] = {
         "model": model.name,
@@ -77,15 +78,18 @@ def about_embeddings(model: Encoder, source: ImageSource) -> dict[str, Any]:
         "dim": model.dim,
         "root": source.root,
     }
-    about["pooling"] = model.pooling
+    about |= {"pooling": model.pooling, **asdict(runtime)}
     return about | ({"letterbox": True} if is_letterboxed(model) else {})
 
 
 @torch.inference_mode()
-def _embed_shards(source: ImageSource, shards: ShardFolder, mine: Sequence[int], work: Work) -> int:
+def _embed_shards(source: ImageSource, shards: ShardFolder, mine: Sequence[int], work: Work, runtime: Runtime) -> int:
     """Embeds and writes some shards, one after the other; returns the number of images."""
     model, accelerator = work.model, work.accelerator
-    model.network.to(accelerator.device)
+    run, about = (
+        open_runner(model, runtime, accelerator.device, work.batch_size),
+        about_embeddings(model, source, runtime),
+    )
     slices = ShardSlices(shards, mine, work.batch_size)
     loader = make_loader(source, model.transform, slices, accelerator, work.num_workers, work.thumbnails)
     remaining, shard, num_embedded = iter(mine), _Shard(), 0
@@ -100,21 +104,22 @@ def _embed_shards(source: ImageSource, shards: ShardFolder, mine: Sequence[int],
     ) as bar:
         for images in loader:
             if images.pixels is not None:
-                with accelerator.autocast():
-                    shard.embeds.append(model(images.pixels.to(accelerator.device, non_blocking=True)))
+                shard.embeds.append(run(images.pixels))
             shard.rows += images.rows
             shard.facts += images.facts
             shard.thumbnails += images.thumbnails
             shard.errors |= images.errors
             bar.update(len(images.rows) + len(images.errors))
             if images.stop == shards.rows(number).stop:
-                _write(source, shards, number, shard, work)
+                _write(source, shards, number, shard, work, about)
                 num_embedded += len(shard.rows)
                 shard, number = _Shard(), next(remaining, -1)
     return num_embedded
 
 
-def _write(source: ImageSource, shards: ShardFolder, number: int, shard: _Shard, work: Work) -> None:
+def _write(
+    source: ImageSource, shards: ShardFolder, number: int, shard: _Shard, work: Work, about: Mapping[str, Any]
+) -> None:
     rows = shards.rows(number)
     table = source.describe(rows.start, rows.stop)
     paths = table["path"]
@@ -125,5 +130,4 @@ def _write(source: ImageSource, shards: ShardFolder, number: int, shard: _Shard,
     embeds = np.empty((0, work.model.dim), np.float32)
     if shard.embeds:
         embeds = torch.cat(shard.embeds).cpu().numpy()
-    about = about_embeddings(work.model, source)
     shards.write(number, embedding_table(table, embeds.astype(work.dtype), about), skipped)

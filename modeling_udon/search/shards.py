@@ -3,7 +3,7 @@
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -163,14 +163,14 @@ def make_folder(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
 
 
-def start_or_resume(folder: Path, identity: Mapping[str, Any], force: bool, update: bool = False) -> bool:
+def start_or_resume(folder: Path, identity: Mapping[str, Any], force: bool, may_differ: Collection[str] = ()) -> bool:
     """Makes the folder ready; returns whether it already holds the beginning of the same work.
 
     Args:
         folder: Folder of the embeddings.
         identity: What must be the same to go on: model, source, columns.
         force: Whether to drop embeddings that are there.
-        update: Whether the source may hold something else than it did.
+        may_differ: What of it need not be the same.
 
     Raises:
         ValueError: If the folder holds embeddings of another model or source, or other files.
@@ -189,7 +189,7 @@ def start_or_resume(folder: Path, identity: Mapping[str, Any], force: bool, upda
         manifest.unlink()
         shutil.rmtree(folder / WORK_FOLDER)
     else:
-        _check_identity(folder, _read_manifest(folder)["identity"], identity, ("content",) if update else ())
+        _check_identity(folder, _read_manifest(folder)["identity"], identity, may_differ)
         return True
     (folder / WORK_FOLDER).mkdir(parents=True, exist_ok=True)
     return False
@@ -207,6 +207,12 @@ def read_manifest(folder: Path) -> ShardFolder:
     content = _read_manifest(folder)
     updates = {key: content[key] for key in ("parts", "deleted", "listing") if content.get(key) is not None}
     return ShardFolder(folder, content["num_images"], content["shard_size"], **updates)
+
+
+def read_identity(folder: Path) -> dict[str, Any]:
+    """What the folder's embeddings were begun with: model, source, columns, runtime."""
+    identity: dict[str, Any] = _read_manifest(folder)["identity"]
+    return identity
 
 
 def is_embedding_folder(folder: Path) -> bool:
@@ -295,12 +301,13 @@ def embedding_table(table: pa.Table, embeds: np.ndarray, about: Mapping[str, Any
 
 
 def _check_identity(
-    folder: Path, saved: Mapping[str, Any], wanted: Mapping[str, Any], passed_over: Sequence[str]
+    folder: Path, saved: Mapping[str, Any], wanted: Mapping[str, Any], may_differ: Collection[str]
 ) -> None:
-    unsaid = {"dtype": "float32"}
+    # Not recorded where it was so, or before it was recorded.
+    unsaid = {"dtype": "float32", "backend": "torch"}
     saved, wanted = unsaid | dict(saved), unsaid | dict(wanted)
     for key in [*wanted, *(key for key in saved if key not in wanted)]:
-        if saved.get(key) != wanted.get(key) and key not in passed_over:
+        if saved.get(key) != wanted.get(key) and key not in may_differ:
             raise ValueError(
                 f"`out` must hold embeddings of the same {key}, {saved.get(key)!r}. Got {wanted.get(key)!r} for "
                 f"{str(folder)!r}; give another --out, or --force to drop what is there."

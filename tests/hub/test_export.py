@@ -125,7 +125,7 @@ def test_a_model_that_outgrows_one_file_keeps_its_weights_beside_the_graph(
 ) -> None:
     pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
-    monkeypatch.setattr("modeling_udon.hub.onnx_format._MOST_BYTES", 1000)
+    monkeypatch.setattr("modeling_udon.search.graphs.MOST_BYTES", 1000)
     done = udon("export", make_student(), "--format", "onnx", "--out", tmp_path / "out")
     assert done.code == 0, done.err
     graph, weights = (tmp_path / "out" / "onnx" / name for name in ("model.onnx", "model.onnx_data"))

@@ -68,7 +68,7 @@ def test_another_precision_is_refused(folder, student, out):
     manifest = out / ".embed" / "manifest.json"
     manifest.write_text(manifest.read_text().replace('"mixed_precision": "no"', '"mixed_precision": "bf16"'))
     with pytest.raises(ValueError, match="of the same mixed_precision, 'bf16'"):
-        embed(folder, encoder, out, num_workers=0)
+        embed(folder, encoder, out, num_workers=0, mixed_precision="no")
 
 
 def write_table(file, png, **columns):
