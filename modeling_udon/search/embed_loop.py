@@ -86,12 +86,11 @@ def about_embeddings(model: Encoder, source: ImageSource, runtime: Runtime) -> d
 def _embed_shards(source: ImageSource, shards: ShardFolder, mine: Sequence[int], work: Work, runtime: Runtime) -> int:
     """Embeds and writes some shards, one after the other; returns the number of images."""
     model, accelerator = work.model, work.accelerator
-    run, about = (
-        open_runner(model, runtime, accelerator.device, work.batch_size),
-        about_embeddings(model, source, runtime),
-    )
+    about = about_embeddings(model, source, runtime)
     slices = ShardSlices(shards, mine, work.batch_size)
-    loader = make_loader(source, model.transform, slices, accelerator, work.num_workers, work.thumbnails)
+    # Its processes start before the threads of a graph do, and decode while that is compiled.
+    batches = iter(make_loader(source, model.transform, slices, accelerator, work.num_workers, work.thumbnails))
+    run = open_runner(model, runtime, accelerator.device, work.batch_size)
     remaining, shard, num_embedded = iter(mine), _Shard(), 0
     number = next(remaining, -1)
     hides_bar = not work.progress if isinstance(work.progress, bool) else None
@@ -102,7 +101,7 @@ def _embed_shards(source: ImageSource, shards: ShardFolder, mine: Sequence[int],
         disable=hides_bar if accelerator.is_main_process else True,
         smoothing=0.1,
     ) as bar:
-        for images in loader:
+        for images in batches:
             if images.pixels is not None:
                 shard.embeds.append(run(images.pixels))
             shard.rows += images.rows
