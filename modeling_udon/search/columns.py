@@ -1,4 +1,4 @@
-"""Columns of a table of rows: groups of equal values, places of values, and values as Python has them."""
+"""Columns of tables of rows: groups of equal values, places of values, values as Python has them, one schema of all."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -47,3 +47,15 @@ def plain_value(column: pa.ChunkedArray) -> Any:
         return column.to_pylist()[0]
     except (ValueError, OverflowError):
         return str(column.cast(pa.string())[0]) if column.type != pa.null() else None
+
+
+def unified(schemas: Sequence[pa.Schema]) -> pa.Schema:
+    """One schema with the columns of all.
+
+    Raises:
+        ValueError: If they do not agree in the types of their columns.
+    """
+    try:
+        return pa.unify_schemas(list(schemas))
+    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+        raise ValueError(f"`embeddings` must agree in the types of their columns: {error}") from error

@@ -8,12 +8,12 @@ import faiss
 import numpy as np
 import pyarrow as pa
 
+from modeling_udon.search.columns import unified
 from modeling_udon.search.faiss_index import empty_like
 from modeling_udon.search.image_index import ImageIndex
 from modeling_udon.search.index import NumberedSource
 from modeling_udon.search.index_folder import Manifest, write_metadata
 from modeling_udon.search.segments import SegmentFiles, is_exact
-from modeling_udon.search.shards import unified
 from modeling_udon.storage import replaced_file
 
 

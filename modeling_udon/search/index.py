@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 
 from modeling_udon.search.coarse import train_lists
+from modeling_udon.search.columns import unified
 from modeling_udon.search.exact_search import exact_search
 from modeling_udon.search.faiss_index import (
     choose_kind,
@@ -34,7 +35,7 @@ from modeling_udon.search.index_folder import (
     write_metadata,
 )
 from modeling_udon.search.segments import INTERNAL_FIELDS, PART, PART_ROW, ROW, is_exact
-from modeling_udon.search.shards import Embeddings, Part, open_embeddings, unified
+from modeling_udon.search.shards import Embeddings, Part, open_embeddings
 from modeling_udon.storage import check_out, locked, replaced_folder, sync
 
 RECALL_AT = 10

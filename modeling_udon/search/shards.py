@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from modeling_udon.search.columns import unified
 from modeling_udon.storage import DamagedFileError, damage_of, replaced_file, write_json, write_text
 from modeling_udon.text import printable, table_cell
 
@@ -259,18 +260,6 @@ def opened_parts(shards: ShardFolder) -> tuple[list[Part], list[pa.Schema], dict
             named = _digest_of_file(path) if digest is None else digest.decode()
             parts.append(Part(path, file.metadata.num_rows, named, removed.get(name, np.empty(0, np.int64))))
     return parts, schemas, about
-
-
-def unified(schemas: Sequence[pa.Schema]) -> pa.Schema:
-    """One schema with the columns of all.
-
-    Raises:
-        ValueError: If they do not agree in the types of their columns.
-    """
-    try:
-        return pa.unify_schemas(list(schemas))
-    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
-        raise ValueError(f"`embeddings` must agree in the types of their columns: {error}") from error
 
 
 def write_part(path: Path, table: pa.Table, row_group_size: int) -> None:
