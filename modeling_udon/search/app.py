@@ -17,7 +17,7 @@ from modeling_udon.search.page_answers import (
     answer_request,
     enlarge,
 )
-from modeling_udon.search.page_parts import ASK, ASK_LARGE, ASK_NEW, SCRIPT, STYLE
+from modeling_udon.search.page_parts import ASK, ASK_LARGE, ASK_NEW, ASK_WAITING, SCRIPT, STYLE
 from modeling_udon.search.results_page import html_text
 from modeling_udon.text import printable
 
@@ -52,6 +52,7 @@ def make_page(sides: Sequence[Side], examples: Sequence[Path] = ()) -> gr.Blocks
             rows = [[str(file)] for file in examples]
             gr.Examples(rows, asked[0], label="Examples", examples_per_page=12, elem_id="udon-examples")
         _connect(sides, asked, results)
+        page.load(None, js=ASK_WAITING)
     return page
 
 

@@ -165,7 +165,11 @@ SCRIPT = """
 }
 """
 
-# What an event sends in place of its fields.
-ASK = "(picture, domain, k) => [picture, domain, k, window.udon.crop, window.udon.like]"
-ASK_NEW = '(picture, domain, k) => { window.udon.forget(); return [picture, domain, k, "", ""]; }'
+# What an event sends in place of its fields. A visitor may be quicker than the script.
+ASK = '(picture, domain, k) => [picture, domain, k, window.udon?.crop ?? "", window.udon?.like ?? ""]'
+ASK_NEW = '(picture, domain, k) => { window.udon?.forget(); return [picture, domain, k, "", ""]; }'
 ASK_LARGE = "() => [window.udon.place]"
+# Events of a picture that was there before the page was ready are lost.
+ASK_WAITING = """
+() => { if (document.querySelector("#udon-picture img")) document.getElementById("udon-again").click(); }
+"""

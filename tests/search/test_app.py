@@ -346,11 +346,13 @@ def visit(browser, address):
     """Opens the page with an empty cache; takes what Playwright's contexts take."""
     contexts = []
 
-    def open_page(**values):
+    def open_page(*scripts, **values):
         contexts.append(browser.new_context(**values))
         tab = contexts[-1].new_page()
-        tab.set_default_timeout(20_000)
+        tab.set_default_timeout(60_000)
         tab.alarms = []
+        for text in scripts:
+            tab.add_init_script(text)
         tab.on("dialog", lambda dialog: (tab.alarms.append(dialog.message), dialog.dismiss()))
         tab.on("pageerror", lambda error: tab.alarms.append(str(error)))
         tab.on(
@@ -390,6 +392,13 @@ def test_in_a_browser_an_uploaded_picture_shows_the_right_neighbours(visit, sear
     red, green, blue = map(int, re.findall(r"\d+", tab.evaluate("getComputedStyle(document.body).backgroundColor"))[:3])
     assert (red + green + blue > 600) == (scheme == "light")
     assert tab.alarms == []
+
+
+def test_in_a_browser_a_picture_that_comes_before_the_script_is_searched(visit, searchable):
+    late = "Object.defineProperty(window, 'udon', {get: () => undefined, set: () => {}})"
+    tab = visit(late, viewport=LAPTOP)
+    upload(tab, searchable.pictures / "tools" / "2.png")
+    assert wait_for_names(tab, 8) == [name for _, name in nearest(searchable, "tools/2.png")[:8]]
 
 
 def test_in_a_browser_the_domain_the_number_and_the_examples_work(visit, searchable):
@@ -465,6 +474,7 @@ def test_in_a_browser_a_box_on_the_picture_is_searched(visit, searchable, ask):
     wait_for_names(tab, 8)
     before = tab.inner_html(".udon-results")
     tab.click("#udon-crop-button")
+    tab.wait_for_load_state("networkidle")
     frame = tab.locator("#udon-picture img").bounding_box()
     middle = frame["x"] + frame["width"] / 2, frame["y"] + frame["height"] / 2
     tab.mouse.move(*middle)
