@@ -15,7 +15,7 @@ import platform
 import sys
 import time
 import warnings
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 # Before the libraries are imported.
@@ -54,12 +54,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="small sizes, three rounds")
     parser.add_argument("--tiny", action="store_true", help="only whether it runs; its figures say nothing")
+    parser.add_argument("--sizes", nargs="+", default=[], metavar="NAME=N", help="other sizes: see `Sizes`")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, metavar="NAME", help=", ".join(PARTS))
     parser.add_argument("--markdown", type=Path, help="file for the table")
     parser.add_argument("--json", type=Path, help="file for all measurements")
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
     sizes = TINY if arguments.tiny else QUICK if arguments.quick else FULL
+    given = {name: int(value) for name, _, value in (text.partition("=") for text in arguments.sizes)}
+    sizes = replace(sizes, **given)
     rows: list[Row] = []
     skipped: list[Skipped] = []
     for part in arguments.only:
@@ -70,8 +73,10 @@ def main() -> None:
         print("\n".join(table(found, left_out)), flush=True)
         print(f"({part}: {time.perf_counter() - began:.0f} s)\n", flush=True)
     size = "--tiny" if arguments.tiny else "--quick" if arguments.quick else ""
+    size += f" --sizes {' '.join(arguments.sizes)}" if given else ""
+    size += f" --only {' '.join(arguments.only)}" if arguments.only != PARTS else ""
     header = [
-        f"`python benchmarks/peers.py {size}`, medians of {sizes.rounds} rounds in turns, {processor()}, "
+        f"`python benchmarks/peers.py {size.strip()}`, medians of {sizes.rounds} rounds in turns, {processor()}, "
         f"Python {platform.python_version()}; {versions(PACKAGES)}.",
         "",
     ]

@@ -11,6 +11,7 @@ and for prototypes in shards `--gpus 1 8 --classes 10e6 --domains 1 --largest 10
 A checkpoint holds training up for the copy to the host alone (`--host-bandwidth`); a thread writes it meanwhile, and
 the next one waits for it. An evaluation embeds queries and index on all GPUs at the rate of a forward pass, three times
 a training step's, and the main process searches exactly (`--search-tflops`, an assumption of float32 products).
+Cosines with classes come on top of a step (`--loss-tflops`, another one).
 """
 
 import argparse
@@ -56,6 +57,9 @@ def memory(arguments: argparse.Namespace, gpus: int) -> dict[str, str]:
         "logits, largest domain": 8 * FLOAT * logits,
     }
     parts["together"] = sum(parts.values())
+    if arguments.shard_prototypes and gpus > 1:
+        # To start and for a checkpoint, a GPU puts one tensor at a time together.
+        parts["a whole tensor, now and then"] = FLOAT * arguments.largest * max(STUDENT, TEACHER)
     return {f"{name}, GB": f"{value / 1e9:.2f}" for name, value in parts.items()}
 
 
@@ -83,7 +87,8 @@ def plan(arguments: argparse.Namespace, gpus: int) -> dict[str, str]:
     """All rows of one column."""
     sent = traffic(arguments, gpus)
     steps = math.ceil(arguments.epochs * arguments.images / arguments.batch_size)
-    compute = max(arguments.batch_size / gpus / arguments.images_per_second, arguments.shortest_step / 1000)
+    images = max(arguments.batch_size / gpus / arguments.images_per_second, arguments.shortest_step / 1000)
+    compute = images + cosines(arguments, gpus)
     needed = sum(list(sent.values())[:3])
     waiting = needed / (arguments.bandwidth * 1e9)
     return {
@@ -92,12 +97,20 @@ def plan(arguments: argparse.Namespace, gpus: int) -> dict[str, str]:
         **{f"{name}, MB per step": f"{value / 1e6:,.1f}" for name, value in sent.items()},
         "steps": f"{steps:,}",
         "ms per step, computing": f"{compute * 1000:.1f}",
+        "of it, cosines with classes": f"{cosines(arguments, gpus) * 1000:.1f}",
         "ms per step, sending": f"{waiting * 1000:.1f}",
         "hours, sending hidden": f"{steps * max(compute, waiting) / 3600:.1f}",
         "hours, sending not hidden": f"{steps * (compute + waiting) / 3600:.1f}",
         **checkpoints(arguments, gpus),
         **evaluation(arguments, gpus),
     }
+
+
+def cosines(arguments: argparse.Namespace, gpus: int) -> float:
+    """Seconds of a step for cosines with an average domain's classes: forward, twice backward, in chunks once more."""
+    passes = 4 if arguments.chunk_size else 3
+    products = 2 * passes * (STUDENT + TEACHER) * arguments.batch_size / gpus * mean_classes(arguments)
+    return float(products / (arguments.loss_tflops * 1e12))
 
 
 def checkpoints(arguments: argparse.Namespace, gpus: int) -> dict[str, str]:
@@ -108,7 +121,14 @@ def checkpoints(arguments: argparse.Namespace, gpus: int) -> dict[str, str]:
         "checkpoint, GB": f"{size / 1e9:.2f}",
         "s that a checkpoint holds training up": f"{copying:.1f}",
         "s that its thread writes": f"{writing:.1f}",
+        **host(arguments, gpus),
     }
+
+
+def host(arguments: argparse.Namespace, gpus: int) -> dict[str, str]:
+    """Memory of a host of up to eight GPUs: each process draws all prototypes to start, one holds a checkpoint."""
+    starting, held = FLOAT * all_heads(arguments) * min(gpus, 8), 3 * FLOAT * all_heads(arguments)
+    return {"host GB to start": f"{starting / 1e9:.2f}", "host GB for a checkpoint": f"{held / 1e9:.2f}"}
 
 
 def evaluation(arguments: argparse.Namespace, gpus: int) -> dict[str, str]:
@@ -133,6 +153,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=128, help="global batch; the paper's 128 by default")
     parser.add_argument("--images-per-second", type=float, default=2318, help="of one GPU, full steps in bf16")
     parser.add_argument("--shortest-step", type=float, default=26, help="ms that twelve layers take at any batch")
+    parser.add_argument("--loss-tflops", type=float, default=20, help="assumed, of cosines with classes on one GPU")
     parser.add_argument("--bandwidth", type=float, default=50, help="assumed GB/s out of one GPU")
     parser.add_argument("--shard-backbone", action="store_true", help="as train.shard_backbone")
     parser.add_argument("--shard-prototypes", action="store_true", help="as train.shard_prototypes")
@@ -146,8 +167,8 @@ def main() -> None:
     columns = [plan(arguments, gpus) for gpus in arguments.gpus]
     print("| GPUs | " + " | ".join(map(str, arguments.gpus)) + " |")
     print("|---" * (1 + len(columns)) + "|")
-    for name in columns[0]:
-        print(f"| {name} | " + " | ".join(column[name] for column in columns) + " |")
+    for name in columns[-1]:
+        print(f"| {name} | " + " | ".join(column.get(name, "-") for column in columns) + " |")
 
 
 if __name__ == "__main__":

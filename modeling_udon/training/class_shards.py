@@ -57,7 +57,10 @@ class ClassShard:
 
 
 def shard_prototypes(prototypes: nn.ParameterDict, device_type: str, num_processes: int) -> None:
-    """Cuts the prototypes of every domain over all processes, in place; an optimiser has to be made after it."""
+    """Cuts the prototypes of every domain over all processes and moves each to its device.
+
+    In place; an optimiser has to be made after it.
+    """
     mesh = init_device_mesh(device_type, (num_processes,))
     for name, whole in prototypes.items():
         prototypes[name] = nn.Parameter(distribute_tensor(whole.data, mesh, [Shard(0)]))

@@ -30,9 +30,10 @@ def share_model(
     ignored += STEP_STATE
     model.move_frozen(accelerator.device)
     if config.train.shard_prototypes and accelerator.num_processes > 1:
-        model.to(accelerator.device)
+        # Before anything moves, so that a GPU holds the whole prototypes of one domain at a time, not of all.
         for prototypes in (model.student_prototypes, model.teacher_prototypes):
             shard_prototypes(prototypes, accelerator.device.type, accelerator.num_processes)
+        model.to(accelerator.device)
     if accelerator.num_processes > 1 and not sharded:
         ignored += _without_gradient(config, model.to(accelerator.device), accelerator)
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, ignored)
