@@ -4,22 +4,26 @@ On an H100: `python benchmarks/gpu_peers.py --json FILE`. Without a GPU every pa
 that it works. A part that fails is told of and costs the ones after it nothing; what no longer fits is left out.
 
 - compile: ViT-B/16 at 224 pixels in bf16, batch 128: our step as it is, its backbone compiled, and the whole forward
-  and backward compiled with static shapes; the bare step of the backbone beside them. Losses beside float32's.
+  and backward compiled with static shapes, without and with CUDA graphs; the bare step of the backbone beside them.
+  Losses beside float32's.
 - breaks:  where torch.compile breaks the graph of the whole step, and how often it compiles again.
 - syncs:   calls of a step that wait for the device, found by torch.cuda.set_sync_debug_mode.
-- small:   ViT-S at 96 pixels, batch 128, beside the bare loop: launches decide.
+- small:   ViT-S at 96 pixels, batch 128, beside the bare loop, launches deciding; the whole step as CUDA graphs.
 - many:    ViT-L and 200,000 classes, whole and in chunks: images/s and peak memory.
 - embed:   the encoder's rate on pixels in memory, float32 and bf16.
+- photographs: `udon embed` from files of 500 x 375, beside sentence-transformers and the pipeline of transformers.
 - search:  exact search of 241,000 queries in 1.4 million vectors.
 """
 
 import argparse
 import json
 import statistics
+import tempfile
 import time
 import traceback
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +33,16 @@ from step import Setting, bare_step, udon_step
 
 from modeling_udon.config import LossConfig
 from modeling_udon.configuration_udon import UdonConfig
+from modeling_udon.encoder import Encoder
+from modeling_udon.search.embed import embed
 from modeling_udon.search.exact_search import exact_search
 from modeling_udon.training.distillation import UdonForDistillation
 
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")
 PRECISION = "bf16" if GPU else "no"
+# Without a GPU this mode compiles as the default does.
+GRAPHS = "reduce-overhead"
 # Seconds of all parts; what is left when one begins decides its rounds.
 MOST_SECONDS = 480.0
 Figures = dict[str, Any]
@@ -72,8 +80,17 @@ def rate(step: Callable[[], object], batch_size: int, steps: int | None = None) 
     return {"images_per_second": statistics.median(took), "least": min(took), "most": max(took), "peak_gib": peak}
 
 
-def whole_step(chosen: Setting, compiled: bool, classes: int, chunk_size: int | None = None) -> Callable[[], float]:
-    """A step of one domain with fused AdamW, its forward pass and losses compiled as one graph of static shapes."""
+def whole_step(
+    chosen: Setting, mode: str | None, classes: int, chunk_size: int | None = None
+) -> Callable[[], torch.Tensor]:
+    """A step of one domain with fused AdamW, its forward pass and losses compiled as one graph of static shapes.
+
+    Args:
+        chosen: The backbone, and what it is trained on.
+        mode: As torch.compile has it; `None` compiles nothing.
+        classes: Classes of the domain.
+        chunk_size: As `loss.chunk_size`.
+    """
     torch.manual_seed(0)
     config = UdonConfig(backbone_config=chosen.config(), domains={"d": classes})
     model = UdonForDistillation(config, LossConfig(chunk_size=chunk_size)).to(DEVICE)
@@ -88,16 +105,17 @@ def whole_step(chosen: Setting, compiled: bool, classes: int, chunk_size: int | 
             loss: torch.Tensor = model(images, targets, "d").loss
         return loss
 
-    run = torch.compile(forward, dynamic=False) if compiled else forward
+    run = forward if mode is None else torch.compile(forward, dynamic=False, mode=mode)
 
     def step() -> torch.Tensor:
         loss = run(pixels, labels)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        return loss.detach()
+        # A CUDA graph writes the next loss into the same memory.
+        return loss.detach().clone()
 
-    return step  # type: ignore[return-value]
+    return step
 
 
 def measure_compile() -> Figures:
@@ -110,10 +128,10 @@ def measure_compile() -> Figures:
         "step, backbone compiled": rate(udon_step(backbone), plain.batch_size),
     }
     losses = {}
-    whole = (("bf16", False, PRECISION), ("compiled", True, PRECISION), ("float32", False, "no"))
-    for name, compiled, precision in whole:
-        chosen = Setting(plain.backbone, plain.image_size, plain.patch_size, plain.batch_size, precision, False, DEVICE)
-        step = whole_step(chosen, compiled, classes)
+    whole = (("bf16", None, PRECISION), ("compiled", "default", PRECISION), ("CUDA graphs", GRAPHS, PRECISION))
+    for name, mode, precision in (*whole, ("float32", None, "no")):
+        torch._dynamo.reset()
+        step = whole_step(replace(plain, precision=precision), mode, classes)
         losses[name] = [float(step()) for _ in range(5)]
         if name != "float32":
             figures[f"whole step, {name}"] = rate(step, plain.batch_size)
@@ -157,7 +175,11 @@ def measure_small() -> Figures:
     ours, bare = udon_step(chosen), bare_step(chosen)
     pairs = [(rate(ours, chosen.batch_size), rate(bare, chosen.batch_size)) for _ in range(5 if GPU else 1)]
     ratios = [theirs["images_per_second"] / own["images_per_second"] for own, theirs in pairs]
-    return {"step": pairs[-1][0], "bare": pairs[-1][1], "ratio": statistics.median(ratios), "ratios": ratios}
+    figures = {"step": pairs[-1][0], "bare": pairs[-1][1], "ratio": statistics.median(ratios), "ratios": ratios}
+    for name, mode in (("whole step", None), ("whole step, CUDA graphs", GRAPHS)):
+        torch._dynamo.reset()
+        figures[name] = rate(whole_step(chosen, mode, 5000 if GPU else 50), chosen.batch_size)
+    return figures
 
 
 def measure_many() -> Figures:
@@ -165,7 +187,7 @@ def measure_many() -> Figures:
     chosen, classes = setting("vit-l", 224, 16, 64), 200_000 if GPU else 200
     figures = {}
     for name, chunk_size in (("whole", None), ("in chunks of 8,192", 8192)):
-        figures[name] = rate(whole_step(chosen, False, classes, chunk_size), chosen.batch_size, 4 if GPU else 1)
+        figures[name] = rate(whole_step(chosen, None, classes, chunk_size), chosen.batch_size, 4 if GPU else 1)
         if GPU:
             torch.cuda.empty_cache()
     return figures
@@ -192,6 +214,40 @@ def measure_embed() -> Figures:
     return figures
 
 
+def measure_photographs() -> Figures:
+    """`udon embed` as it is by default, and others: images/s from files, and the least cosine to our float32."""
+    from peer_embed import PEERS, make_student
+    from peer_runs import needs, write_photographs
+
+    figures: Figures = {}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        paths = write_photographs(folder / "photographs", 8000 if GPU else 8)
+        student = make_student(folder / "student", "vit-s" if GPU else "vit-ti")
+        encoder, few = Encoder.open(str(student)), paths[: 1000 if GPU else 4]
+
+        def ours(precision: str) -> np.ndarray:
+            embedded = embed(folder / "photographs", encoder, batch_size=256 if GPU else 2, mixed_precision=precision)
+            figures[f"udon embed, {precision}"] = {"images_per_second": len(paths) / embedded.seconds}
+            return embedded.embeddings
+
+        exact = ours("no")
+        cosines = {"udon embed, auto": (ours("auto") * exact).sum(1).min()}
+        for way, (module, package, make) in PEERS.items():
+            if missing := needs("embed", way, module, package):
+                figures[way] = missing.reason
+                continue
+            run = make(student, DEVICE.type)
+            run(few[:32])
+            began = time.perf_counter()
+            found = run(few)
+            figures[way] = {"images_per_second": len(few) / (time.perf_counter() - began)}
+            cosines[way] = (np.asarray(found, np.float32) * exact[: len(few)]).sum(1).min()
+        for way, cosine in cosines.items():
+            figures[way]["least_cosine"] = float(cosine)
+    return figures
+
+
 def measure_search() -> Figures:
     """Exact search of UnED's size."""
     queries, indexed = (241_000, 1_400_000) if GPU else (500, 2_000)
@@ -207,14 +263,16 @@ def measure_search() -> Figures:
     return {"seconds": took, "queries": queries, "indexed": indexed}
 
 
+# What is wanted most comes first.
 PARTS = {
-    "small": measure_small,
     "compile": measure_compile,
-    "breaks": measure_breaks,
-    "syncs": measure_syncs,
-    "embed": measure_embed,
+    "small": measure_small,
+    "photographs": measure_photographs,
     "search": measure_search,
     "many": measure_many,
+    "embed": measure_embed,
+    "syncs": measure_syncs,
+    "breaks": measure_breaks,
 }
 
 

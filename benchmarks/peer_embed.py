@@ -58,7 +58,9 @@ def measure(sizes: Sizes) -> tuple[list[Row], list[Skipped]]:
     """Measures ViT-Ti and ViT-S."""
     rows, skipped = [], []
     with tempfile.TemporaryDirectory() as name:
-        for backbone, num in (("vit-ti", sizes.photographs), ("vit-s", max(sizes.photographs // 2, 8))):
+        for backbone, num in (("vit-ti", sizes.photographs), ("vit-s", sizes.for_vit_s)):
+            if num == 0:
+                continue
             found, left_out = _measure_one(Path(name, backbone), backbone, num, sizes.rounds)
             rows += found
             skipped += left_out
@@ -85,14 +87,11 @@ def _measure_one(place: Path, backbone: str, num: int, rounds: int) -> tuple[lis
     graph_of(encoder, "openvino")
     beside = f"graph made once in {time.perf_counter() - began:.0f} s"
     ways: dict[str, Callable[[], object]] = {"udon embed, OpenVINO bf16, as by default": ours("openvino", "bf16")}
-    for way, module, package, make in (
-        ("sentence-transformers encode", "sentence_transformers", "sentence-transformers", _sentence_transformers),
-        ("transformers pipeline", "transformers", "transformers", _pipeline),
-    ):
+    for way, (module, package, make) in PEERS.items():
         if missing := needs(work, way, module, package):
             skipped.append(missing)
             continue
-        run = make(student)
+        run = make(student, "cpu")
         run(paths[:BATCH_SIZE])
         ways[way] = lambda run=run, way=way: answers.__setitem__(way, run(paths))  # type: ignore[misc]
     rows = take_turns(work, ways, rounds, warm=False)
@@ -110,16 +109,25 @@ def _measure_one(place: Path, backbone: str, num: int, rounds: int) -> tuple[lis
     return rows, skipped
 
 
-def _sentence_transformers(student: Path) -> Callable[[list[Path]], np.ndarray]:
+def sentence_transformers(student: Path, device: str) -> Callable[[list[Path]], np.ndarray]:
+    """Its `encode`, with the pictures opened by Pillow."""
     from sentence_transformers import SentenceTransformer
 
-    model = SentenceTransformer(str(student), trust_remote_code=True, device="cpu")
+    model = SentenceTransformer(str(student), trust_remote_code=True, device=device)
     options = {"batch_size": BATCH_SIZE, "show_progress_bar": False}
     return lambda paths: model.encode([Image.open(path) for path in paths], **options)
 
 
-def _pipeline(student: Path) -> Callable[[list[Path]], np.ndarray]:
+def feature_pipeline(student: Path, device: str) -> Callable[[list[Path]], np.ndarray]:
+    """The pipeline of transformers, which opens the files itself."""
     from transformers import pipeline
 
-    pipe = pipeline("image-feature-extraction", model=str(student), trust_remote_code=True, device="cpu")
+    pipe = pipeline("image-feature-extraction", model=str(student), trust_remote_code=True, device=device)
     return lambda paths: np.array([found[0] for found in pipe(list(map(str, paths)), batch_size=BATCH_SIZE, pool=True)])
+
+
+# For each way its module, its package, and what makes it.
+PEERS = {
+    "sentence-transformers encode": ("sentence_transformers", "sentence-transformers", sentence_transformers),
+    "transformers pipeline": ("transformers", "transformers", feature_pipeline),
+}

@@ -107,6 +107,8 @@ def measure(sizes: Sizes) -> tuple[list[Row], list[Skipped]]:
                 command = [sys.executable, __file__, name, str(num)]
                 answer = subprocess.run(command, capture_output=True, text=True, check=True)
                 figures = json.loads(answer.stdout.splitlines()[-1])
+                # What comes next takes minutes.
+                print(f"{work}, {name}: {answer.stdout.splitlines()[-1]}", flush=True)
                 row.seconds.append(figures["seconds"])
                 row.processor.append(figures["processor"])
                 row.beside = f"{as_text(figures['values'])}; memory beyond the embeddings {figures['mib']:,.0f} MiB"

@@ -22,7 +22,8 @@ class Sizes:
 
     Attributes:
         rounds: Measurements of each way, in turns; the median counts.
-        photographs: Images that ViT-Ti embeds, and ViT-S half of them.
+        photographs: Images that ViT-Ti embeds.
+        for_vit_s: Images that ViT-S embeds; 0 leaves a model out.
         steps: Training steps of a measurement.
         rows: Embeddings of queries and index in the metrics.
         indexed: Embeddings in the index.
@@ -33,6 +34,7 @@ class Sizes:
 
     rounds: int
     photographs: int
+    for_vit_s: int
     steps: int
     rows: int
     indexed: int
@@ -41,9 +43,9 @@ class Sizes:
     listed: int
 
 
-FULL = Sizes(5, 2000, 16, 100_000, 1_000_000, 10_000, 2048, 1_000_000)
-QUICK = Sizes(3, 256, 4, 20_000, 100_000, 1_000, 768, 1_000_000)
-TINY = Sizes(1, 24, 4, 2_000, 12_000, 100, 128, 2_000)
+FULL = Sizes(5, 2000, 1000, 16, 100_000, 1_000_000, 10_000, 2048, 1_000_000)
+QUICK = Sizes(3, 256, 128, 4, 20_000, 100_000, 1_000, 768, 1_000_000)
+TINY = Sizes(1, 24, 8, 4, 2_000, 12_000, 100, 128, 2_000)
 
 
 @dataclass
