@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,6 +12,9 @@ from safetensors.torch import load_file
 
 from modeling_udon.config import ConfigError
 from modeling_udon.config_file import load_config
+from modeling_udon.configuration_udon import UdonConfig
+from modeling_udon.training import sharing
+from modeling_udon.training.distillation import UdonForDistillation
 
 # Domains of 5, 3 and 4 classes: on four processes some have one class, some two, some none.
 SHARDED = {
@@ -94,3 +98,17 @@ def test_what_does_not_go_with_shards_is_refused(
 ) -> None:
     with pytest.raises(ConfigError, match=f"`train.shard_prototypes` must go without {named}"):
         load_config(tiny_config(train__shard_prototypes=True, **changes))
+
+
+def test_prototypes_are_cut_before_they_move_so_that_no_device_holds_all_whole(monkeypatch, tiny_config):
+    config, done = load_config(tiny_config(train__shard_prototypes=True)), []
+    backbone = config.model.backbone_config
+    model = UdonForDistillation(UdonConfig(backbone_config=backbone, domains={"a": 5, "b": 3}))
+    monkeypatch.setattr(sharing, "shard_prototypes", lambda prototypes, *others: done.append(len(prototypes)))
+    monkeypatch.setattr(sharing, "_without_gradient", lambda *arguments: [])
+    monkeypatch.setattr(model, "to", lambda device: done.append("moved") or model)
+    accelerator = SimpleNamespace(
+        num_processes=2, device=torch.device("cpu"), prepare_model=lambda model, evaluation_mode: model
+    )
+    sharing.share_model(config, model, accelerator)
+    assert done[:3] == [2, 2, "moved"]
