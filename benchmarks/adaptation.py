@@ -3,8 +3,9 @@
     python benchmarks/adaptation.py --seeds 0 1 2 [--rows kd_stda ...] [--augmentations crop strong]
 
 Rows are the files of `configs/adaptation`, trained one after the other in this process; the last step counts, and no
-label of a target chooses anything. Goes on where it was stopped. Makes its data first (`adaptation_data.py`). Writes
-`adaptation.md` and `adaptation.json` of the runs that are done into `--out`, after each of them.
+label of a target chooses anything. Makes its data first (`adaptation_data.py`), and for each augmentation trains the
+two starts that all rows and seeds share. Goes on where it was stopped. Writes `adaptation.md` and `adaptation.json` of
+the runs that are done into `--out`, after each of them.
 """
 
 import argparse
@@ -37,8 +38,11 @@ ROOT = Path(__file__).parent.parent
 CONFIGS = ROOT / "configs" / "adaptation"
 ROWS = (
     "source_only",
+    "source_only_short",
     "uda_mmd",
     "uda_dann",
+    "uda_large",
+    "distil_adapted",
     "kd_stda",
     "kd_stda_cold",
     "kd_stda_constant",
@@ -50,19 +54,22 @@ ROWS = (
     "activation_map",
     "okdhp",
     "okdhp_exits",
-    "uda_large",
     "target_supervised",
 )
+STARTS = ("start", "start_large")
+# Rows that another one takes its teacher from, and has to come after.
+_TEACHERS = {"distil_adapted": "uda_large"}
 SOURCE, TARGETS = "mnist", ("optdigits", "blends", "fonts")
 # Student's t for 95 %, by the number of seeds.
 _T = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
 
 
 def run_row(row: str, augmentation: str, seed: int, out: Path, options: Sequence[str]) -> None:
-    """Trains one run unless it is done, and writes its `scores.json`."""
-    folder = out / augmentation / f"seed-{seed}" / row
+    """Trains one run unless it is done, and writes its `scores.json`; a start is shared by all seeds."""
+    folder = out / augmentation / row if row in STARTS else out / augmentation / f"seed-{seed}" / row
     words = ["--name", row, "--output_dir", str(folder.parent), "--seed", str(seed)]
-    words += ["--data.augmentation", augmentation, *options]
+    words += ["--data.augmentation", augmentation, *([] if row in STARTS else options)]
+    os.environ |= {"UDON_ADAPTATION_START": str(out / augmentation), "UDON_ADAPTATION_RUNS": str(folder.parent)}
     config = load_config(CONFIGS / f"{row}.yaml", words)
     asked = config.model_dump(mode="json", exclude={"output_dir", "name"})
     path = folder / "scores.json"
@@ -80,8 +87,9 @@ def run_row(row: str, augmentation: str, seed: int, out: Path, options: Sequence
     cost |= count_weights(folder)
     scores = {"asked": asked, "cost": cost, **scores_of(results)}
     path.write_text(json.dumps(scores), encoding="utf-8")
-    # Weights of so many runs are not kept.
-    shutil.rmtree(folder / "checkpoints")
+    # Weights of so many runs are not kept; those of the best step may be a teacher's.
+    for checkpoint in (folder / "checkpoints").glob("step-*"):
+        shutil.rmtree(checkpoint)
 
 
 def scores_of(results: Mapping[str, Any]) -> dict[str, Any]:
@@ -113,7 +121,7 @@ def score_raw_pixels(data: Path) -> dict[str, dict[str, float]]:
 
 
 def count_weights(folder: Path) -> dict[str, int]:
-    """Weights that a run trained, and those of its student."""
+    """Weights in training, those of teachers too that stay as they are, and those of its student."""
     trained = _num_weights(folder / "checkpoints" / "best" / "model.safetensors")
     return {"trained": trained, "shipped": _num_weights(folder / "best" / "model.safetensors")}
 
@@ -228,8 +236,12 @@ def main(words: Sequence[str] | None = None) -> None:
     os.environ["UDON_ADAPTATION_DIR"] = str(data)
     raw = score_raw_pixels(data)
     for augmentation in arguments.augmentations:
+        for start in STARTS:
+            run_row(start, augmentation, 0, out, options)
         for seed in arguments.seeds:
             for row in arguments.rows:
+                if row in _TEACHERS:
+                    run_row(_TEACHERS[row], augmentation, seed, out, options)
                 run_row(row, augmentation, seed, out, options)
                 table = read_table(out, arguments.rows, arguments.augmentations, arguments.seeds)
                 (out / "adaptation.json").write_text(json.dumps({"rows": table, "raw_pixels": raw}), encoding="utf-8")

@@ -184,13 +184,13 @@ def check_adaptation(config: "TrainConfig") -> None:
     if config.sampling.strategy != "round_robin":
         raise ValueError("`sampling.strategy` must be 'round_robin' with `adaptation`; leave it out")
     has_backbone = config.model.teacher_backbone is not None or config.model.teacher_backbone_config is not None
-    if has_backbone != (config.adaptation.teachers != "none"):
+    if has_backbone != config.adaptation.teachers_learn:
         raise ValueError(
             "`model.teacher_backbone` or `model.teacher_backbone_config` must be given where `adaptation.teachers` is "
             "'shared' or 'separate', and nowhere else"
         )
     if config.optim.student_share is not None and not has_backbone:
-        raise ValueError("`optim.student_share` must be null without teachers in `adaptation`")
+        raise ValueError("`optim.student_share` must be null without teachers that learn in `adaptation`")
 
 
 class TrainConfig(Section):

@@ -1,5 +1,6 @@
 """Section of the training configuration for domains without labels: what is adapted, by which terms and teachers."""
 
+from pathlib import Path
 from typing import Literal
 
 from pydantic import Field, PositiveInt, model_validator
@@ -27,8 +28,11 @@ class AdaptationConfig(Section):
     """Weight of the confusion of the student's features."""
     teacher_confusion: float = Field(0.0, ge=0)
     """Weight of the confusion of the teachers' features."""
-    teachers: Literal["none", "shared", "separate"] = "none"
-    """Teachers with a backbone of their own (`model.teacher_backbone`) that learn too: one, or one for each target."""
+    teachers: Literal["none", "shared", "separate", "adapted"] = "none"
+    """Teachers with a backbone of their own (`model.teacher_backbone`) that learn too: one, or one for each target; or
+    `adapted`: the student of a finished run, `teacher_run`, which stays as it is."""
+    teacher_run: Path | None = None
+    """Finished run with `adaptation` and the same classes, whose student is the teacher."""
     combine: Literal["alternating", "average"] = "alternating"
     """What the student follows on a target: its own teacher, or the mean probabilities of all teachers."""
     distillation: float = Field(1.0, ge=0)
@@ -59,6 +63,11 @@ class AdaptationConfig(Section):
     """Steps in a row in which the student takes all target images for one class that end the run."""
 
     @property
+    def teachers_learn(self) -> bool:
+        """Whether there are teachers that learn with the student."""
+        return self.teachers in ("shared", "separate")
+
+    @property
     def needs_targets(self) -> bool:
         """Whether any term makes no sense without images of a domain without labels."""
         confusion = self.student_confusion + self.teacher_confusion
@@ -69,11 +78,13 @@ class AdaptationConfig(Section):
     def _terms_fit(self) -> "AdaptationConfig":
         if self.needs_targets and not self.use_targets:
             raise ValueError("`use_targets` must be true where a term looks at targets; set its weight to 0")
-        if self.teachers == "none" and self.teacher_confusion + self.feature_distillation > 0:
+        if not self.teachers_learn and self.teacher_confusion + self.feature_distillation > 0:
             raise ValueError(
                 "`teachers` must be 'shared' or 'separate' where `teacher_confusion` or `feature_distillation` is "
                 "above 0"
             )
+        if (self.teachers == "adapted") != (self.teacher_run is not None):
+            raise ValueError("`teacher_run` must name a finished run where `teachers` is 'adapted', and nowhere else")
         if self.combine == "average" and (self.teachers != "separate" or self.distillation == 0):
             raise ValueError("`combine` 'average' must go with `teachers` 'separate' and `distillation` above 0")
         if self.mapped_blocks is not None and self.mapped_blocks[0] > self.mapped_blocks[1]:

@@ -21,6 +21,7 @@ SystemName = Literal[
     "kd_stda",
     "kd_mtda",
     "mt_mtda",
+    "distil_adapted",
     "affinity",
     "activation_map",
     "okdhp",
@@ -106,6 +107,8 @@ SYSTEMS: dict[str, dict[str, Any]] = {
         },
         "optim": _rising(0.1, 0.5),
     },
+    # What the online teachers are compared with: a larger model adapts first, and then teaches; it is a run of its own.
+    "distil_adapted": {**_ADAPTED, "adaptation": {"teachers": "adapted"}},
     # Similarities of neighbours made alike in source and target, and neighbours in the target made to agree.
     "affinity": {
         **_ADAPTED,

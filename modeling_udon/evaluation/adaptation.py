@@ -1,14 +1,83 @@
 """Scores of domains that share classes: queries of one in the index of another, and the nearest prototype."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from modeling_udon.data.domains import Domain, EvaluationSplit
 from modeling_udon.data.labels import Label
-from modeling_udon.evaluation.protocol import METRICS, EmbeddedDomain, score_merged
+from modeling_udon.encoder import Encoder
+from modeling_udon.evaluation.protocol import METRICS, EmbeddedDomain, score_merged, score_separate
 from modeling_udon.evaluation.tables import align
+
+
+# How the networks of a run are called; a teacher's and a branch's key follow a dot.
+STUDENT, TEACHERS, BRANCHES = "student", "teachers", "branches"
+# Key of prototypes and teachers that all domains share.
+SHARED = "shared"
+
+
+@dataclass(frozen=True)
+class AdaptedNetwork:
+    """A network of a run with domains without labels.
+
+    Attributes:
+        name: `STUDENT`, `"teachers.KEY"` or `"branches.NUMBER"`.
+        encoder: The network with its preprocessing.
+        prototypes: Its classifier weights, of shape `(num_classes, dim)` or `(num_classes, num_subcenters, dim)`.
+        domains: The domains that it is asked about.
+    """
+
+    name: str
+    encoder: Encoder
+    prototypes: np.ndarray
+    domains: Mapping[str, Domain]
+
+
+def teacher_domains(key: str, domains: Mapping[str, Domain]) -> dict[str, Domain]:
+    """The domains that a teacher is asked about: its target, or all of them for a shared one."""
+    return {name: domain for name, domain in domains.items() if key in (SHARED, name)}
+
+
+def score_adaptation(
+    networks: Sequence[AdaptedNetwork],
+    embedded: Mapping[str, Mapping[str, EmbeddedDomain]],
+    domains: Mapping[str, Domain],
+    split: str,
+    **search: Any,
+) -> dict[str, Any]:
+    """Scores the student, its teachers and its branches.
+
+    Args:
+        networks: The student first.
+        embedded: What each of them embedded, by its name and the domain.
+        domains: The domains that have the split.
+        split: `"validation"` or `"test"`.
+        search: Options of `exact_search`.
+
+    Returns:
+        `"across"`, `"prototypes"`, `"teachers"` and `"branches"`, each by domain.
+    """
+    classes = next(domain.classes for domain in domains.values() if domain.has_labels)
+    student = embedded[STUDENT]
+
+    def of_network(network: AdaptedNetwork) -> dict[str, dict[str, float]]:
+        found = embedded[network.name]
+        by_prototype = score_prototypes(found, domains, split, network.prototypes, classes)
+        within = score_separate(found, **search)["domains"]
+        return {name: {**values, **by_prototype.get(name, {})} for name, values in within.items()}
+
+    teachers: dict[str, dict[str, float]] = {}
+    for network in (one for one in networks if one.name.startswith(TEACHERS)):
+        teachers |= of_network(network)
+    return {
+        "across": score_across(student, domains, split, **search),
+        "prototypes": score_prototypes(student, domains, split, networks[0].prototypes, classes),
+        "teachers": teachers,
+        "branches": [of_network(one) for one in networks if one.name.startswith(BRANCHES)],
+    }
 
 
 def class_names(images: EvaluationSplit) -> list[Label]:

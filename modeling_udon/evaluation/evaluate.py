@@ -1,7 +1,8 @@
 """Evaluation of a run, a model or ready-made embeddings: numbers, `results.json`, `report.html`, calibration."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -11,11 +12,14 @@ from transformers.utils import logging as transformers_logging
 
 from modeling_udon.backbones import POOLINGS
 from modeling_udon.config_file import load_config
+from modeling_udon.data.class_space import with_shared_classes
 from modeling_udon.data.domains import Domain, open_domain
 from modeling_udon.data.doubts import find_doubts
 from modeling_udon.data.label_maps import check_label_maps
 from modeling_udon.domain_spec import DomainSpec
 from modeling_udon.encoder import Encoder
+from modeling_udon.evaluation.adaptation import format_adaptation
+from modeling_udon.evaluation.adapted_run import is_adapted, measure_run
 from modeling_udon.evaluation.calibration import calibrate as calibrate_domains
 from modeling_udon.evaluation.calibration import write_calibration
 from modeling_udon.evaluation.gallery import GALLERY_FOLDER, make_gallery, write_sheets
@@ -66,7 +70,10 @@ class Evaluation:
 
     def __str__(self) -> str:
         """The tables that `udon evaluate` prints."""
-        return format_measurement(self.results, self.split, self.model)
+        table = format_measurement(self.results, self.split, self.model)
+        if (adapted := self.results.get("adaptation", {}).get(self.split)) is None:
+            return table
+        return f"{table}\n\n{format_adaptation(adapted, self.results['splits'][self.split]['separate'])}"
 
 
 def evaluate(
@@ -198,6 +205,8 @@ class Subject:
     config: dict[str, Any]
     baseline: dict[str, Any]
     encoder: Encoder | None
+    # A run with `adaptation` in its own domains has scores of its teachers and branches too.
+    adapted: Callable[..., Callable[[], dict[str, Any]]] | None = None
 
     @property
     def model_folder(self) -> Path | None:
@@ -222,10 +231,11 @@ class Subject:
         """Embeds a split on all processes and measures it on the main one; `None` on the others."""
         embedded = self.embed(self.domains, split)
         state = PartialState()
+        on_gpu = {"backend": "torch", "device": state.device} if state.device.type == "cuda" else {}
+        adapted = None if self.adapted is None else self.adapted(embedded, self.domains, split, **on_gpu)
         if not state.is_main_process:
             return None
-        on_gpu = {"backend": "torch", "device": state.device} if state.device.type == "cuda" else {}
-        return measure(
+        found = measure(
             embedded,
             self.kind,
             self.domains,
@@ -238,6 +248,7 @@ class Subject:
             ],
             **on_gpu,
         )
+        return found if adapted is None else found.with_sections({"adaptation": {split: adapted()}})
 
     def embed_validation(self, split: str, measured: Measurement | None) -> Any:
         """Embeddings of the validation split, for a calibration."""
@@ -268,16 +279,21 @@ def _open_subject(source: Source, domains: Domains | None, work: Work) -> Subjec
             f"--pooling must be named for {encoder.name}, which is not a UDON model: one of {', '.join(POOLINGS)}"
         )
     opened = {name: open_domain(name, spec, data_seed) for name, spec in specs.items()}
-    embed = encode_with(encoder, work.batch_size, work.num_workers, work.mixed_precision, work.progress)
+    embed_by = partial(encode_with, **asdict(work))
+    embed, adapted = embed_by(encoder), None
     config = {"model": encoder.name, **encoder.settings, "domains": described}
     baseline: dict[str, Any] = {}
     if run is not None and described == {name: spec.model_dump(mode="json") for name, spec in run.domains.items()}:
+        if run.config.get("adaptation") is not None:
+            opened = with_shared_classes(opened)
         # Under whatever file they are named: the run's own domains must be those that it was trained on.
         check_label_maps(opened, run.folder / "domains.json")
         config = run.config
         path = run.folder / "baseline.json"
         baseline = read_json(path) if path.is_file() else {}
-    return Subject(embed, encoder.kind, opened, config, baseline, encoder)
+        if is_adapted(run):
+            adapted = partial(measure_run, run, encoder, embed_by)
+    return Subject(embed, encoder.kind, opened, config, baseline, encoder, adapted)
 
 
 def _read_domains(domains: Domains | None) -> tuple[dict[str, DomainSpec], int]:

@@ -1,7 +1,7 @@
 """Measurement of one split: embedding by an encoder, scores, and the studies behind the scores."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from tqdm import tqdm
@@ -63,6 +63,10 @@ class Measurement:
     found: SplitNeighbours
     embedded: EmbeddedSplit
     results: dict[str, Any]
+
+    def with_sections(self, sections: Mapping[str, Any]) -> "Measurement":
+        """The same with more sections of `results.json`."""
+        return replace(self, results=self.results | dict(sections))
 
 
 def encode_with(

@@ -98,10 +98,12 @@ def merge_results(old: Mapping[str, Any] | None, results: dict[str, Any]) -> dic
     splits = {name: split for name, split in results["splits"].items() if not _same_scores(old, name, split)}
     kept = {
         key: {name: value for name, value in old.get(key, {}).items() if name not in splits}
-        for key in ("splits", "analysis")
+        for key in ("splits", "analysis", "adaptation")
     }
     merged = {**old, **results, "baseline": {**old.get("baseline", {}), **results["baseline"]}}
-    for key, parts in (("splits", ("merged", "separate", "teachers")), ("analysis", ("pca",))):
+    # The scores of teachers and branches are measured as a whole, or not at all where a run's checkpoints are gone.
+    parts_of = {"splits": ("merged", "separate", "teachers"), "analysis": ("pca",), "adaptation": ()}
+    for key, parts in ((key, parts) for key, parts in parts_of.items() if key in merged):
         merged[key] = {**kept[key], **results.get(key, {})}
         for name, new in results.get(key, {}).items():
             before = kept[key].get(name, {})

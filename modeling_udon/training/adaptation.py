@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from modeling_udon.config import LossConfig
 from modeling_udon.config_adaptation import AdaptationConfig
 from modeling_udon.data.preprocessing import ChannelStatistics
+from modeling_udon.evaluation.adaptation import SHARED
 from modeling_udon.modeling_udon import UdonModel
 from modeling_udon.training.adaptation_losses import (
     NUM_NEIGHBOURS,
@@ -45,7 +46,6 @@ from modeling_udon.training.losses import cosine_logits, logit_distillation_loss
 from modeling_udon.training.parts import Cosines, DistillationOutput, Peers, RelationalBank
 from modeling_udon.training.teachers import prepared
 
-SHARED = "shared"
 # Not a term of the loss: the share of the target images that are taken for one class.
 LARGEST_CLASS = "largest_class"
 
@@ -62,7 +62,7 @@ class UdonForAdaptation(UdonForDistillation):
         adaptation: Terms and their weights.
         domains: Names of the domains that steps belong to: the targets, or without them the sources.
         num_classes: Classes of the shared class space.
-        teachers: Online teachers by target, or one under `SHARED`.
+        teachers: Teachers by target, or one under `SHARED`.
         statistics: Channel statistics that images are normalised by.
         peers: The processes of the run; `None` where there is one.
         is_paired: Whether images of a target come with those of a source.
@@ -148,13 +148,14 @@ class UdonForAdaptation(UdonForDistillation):
     ) -> dict[str, torch.Tensor]:
         """The terms that teachers take part in: their own, and what the student follows."""
         options, number = self.adaptation, len(labels)
-        key = SHARED if options.teachers == SHARED else domain
+        key = domain if options.teachers == "separate" else SHARED
         teacher: OnlineTeacher = self.teachers[key]  # type: ignore[assignment]
-        seen = self._prepared(pixel_values, teacher)
+        seen, losses = self._prepared(pixel_values, teacher), {}
         of_teacher = teacher.udon(seen)
         cosines = self._cosines(of_teacher.image_embeds, teacher.prototypes)
-        on_source = self._cosines(cosines.embeds[:number], cosines.prototypes)
-        losses = {"teacher_classification": self._terms.classification(on_source, labels)}
+        if teacher.learns:
+            on_source = self._cosines(cosines.embeds[:number], cosines.prototypes)
+            losses["teacher_classification"] = self._terms.classification(on_source, labels)
         if options.teacher_confusion:
             losses["teacher_confusion"] = self._confusion(of_teacher.backbone_embeds, number, teacher.critic)
         if options.distillation:
@@ -278,7 +279,7 @@ class UdonForAdaptation(UdonForDistillation):
         options, follows = self.adaptation, len(self.teachers) > 0 and self.adaptation.distillation > 0
         own = self.objective.student_classification
         weights = {"student_classification": own * (1 - options.alpha) if follows else own}
-        if self.teachers:
+        if options.teachers_learn:
             weights["teacher_classification"] = 1.0
         if options.teacher_confusion:
             weights["teacher_confusion"] = options.teacher_confusion

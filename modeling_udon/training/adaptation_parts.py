@@ -85,6 +85,7 @@ class OnlineTeacher(nn.Module):
         statistics: Channel statistics that it takes.
         with_critic: Whether it has a domain critic.
         student_width: Width of the student's tokens, where it has a map for some of its blocks; `None` for none.
+        learns: Whether it learns with the student; else it stays as it is, without dropout.
     """
 
     def __init__(
@@ -95,13 +96,19 @@ class OnlineTeacher(nn.Module):
         statistics: ChannelStatistics,
         with_critic: bool,
         student_width: int | None = None,
+        learns: bool = True,
     ) -> None:
         super().__init__()
-        self.udon = udon
+        self.udon, self.learns = udon, learns
         self.prototypes = make_prototypes(num_classes, udon.config.embedding_dim, objective)
         self.critic = DomainCritic(udon.feature_dim) if with_critic else None
         self.map = None if student_width is None else BlockMap(udon.feature_dim, student_width)
         self.statistics = statistics
+        self.requires_grad_(learns)
+
+    def train(self, mode: bool = True) -> "OnlineTeacher":
+        """Puts it into training mode, unless it stays as it is."""
+        return super().train(mode and self.learns)
 
 
 class Branch(nn.Module):

@@ -1,7 +1,8 @@
 """Scores of a run with domains without labels: across domains, by prototypes, of its teachers and branches."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,16 +10,23 @@ import torch
 from modeling_udon.backbones import cut_layers
 from modeling_udon.configuration_udon import UdonConfig
 from modeling_udon.data.domains import Domain
+from modeling_udon.data.preprocessing import image_processor
 from modeling_udon.encoder import Encoder
-from modeling_udon.evaluation.adaptation import score_across, score_prototypes
+from modeling_udon.evaluation.adaptation import (
+    BRANCHES,
+    SHARED,
+    STUDENT,
+    TEACHERS,
+    AdaptedNetwork,
+    score_adaptation,
+    teacher_domains,
+)
+from modeling_udon.evaluation.adapted_run import TEACHER_FOLDER
 from modeling_udon.evaluation.embedder import ImageEmbedder
-from modeling_udon.evaluation.neighbours import EmbeddedSplit, choose_kind, embed_split, search_options
-from modeling_udon.evaluation.protocol import EmbeddedDomain, score_separate
+from modeling_udon.evaluation.neighbours import choose_kind, embed_split, search_options
 from modeling_udon.modeling_udon import UdonModel
-from modeling_udon.training.adaptation import SHARED, UdonForAdaptation
+from modeling_udon.training.adaptation import UdonForAdaptation
 from modeling_udon.training.adaptation_parts import Branch, OnlineTeacher
-
-Networks = list[tuple[str, Encoder, torch.Tensor, dict[str, Domain]]]
 
 
 def measure_adaptation(
@@ -38,37 +46,18 @@ def measure_adaptation(
         split: `"validation"` or `"test"`.
 
     Returns:
-        A function that scores what was embedded, for the main process: `"across"`, `"prototypes"`, `"teachers"` and
-        `"branches"`, each by domain.
+        A function that scores what was embedded, for the main process; see `score_adaptation`.
     """
-    classes = next(domain.classes for domain in domains.values() if domain.has_labels)
     was_training = model.training
     model.eval()
-    networks = [("student", encoder, model.student_prototypes[SHARED], dict(domains))]
+    networks = [_network(STUDENT, encoder, model.student_prototypes[SHARED], domains)]
     networks += [*_teachers(model, encoder, domains), *_branches(model, encoder, domains)]
-    embedded = {name: embed_split(of_network, split, embedder, network)[0] for name, network, _, of_network in networks}
-    prototypes = {name: weights.detach().float().cpu().numpy() for name, _, weights, _ in networks}
+    embedded = {one.name: embed_split(one.domains, split, embedder, one.encoder)[0] for one in networks}
     model.train(was_training)
 
     def scores() -> dict[str, Any]:
-        student = _chosen(embedded["student"])
-        search = search_options(embedder)
-
-        def of_network(name: str) -> dict[str, dict[str, float]]:
-            found = _chosen(embedded[name])
-            by_prototype = score_prototypes(found, domains, split, prototypes[name], classes)
-            within = score_separate(found, **search)["domains"]
-            return {domain: {**values, **by_prototype.get(domain, {})} for domain, values in within.items()}
-
-        teachers: dict[str, dict[str, float]] = {}
-        for name in (name for name in embedded if name.startswith("teachers.")):
-            teachers |= of_network(name)
-        return {
-            "across": score_across(student, domains, split, **search),
-            "prototypes": score_prototypes(student, domains, split, prototypes["student"], classes),
-            "teachers": teachers,
-            "branches": [of_network(name) for name in embedded if name.startswith("branches.")],
-        }
+        chosen = {name: choose_kind(found, "student") for name, found in embedded.items()}
+        return score_adaptation(networks, chosen, domains, split, **search_options(embedder))
 
     return scores
 
@@ -91,27 +80,29 @@ def branch_student(model: UdonForAdaptation, number: int) -> UdonModel:
     return student.to(model.udon.device).eval()  # type: ignore[arg-type]
 
 
-def _teachers(model: UdonForAdaptation, encoder: Encoder, domains: Mapping[str, Domain]) -> Networks:
-    """Teachers with the targets that each is for; a shared one is asked about all domains."""
-    found: Networks = []
+def write_teacher(folder: Path, model: UdonForAdaptation, image_size: int) -> None:
+    """Writes what a teacher is beside its weights, from which a run is evaluated again; nothing without teachers."""
+    for teacher in list(model.teachers.values())[:1]:
+        assert isinstance(teacher, OnlineTeacher)
+        teacher.udon.config.save_pretrained(folder / TEACHER_FOLDER)
+        image_processor(image_size, teacher.statistics).save_pretrained(folder / TEACHER_FOLDER)
+
+
+def _teachers(model: UdonForAdaptation, encoder: Encoder, domains: Mapping[str, Domain]) -> Iterator[AdaptedNetwork]:
     for key, teacher in model.teachers.items():
         assert isinstance(teacher, OnlineTeacher)
-        asked = dict(domains) if key == SHARED else {key: domains[key]} if key in domains else {}
         network, dim = teacher.udon, teacher.udon.config.embedding_dim
         of_teacher = replace(encoder, network=network, statistics=teacher.statistics, dim=dim)
-        found.append((f"teachers.{key}", of_teacher, teacher.prototypes, asked))
-    return found
+        yield _network(f"{TEACHERS}.{key}", of_teacher, teacher.prototypes, teacher_domains(key, domains))
 
 
-def _branches(model: UdonForAdaptation, encoder: Encoder, domains: Mapping[str, Domain]) -> Networks:
-    found: Networks = []
+def _branches(model: UdonForAdaptation, encoder: Encoder, domains: Mapping[str, Domain]) -> Iterator[AdaptedNetwork]:
     for number in range(len(model.branches)):
         student = branch_student(model, number)
         branch: Branch = model.branches[number]  # type: ignore[assignment]
         of_branch = replace(encoder, network=student, dim=student.config.embedding_dim)
-        found.append((f"branches.{number}", of_branch, branch.prototypes, dict(domains)))
-    return found
+        yield _network(f"{BRANCHES}.{number}", of_branch, branch.prototypes, domains)
 
 
-def _chosen(embedded: EmbeddedSplit) -> dict[str, EmbeddedDomain]:
-    return choose_kind(embedded, "student")
+def _network(name: str, encoder: Encoder, prototypes: torch.Tensor, domains: Mapping[str, Domain]) -> AdaptedNetwork:
+    return AdaptedNetwork(name, encoder, prototypes.detach().float().cpu().numpy(), domains)

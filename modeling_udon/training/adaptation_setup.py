@@ -1,14 +1,20 @@
 """Setup of a run with domains without labels: student, online teachers, and which domains are paired."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from accelerate import Accelerator
+from safetensors.torch import load_file
 
 from modeling_udon.config import ConfigError, TrainConfig
 from modeling_udon.data.domains import Domain
+from modeling_udon.data.labels import Label
+from modeling_udon.data.processor_statistics import statistics_of_values
 from modeling_udon.modeling_udon import UdonModel
+from modeling_udon.run_models import open_teachers
+from modeling_udon.run_record import read_run
+from modeling_udon.storage import read_json
 from modeling_udon.training.adaptation import SHARED, UdonForAdaptation, mapped_blocks
 from modeling_udon.training.adaptation_losses import NUM_NEIGHBOURS
 from modeling_udon.training.adaptation_parts import OnlineTeacher, blocks_of, final_norm
@@ -60,8 +66,12 @@ def build_adaptation(
         )
     torch.manual_seed(config.seed)
     udon = open_udon(config.model, _sizes(config, config.model.embedding_dim), config.data.image_size)
-    num_classes = len(next(iter(labelled_domains(domains).values())).classes)
-    teachers = _make_teachers(config, list(trained), num_classes, udon)
+    classes = next(iter(labelled_domains(domains).values())).classes
+    num_classes = len(classes)
+    if options.teachers == "adapted":
+        teachers = {SHARED: open_adapted(config, classes)}
+    else:
+        teachers = _make_teachers(config, list(trained), num_classes, udon)
     try:
         _check_depths(config, udon, teachers)
         return UdonForAdaptation(
@@ -112,6 +122,46 @@ def _make_teachers(
     )
     keys = [SHARED] if options.teachers == SHARED else targets
     return {key: teacher if number == 0 else copy.deepcopy(teacher) for number, key in enumerate(keys)}
+
+
+def open_adapted(config: TrainConfig, classes: Sequence[Label]) -> OnlineTeacher:
+    """Opens the student of a finished run as a teacher that stays as it is.
+
+    Args:
+        config: The run, which names the other one in `adaptation.teacher_run`.
+        classes: The classes of all prototypes.
+
+    Raises:
+        ConfigError: If the folder is no such run, or its classes or the size of its images are others.
+    """
+    folder = config.adaptation and config.adaptation.teacher_run
+    assert folder is not None, "checked by the config"
+    try:
+        run = read_run(folder)
+        udon = open_teachers(run)
+        known = [spec["classes"] for spec in read_json(run.folder / "domains.json").values() if spec["num_classes"]]
+        prototypes = load_file(run.weights)[f"student_prototypes.{SHARED}"]
+    except (ValueError, KeyError, OSError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(
+            f"`adaptation.teacher_run` must be a finished run with `adaptation`. Got {folder}: {reason}"
+        ) from error
+    if list(classes) not in known or run.config["data"]["image_size"] != config.data.image_size:
+        raise ConfigError(
+            "`adaptation.teacher_run` must be a run on the same classes and `data.image_size`. "
+            f"Got {folder} with others; train it on the same sources."
+        )
+    processor = read_json(run.folder / "best" / "preprocessor_config.json")
+    teacher = OnlineTeacher(
+        udon, len(classes), config.loss, statistics_of_values(processor), with_critic=False, learns=False
+    )
+    if prototypes.shape != teacher.prototypes.shape:
+        raise ConfigError(
+            f"`adaptation.teacher_run` must have prototypes of shape {list(teacher.prototypes.shape)}, as `loss` asks. "
+            f"Got {list(prototypes.shape)} in {folder}; train both with the same `loss`."
+        )
+    teacher.prototypes.data.copy_(prototypes)
+    return teacher
 
 
 def _check_depths(config: TrainConfig, udon: UdonModel, teachers: Mapping[str, OnlineTeacher]) -> None:

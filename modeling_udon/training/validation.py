@@ -34,7 +34,7 @@ from modeling_udon.hub.sources import derive_license, find_sources
 from modeling_udon.hub.student_folder import write_student
 from modeling_udon.storage import replaced_folder, write_text
 from modeling_udon.training.adaptation import UdonForAdaptation
-from modeling_udon.training.adaptation_results import branch_student, measure_adaptation
+from modeling_udon.training.adaptation_results import branch_student, measure_adaptation, write_teacher
 from modeling_udon.training.broken import BrokenImages
 from modeling_udon.training.checkpoint import BEST_FILE
 from modeling_udon.training.extension import compare_with_old, format_extension, keep_old_scores, write_extension
@@ -141,6 +141,8 @@ class Assessment:
         if self._run.is_main:
             with replaced_folder(self._folder.checkpoints / "best") as folder:
                 save_file(weights, folder / self._folder.best_weights.name)
+                if isinstance(self._model, UdonForAdaptation):
+                    write_teacher(folder, self._model, self._config.data.image_size)
         self._export_best(None)
         self._run.accelerator.wait_for_everyone()
 

@@ -17,6 +17,7 @@ from conftest import draw_image, encode_png, write_parquet
 from safetensors.torch import load_file
 from tiny_models import TINY_VIT
 
+from modeling_udon.cli import main
 from modeling_udon.config import ConfigError
 from modeling_udon.config_file import dump_config, load_config
 from modeling_udon.data.domains import open_domain
@@ -36,6 +37,7 @@ NEEDS: dict[str, dict[str, Any]] = {
     "kd_stda": {"model__teacher_backbone_config": TEACHER},
     "kd_mtda": {"model__teacher_backbone_config": TEACHER},
     "mt_mtda": {"model__teacher_backbone_config": TEACHER},
+    "distil_adapted": {"adaptation__teacher_run": "uda"},
     "affinity": {},
     "activation_map": {"model__teacher_backbone_config": TEACHER},
     "okdhp": {},
@@ -66,19 +68,33 @@ def shifted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def adapted_run(make_values: Values, run_train: Run, shifted: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of `uda`, larger than the student that learns of it."""
+    values = make_values(tmp_path_factory.mktemp("adapted"), system="uda", name="uda", train__batch_size=20)
+    values["model"] |= {"backbone_config": TEACHER, "embedding_dim": 12}
+    return run_train(on_shifted(values, shifted))
+
+
+def on_shifted(values: dict[str, Any], data: Path) -> dict[str, Any]:
+    """Gives values of a run the two sources and the two targets."""
+    values.pop("sampling", None)
+    values["domains"] = {
+        name: {"path": str(data / name), "labels": "column" if name in ("paper", "screen") else "none"}
+        for name in DOMAINS
+    }
+    return values
+
+
 @pytest.fixture
-def adapted(make_values: Values, shifted: Path) -> Values:
+def adapted(make_values: Values, shifted: Path, request: pytest.FixtureRequest) -> Values:
     """Values of a tiny run of a system: takes the folder of runs, the system and changes."""
 
     def make(folder: Path, system: str, data: Path | None = None, **changes: Any) -> dict[str, Any]:
         options = {"system": system, "data__augmentation": "crop", "train__batch_size": 20, **NEEDS[system], **changes}
-        values = make_values(folder, **options)
-        values.pop("sampling", None)
-        values["domains"] = {
-            name: {"path": str((data or shifted) / name), "labels": "column" if name in ("paper", "screen") else "none"}
-            for name in DOMAINS
-        }
-        return values
+        if options.get("adaptation__teacher_run") == "uda":
+            options["adaptation__teacher_run"] = str(request.getfixturevalue("adapted_run"))
+        return on_shifted(make_values(folder, **options), data or shifted)
 
     return make
 
@@ -176,7 +192,7 @@ def test_two_processes_train_as_one(
 ) -> None:
     # Dropout depends on the process.
     calm = {"model__backbone_config": TINY_VIT, "train__num_steps": 4, "optim__frozen_fraction": 0}
-    if "teacher" in str(NEEDS[system]):
+    if "teacher_backbone" in str(NEEDS[system]):
         calm["model__teacher_backbone_config"] = {**TEACHER, "hidden_dropout_prob": 0.0}
     one = run_train(adapted(tmp_path / "one", system, **calm))
     two = run_two_processes(adapted(tmp_path / "two", system, **calm))
@@ -214,6 +230,9 @@ def test_losses_that_are_not_finite_end_the_run_with_a_line(adapted: Values, run
         ("kd_stda", {"adaptation__teachers": "none"}, "`adaptation.teachers` must be 'shared' for system 'kd_stda'"),
         ("kd_stda", {"adaptation__combine": "average"}, "`combine` 'average' must go with `teachers` 'separate'"),
         ("kd_stda", {"optim__student_share": [0.1, 1.5]}, "must be two shares above 0 and up to 1"),
+        ("uda", {"adaptation__teacher_run": "runs/x"}, "`teacher_run` must name a finished run where `teachers` is"),
+        ("distil_adapted", {"adaptation__teacher_run": None}, "`teacher_run` must name a finished run where"),
+        ("distil_adapted", {"optim__student_share": [0.1, 0.9]}, "must be null without teachers that learn"),
         ("activation_map", {"adaptation__mapped_blocks": [2, 1]}, "`mapped_blocks` must be the first and the last"),
     ],
 )
@@ -313,6 +332,54 @@ def test_distillation_gives_a_teacher_no_gradient(adapted: Values, open_trainer:
     assert model.udon.student_head.projection.weight.grad is not None
 
 
+def test_a_teacher_that_has_adapted_before_stays_as_it_is(
+    adapted: Values, adapted_run: Path, run_train: Run, tmp_path: Path
+) -> None:
+    run = run_train(adapted(tmp_path, "distil_adapted"))
+    before, after = load_file(adapted_run / "checkpoints" / "best" / "model.safetensors"), weights_of(run)
+    assert torch.equal(after["teachers.shared.prototypes"], before["student_prototypes.shared"])
+    own = {name: value for name, value in before.items() if name.startswith("udon.")}
+    assert own and all(torch.equal(after[f"teachers.shared.{name}"], value) for name, value in own.items())
+    losses = rows_of(run, "losses")[-1]["losses"]
+    assert "distillation_target" in losses and "teacher_classification" not in losses
+    scores = [json.loads((one / "results.json").read_text())["adaptation"]["test"] for one in (run, adapted_run)]
+    accuracies = [scores[0]["teachers"]["dusk"]["accuracy"], scores[1]["prototypes"]["dusk"]["accuracy"]]
+    assert accuracies[0] == accuracies[1]
+
+
+def test_a_run_of_other_classes_is_no_teacher(
+    adapted: Values, run_train: Run, adapted_run: Path, tmp_path: Path
+) -> None:
+    values = adapted(tmp_path, "distil_adapted")
+    del values["domains"]["screen"]
+    with pytest.raises(ConfigError, match="`adaptation.teacher_run` must be a run on the same classes"):
+        run_train(values)
+    values = adapted(tmp_path, "distil_adapted", adaptation__teacher_run=str(tmp_path))
+    with pytest.raises(ConfigError, match="`adaptation.teacher_run` must be a finished run with `adaptation`"):
+        run_train(values)
+    values = adapted(tmp_path, "distil_adapted", loss__subcenters=2)
+    with pytest.raises(ConfigError, match="`adaptation.teacher_run` must have prototypes of shape"):
+        run_train(values)
+
+
+@pytest.mark.parametrize(
+    ("system", "changes"),
+    [("uda", {}), ("kd_mtda", {}), ("distil_adapted", {}), ("okdhp", {"adaptation__branches": [{}, {"depth": 1}]})],
+)
+def test_a_run_is_evaluated_to_what_it_has_measured_itself(
+    adapted: Values, run_train: Run, tmp_path: Path, system: str, changes: dict[str, Any]
+) -> None:
+    two_blocks = {"model__backbone_config": {**TINY_VIT, "num_hidden_layers": 2}}
+    run = run_train(adapted(tmp_path, system, **two_blocks, **changes))
+    path = run / "results.json"
+    measured = json.loads(path.read_text())
+    spoilt = json.loads(path.read_text())
+    spoilt["adaptation"]["test"] = {"across": {}, "prototypes": {}, "teachers": {}, "branches": []}
+    path.write_text(json.dumps(spoilt))
+    assert main(["evaluate", "--run", str(run), "--num-workers", "0"]) == 0
+    assert json.loads(path.read_text())["adaptation"] == measured["adaptation"]
+
+
 def test_the_shares_of_the_learning_rates_go_from_the_teacher_to_the_student(
     adapted: Values, open_trainer: Any, tmp_path: Path
 ) -> None:
@@ -338,8 +405,9 @@ def test_integers_and_text_are_no_shared_classes(adapted: Values, run_train: Run
 
 
 def test_every_config_of_the_benchmark_reads(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("UDON_ADAPTATION_DIR", "/data")
+    for name in ("DIR", "START", "RUNS"):
+        monkeypatch.setenv(f"UDON_ADAPTATION_{name}", "/data")
     folder = Path(__file__).parents[2] / "configs" / "adaptation"
     names = {path.stem for path in folder.glob("*.yaml")} - {"base", "teacher"}
     systems = {load_config(folder / f"{name}.yaml").system for name in names}
-    assert systems == set(NEEDS) and len(names) == 16
+    assert systems == set(NEEDS) and len(names) == 20
