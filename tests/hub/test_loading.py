@@ -16,6 +16,7 @@ import torch
 import yaml
 from accelerate import Accelerator
 from loopback import LoopbackHub, known_to_clients
+from tiny_models import TINY_VIT
 
 from modeling_udon import UdonModel
 from modeling_udon.data.domains import open_domain
@@ -175,6 +176,22 @@ def test_the_snippets_of_the_card_run_as_they_stand(
     ours = embed_ourselves(trained["student"] / "best", tiny_domains)
     for theirs in np.load(tmp_path / "e.npy"):
         np.testing.assert_allclose(theirs, ours, atol=TOLERANCE)
+
+
+def test_a_student_that_has_adapted_is_pushed_and_loaded_like_any_other(
+    hub: LoopbackHub, make_values: Values, run_train: Callable[..., Path], tiny_domains: Path, tmp_path: Path
+) -> None:
+    values = make_values(tmp_path / "runs", system="kd_mtda", model__teacher_backbone_config=TINY_VIT)
+    values.pop("sampling")
+    for name, spec in values["domains"].items():
+        spec["labels"] = "column" if name == "blobs" else "none"
+    run = run_train(values)
+    push(run, "org/udon-adapted", tag="v1", say=lambda text: None)
+    assert not any("teacher" in name or "prototype" in name for name in hub.files("org/udon-adapted"))
+    parquet = tiny_domains / "blobs" / "test.parquet"
+    variables = hub.environment(tmp_path / "home", token=None)
+    theirs, _ = run_stranger("org/udon-adapted", "v1", "auto", parquet, tmp_path / "elsewhere", variables)
+    np.testing.assert_allclose(theirs, embed_ourselves(run / "best", tiny_domains), atol=TOLERANCE)
 
 
 def test_training_goes_on_from_a_student_of_the_hub(

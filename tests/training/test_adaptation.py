@@ -410,4 +410,4 @@ def test_every_config_of_the_benchmark_reads(monkeypatch: pytest.MonkeyPatch) ->
     folder = Path(__file__).parents[2] / "configs" / "adaptation"
     names = {path.stem for path in folder.glob("*.yaml")} - {"base", "teacher"}
     systems = {load_config(folder / f"{name}.yaml").system for name in names}
-    assert systems == set(NEEDS) and len(names) == 20
+    assert systems == set(NEEDS) and len(names) == 21
