@@ -1,7 +1,7 @@
 """Evaluation of a run, a model or ready-made embeddings: numbers, `results.json`, `report.html`, calibration."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -279,7 +279,10 @@ def _open_subject(source: Source, domains: Domains | None, work: Work) -> Subjec
             f"--pooling must be named for {encoder.name}, which is not a UDON model: one of {', '.join(POOLINGS)}"
         )
     opened = {name: open_domain(name, spec, data_seed) for name, spec in specs.items()}
-    embed_by = partial(encode_with, **asdict(work))
+
+    def embed_by(one: Encoder) -> Embedder:
+        return encode_with(one, work.batch_size, work.num_workers, work.mixed_precision, work.progress)
+
     embed, adapted = embed_by(encoder), None
     config = {"model": encoder.name, **encoder.settings, "domains": described}
     baseline: dict[str, Any] = {}

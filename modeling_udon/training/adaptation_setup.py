@@ -134,8 +134,8 @@ def open_adapted(config: TrainConfig, classes: Sequence[Label]) -> OnlineTeacher
     Raises:
         ConfigError: If the folder is no such run, or its classes or the size of its images are others.
     """
-    folder = config.adaptation and config.adaptation.teacher_run
-    assert folder is not None, "checked by the config"
+    assert config.adaptation is not None and config.adaptation.teacher_run is not None, "checked by the config"
+    folder = config.adaptation.teacher_run
     try:
         run = read_run(folder)
         udon = open_teachers(run)
