@@ -2,8 +2,8 @@
 
 Pictures are drawn, embedded, indexed and searched; then 200 come, 100 go, 50 move and 20 change, and the catalogue
 follows without embedding the others again. After each day every answer is compared with an exact search from nothing.
-On Sunday the catalogue moves to LanceDB, and is served and asked over HTTP: the same answers again. Needs the extras
-`filters`, `lancedb` and `serve`.
+On Sunday the catalogue moves to LanceDB, and is served and asked over HTTP: the same answers again. With `--folder`,
+the same command goes on where it was killed. Needs the extras `filters`, `lancedb` and `serve`.
 """
 
 import argparse
@@ -32,11 +32,51 @@ from modeling_udon.search.source_spec import SourceSpec
 
 NUM_QUERIES, K = 20, 10
 BRANDS = ("acorn", "birch", "cedar", "dogwood")
+# Of 5,000 pictures.
+ADDED, REMOVED, MOVED, CHANGED = 200, 100, 50, 20
 
 
-def draw(file: Path, seed: int) -> None:
-    """A picture of its own for each seed."""
-    generator = np.random.default_rng(seed)
+def shelves(num_pictures: int) -> list[dict[str, int]]:
+    """For each day from Monday to Friday the name of each picture, and the number that it is drawn from."""
+    added, removed, moved, changed = (
+        max(round(part * num_pictures / 5_000), 1) for part in (ADDED, REMOVED, MOVED, CHANGED)
+    )
+    monday, tuesday = (
+        {f"{BRANDS[number % len(BRANDS)]}/item-{number:05d}.jpg": number for number in range(num)}
+        for num in (num_pictures, num_pictures + added)
+    )
+    wednesday = {name: number for name, number in tuesday.items() if number >= removed}
+    thursday = {
+        f"{BRANDS[(number + 1) % len(BRANDS)]}/moved-{number:05d}.jpg" if number < removed + moved else name: number
+        for name, number in wednesday.items()
+    }
+    friday = {
+        name: number + 10 * num_pictures if removed + moved <= number < removed + moved + changed else number
+        for name, number in thursday.items()
+    }
+    return [monday, tuesday, wednesday, thursday, friday]
+
+
+def arrange(pictures: Path, before: dict[str, int], now: dict[str, int]) -> None:
+    """Makes the pictures of a day of those of the day before; done in part, it can be done again."""
+    gone = {number: name for name, number in before.items() if name not in now}
+    for name, number in now.items():
+        file = pictures / name
+        if before.get(name) == number:
+            continue
+        if number not in gone:
+            draw(file, number)
+            if name in before:  # it changed, and has an older time than before
+                os.utime(file, ns=(number, number))
+        elif (pictures / gone[number]).exists():
+            shutil.move(pictures / gone[number], file)
+    for name in gone.values():
+        (pictures / name).unlink(missing_ok=True)
+
+
+def draw(file: Path, number: int) -> None:
+    """A picture of its own for each number."""
+    generator = np.random.default_rng(number)
     small = Image.fromarray(generator.integers(0, 255, (6, 8, 3), dtype=np.uint8))
     file.parent.mkdir(parents=True, exist_ok=True)
     small.resize((64, 48), Image.Resampling.BICUBIC).save(file, "JPEG", quality=90)
@@ -56,137 +96,162 @@ def exact(
     return found[:K]
 
 
-def check(catalogue: Catalogue, pictures: Path, encoder: Encoder, folder: Path) -> int:
-    """Embeds all pictures from nothing and compares every answer; returns how many were compared."""
-    fresh = embed(pictures, encoder, folder, num_workers=0)
-    index, table = catalogue.index, fresh.table
-    ours = {index.describe(int(row), thumbnail=False)["path"]: int(row) for row in index.select()}
-    paths = table["path"].to_pylist()
-    assert sorted(ours) == sorted(paths), "the catalogue holds the pictures that are there"
-    rows = np.array([ours[path] for path in paths])
-    np.testing.assert_allclose(index.vectors(rows), fresh.embeddings, atol=1e-6)
-    vectors, brands = index.vectors(rows), np.array([path.split("/")[0] for path in paths])
-    sizes = np.array(table["num_bytes"].to_pylist())
-    everything, limit = np.ones(len(rows), bool), int(np.median(sizes))
-    queries = vectors[np.linspace(0, len(rows) - 1, NUM_QUERIES, dtype=int)]
-    asked: list[tuple[dict[str, str], np.ndarray, np.ndarray | None]] = [
-        ({}, everything, None),
-        ({"domain": BRANDS[1]}, brands == BRANDS[1], None),
-        ({"where": f"num_bytes < {limit} and domain <> '{BRANDS[0]}'"}, (sizes < limit) & (brands != BRANDS[0]), None),
-        ({"group_by": "domain"}, everything, brands),
-    ]
-    for filters, keep, groups in asked:
-        found = index.search(queries, K, **filters)[1]  # type: ignore[arg-type]
-        for query, line in zip(queries, found, strict=True):
-            assert [row for row in line if row >= 0] == exact(vectors, rows, query, keep, groups)
-    return len(asked) * NUM_QUERIES
+class Week:
+    """The week in a folder. Each day can be begun again where it was killed.
 
+    Args:
+        folder: Where pictures, embeddings, index and table lie.
+        model: A student's folder or Hub id, or `timm:NAME`.
+        num_pictures: Pictures on the first day.
+    """
 
-def check_lance(catalogue: Catalogue, table: Path) -> int:
-    """Moves the catalogue to LanceDB and compares its answers; returns how many were compared."""
-    export_index(catalogue.folder, "lancedb", out=str(table))
-    lance, rows = LanceIndex(f"lancedb://{table}"), catalogue.index.select()
-    queries = catalogue.index.vectors(rows[:: max(len(rows) // NUM_QUERIES, 1)][:NUM_QUERIES])
-    asked: list[dict[str, Any]] = [{}, {"domain": BRANDS[1]}, {"where": f"domain <> '{BRANDS[0]}'"}]
-    for filters in asked:
-        np.testing.assert_allclose(
-            lance.search(queries, K, **filters)[0], catalogue.index.search(queries, K, **filters)[0], atol=1e-6
+    def __init__(self, folder: Path, model: str, num_pictures: int) -> None:
+        self.pictures, self.embedded, self.index, self.table = (
+            folder / name for name in ("shop", "embedded", "index", "lance")
         )
-    return len(asked) * len(queries)
+        self.model, self.encoder = model, Encoder.open(model)
+        self.shelves = shelves(num_pictures)
+        self._done = folder / "days"
+        first, *others = self.shelves
+        titles = ["come", "go", "move", "change"]
+        self._done.parent.mkdir(parents=True, exist_ok=True)
+        self.days: list[tuple[str, Callable[[], object], Callable[[], str]]] = [
+            ("Monday embedded and indexed", self._open_shop, self.check)
+        ]
+        for number, day in enumerate(("Tuesday", "Wednesday", "Thursday", "Friday")):
+            count = len(set(self.shelves[number].items()) ^ set(others[number].items()))
+            count //= 1 if len(others[number]) != len(self.shelves[number]) else 2
+            self.days.append(
+                (f"{day} {count} {titles[number]}", lambda number=number: self._follow(number), self.check)
+            )
+        self.days += [
+            ("Saturday compacted", lambda: Catalogue(self.index).compact(), self.check),
+            ("Sunday in LanceDB", self._export, self.check_lance),
+            ("Sunday over HTTP", lambda: None, self.check_service),
+        ]
 
+    @property
+    def num_done(self) -> int:
+        """Days that have passed."""
+        return int(self._done.read_text()) if self._done.exists() else 0
 
-def check_service(catalogue: Catalogue, model: str, pictures: Path) -> int:
-    """Serves the catalogue in a process of its own and asks over HTTP; returns how many answers were compared."""
-    command = [sys.executable, "-m", "modeling_udon.cli", "serve", "--model", model, "--index", str(catalogue.folder)]
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    with subprocess.Popen([*command, "--port", str(port)], stdout=subprocess.PIPE, text=True) as service:
-        try:
-            assert service.stdout is not None
-            service.stdout.readline()  # it says where it serves once it does
-            files = sorted(pictures.rglob("*.jpg"))[:NUM_QUERIES]
-            for file in files:
-                image = base64.b64encode(file.read_bytes()).decode()
-                body = json.dumps({"image": image, "k": K, "where": "num_bytes > 0"}).encode()
-                request = urllib.request.Request(
-                    f"http://127.0.0.1:{port}/search", body, {"content-type": "application/json"}
-                )
-                with urllib.request.urlopen(request) as answer:
-                    first = json.load(answer)["neighbours"][0]
-                assert first["path"] == file.relative_to(pictures).as_posix() and first["score"] > 1 - 1e-4
-        finally:
-            service.terminate()
-    return len(files)
-
-
-def main() -> None:
-    """Lives the week and says what each day took."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", required=True, help="a student's folder or Hub id, or timm:NAME")
-    parser.add_argument("--pictures", type=int, default=5_000, help="pictures on the first day")
-    arguments = parser.parse_args()
-    encoder, began = Encoder.open(arguments.model), time.perf_counter()
-    num, share = arguments.pictures, arguments.pictures / 5_000
-    added, removed, moved, changed = (max(round(part * share), 1) for part in (200, 100, 50, 20))
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        pictures, embedded, index = folder / "shop", folder / "embedded", folder / "index"
-
-        def place(number: int) -> Path:
-            return pictures / BRANDS[number % len(BRANDS)] / f"item-{number:05d}.jpg"
-
-        for number in range(num):
-            draw(place(number), number)
-        catalogue: Catalogue
-
-        def day(title: str, work: Callable[[], object]) -> None:
+    def live(self, say: Callable[[str], None] = print) -> None:
+        """Lives the days that are left, and says what each took."""
+        for number in range(self.num_done, len(self.days)):
+            title, work, check = self.days[number]
             start = time.perf_counter()
             work()
             took = time.perf_counter() - start
-            done = check(catalogue, pictures, encoder, folder / f"fresh-{title.split()[0]}")
-            print(
-                f"{title}: {took:.1f} s, {catalogue.index.about.num_images:,} pictures, {done} answers as from nothing"
-            )
+            say(f"{title}: {took:.1f} s, {Catalogue(self.index).index.about.num_images:,} pictures, {check()}")
+            draft = self._done.with_suffix(".draft")
+            draft.write_text(str(number + 1))
+            os.replace(draft, self._done)
 
-        def follow() -> None:
-            embed(source, encoder, embedded, num_workers=0, update=True)
-            catalogue.update()
+    def _open_shop(self) -> None:
+        arrange(self.pictures, {}, self.shelves[0])
+        embed(self._source, self.encoder, self.embedded, num_workers=0)
+        if not self.index.exists():
+            build_index([self.embedded], self.index)
 
-        source = SourceSpec(str(pictures), domain_from_folder=True)
-        embed(source, encoder, embedded, num_workers=0)
-        build_index([embedded], index)
-        catalogue = Catalogue(index)
+    def _follow(self, number: int) -> None:
+        """What changed from one day to the next is found by the commands themselves."""
+        arrange(self.pictures, self.shelves[number], self.shelves[number + 1])
+        embed(self._source, self.encoder, self.embedded, num_workers=0, update=True)
+        Catalogue(self.index).update()
 
-        def come() -> None:
-            for number in range(num, num + added):
-                draw(place(number), number)
-            follow()
+    def _export(self) -> None:
+        export_index(self.index, "lancedb", out=str(self.table), force=True)
 
-        def go() -> None:
-            for number in range(removed):
-                place(number).unlink()
-            follow()
+    @property
+    def _source(self) -> SourceSpec:
+        return SourceSpec(str(self.pictures), domain_from_folder=True)
 
-        def move() -> None:
-            for number in range(removed, removed + moved):
-                target = pictures / BRANDS[(number + 1) % len(BRANDS)] / f"moved-{number:05d}.jpg"
-                shutil.move(place(number), target)
-            follow()
+    def check(self) -> str:
+        """Embeds all pictures from nothing and compares every answer."""
+        fresh, index = embed(self.pictures, self.encoder, num_workers=0), Catalogue(self.index).index
+        ours = {
+            path: int(row)
+            for block in index.blocks(columns=["path"])
+            for path, row in zip(block.table["path"].to_pylist(), block.rows, strict=True)
+        }
+        paths = fresh.table["path"].to_pylist()
+        assert sorted(ours) == sorted(paths), "the catalogue holds the pictures that are there"
+        rows = np.array([ours[path] for path in paths])
+        np.testing.assert_allclose(index.vectors(rows), fresh.embeddings, atol=1e-6)
+        vectors, brands = index.vectors(rows), np.array([path.split("/")[0] for path in paths])
+        sizes = np.array(fresh.table["num_bytes"].to_pylist())
+        everything, limit = np.ones(len(rows), bool), int(np.median(sizes))
+        queries = vectors[np.linspace(0, len(rows) - 1, NUM_QUERIES, dtype=int)]
+        few = (sizes < limit) & (brands != BRANDS[0])
+        asked: list[tuple[dict[str, Any], np.ndarray, np.ndarray | None]] = [
+            ({}, everything, None),
+            ({"domain": BRANDS[1]}, brands == BRANDS[1], None),
+            ({"where": f"num_bytes < {limit} and domain <> '{BRANDS[0]}'"}, few, None),
+            ({"group_by": "domain"}, everything, brands),
+        ]
+        for filters, keep, groups in asked:
+            found = index.search(queries, K, **filters)[1]
+            for query, line in zip(queries, found, strict=True):
+                assert [row for row in line if row >= 0] == exact(vectors, rows, query, keep, groups)
+        return f"{len(asked) * NUM_QUERIES} answers as from nothing"
 
-        def change() -> None:
-            for number in range(removed + moved, removed + moved + changed):
-                draw(place(number), 10 * num + number)
-                os.utime(place(number), ns=(number, number))
-            follow()
+    def check_lance(self) -> str:
+        """Compares the answers of the table with those of the index."""
+        lance, index = LanceIndex(f"lancedb://{self.table}"), Catalogue(self.index).index
+        rows = index.select()
+        queries = index.vectors(rows[:: max(len(rows) // NUM_QUERIES, 1)][:NUM_QUERIES])
+        asked: list[dict[str, Any]] = [{}, {"domain": BRANDS[1]}, {"where": f"domain <> '{BRANDS[0]}'"}]
+        for filters in asked:
+            found, expected = (of.search(queries, K, **filters)[0] for of in (lance, index))
+            np.testing.assert_allclose(found, expected, atol=1e-6)
+        return f"{len(asked) * len(queries)} answers as from the index"
 
-        day("Monday embedded and indexed", lambda: None)
-        day(f"Tuesday {added} come", come)
-        day(f"Wednesday {removed} go", go)
-        day(f"Thursday {moved} move", move)
-        day(f"Friday {changed} change", change)
-        day("Saturday compacted", lambda: catalogue.compact())
-        print(f"Sunday in LanceDB: {check_lance(catalogue, folder / 'lance')} answers as from the index")
-        print(f"Sunday over HTTP: {check_service(catalogue, arguments.model, pictures)} answers as from the index")
+    def check_service(self) -> str:
+        """Serves the catalogue in a process of its own and compares its answers over HTTP with those of the index."""
+        command = [
+            sys.executable,
+            "-m",
+            "modeling_udon.cli",
+            "serve",
+            "--model",
+            self.model,
+            "--index",
+            str(self.index),
+        ]
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        files = sorted(self.pictures.rglob("*.jpg"))[:NUM_QUERIES]
+        queries, where = self.encoder.encode(files).embeddings, "num_bytes > 0"
+        expected = Catalogue(self.index).index.search(queries, K, where=where)[0]
+        with subprocess.Popen([*command, "--port", str(port)], stdout=subprocess.PIPE, text=True) as service:
+            try:
+                assert service.stdout is not None
+                service.stdout.readline()  # it says where it serves once it does
+                for file, scores in zip(files, expected, strict=True):
+                    image = base64.b64encode(file.read_bytes()).decode()
+                    body = json.dumps({"image": image, "k": K, "where": where}).encode()
+                    request = urllib.request.Request(
+                        f"http://127.0.0.1:{port}/search", body, {"content-type": "application/json"}
+                    )
+                    with urllib.request.urlopen(request) as answer:
+                        found = json.load(answer)["neighbours"]
+                    assert found[0]["path"] == file.relative_to(self.pictures).as_posix()
+                    np.testing.assert_allclose([hit["score"] for hit in found], scores, atol=1e-5)
+            finally:
+                service.terminate()
+        return f"{len(files)} answers as from the index"
+
+
+def main() -> None:
+    """Lives the week."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", required=True, help="a student's folder or Hub id, or timm:NAME")
+    parser.add_argument("--pictures", type=int, default=5_000, help="pictures on the first day")
+    parser.add_argument("--folder", type=Path, help="where to work, and to go on; by default one that is deleted")
+    arguments = parser.parse_args()
+    began = time.perf_counter()
+    with tempfile.TemporaryDirectory() as temporary:
+        Week(arguments.folder or Path(temporary), arguments.model, arguments.pictures).live()
     print(f"the week took {time.perf_counter() - began:.0f} s")
 
 

@@ -47,10 +47,8 @@ def test_each_day_of_a_shops_week_is_answered_as_from_nothing(monkeypatch, capsy
     run(monkeypatch, "shop_week.py", "--model", searchable.model, "--pictures", 100)
     days = capsys.readouterr().out.splitlines()
     assert len(days) == 9 and all("answers as from nothing" in day for day in days[:6])
-    assert days[6:8] == [
-        "Sunday in LanceDB: 60 answers as from the index",
-        "Sunday over HTTP: 20 answers as from the index",
-    ]
+    assert [day.split(":")[0] for day in days[6:8]] == ["Sunday in LanceDB", "Sunday over HTTP"]
+    assert [day.split(", ")[-1] for day in days[6:8]] == [f"{number} answers as from the index" for number in (60, 20)]
 
 
 def test_the_cells_of_the_notebook_run_in_order(monkeypatch, tiny_config: Callable[..., Path]) -> None:

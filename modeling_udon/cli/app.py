@@ -1,6 +1,6 @@
 """`udon app`."""
 
-from modeling_udon.cli.models import Page, need_gradio
+from modeling_udon.cli.models import Page, need_gradio, open_index
 from modeling_udon.cli.options import Natural, Positive
 from modeling_udon.cli.terminal import say
 
@@ -28,7 +28,11 @@ def app(
     from modeling_udon.search.app import make_page, start
     from modeling_udon.search.page_answers import open_side
 
-    sides = [open_side(side.index, side.open(shown.trust_remote_code)) for side in shown.sides]
+    indexes = [open_index(side.index) for side in shown.sides]
+    sides = [
+        open_side(index, side.open(index, shown.trust_remote_code))
+        for side, index in zip(shown.sides, indexes, strict=True)
+    ]
     page = make_page(sides, shown.examples)
     address = start(page, host=host, port=port, share=share, requests_per_minute=requests_per_minute)
     say(f"the page is at {address}, until Ctrl+C")

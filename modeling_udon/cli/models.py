@@ -19,9 +19,9 @@ class Side:
     revision: str | None
     pooling: str | None
 
-    def open(self, trust_remote_code: bool) -> Callable[[], Any]:
-        """What opens the model when it is needed."""
-        return lambda: open_for_index(self.index, self.model, self.revision, trust_remote_code, self.pooling)
+    def open(self, index: Any, trust_remote_code: bool) -> Callable[[], Any]:
+        """What opens the model of an index, as `open_index` gave it, when it is needed."""
+        return lambda: open_for_index(index, self.model, self.revision, trust_remote_code, self.pooling)
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def page(
     """Finds what the page shows.
 
     Args:
-        index: Folder that `udon index` wrote.
+        index: Folder that `udon index` wrote, lancedb://FOLDER, or hf://datasets/OWNER/NAME.
         model: Folder of a model, or its id on the Hub.
         revision: Commit, tag or branch of the model on the Hub.
         trust_remote_code: Run the code beside a model that is not a UDON model.

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from importlib.util import find_spec
 
-from modeling_udon.cli.models import open_for_index, open_model
+from modeling_udon.cli.models import open_for_index, open_index, open_model
 from modeling_udon.cli.options import Commit, File, Folder, Name, Natural, Positive
 from modeling_udon.cli.terminal import say
 
@@ -36,7 +36,7 @@ def serve(
 
     Args:
         model: Folder of a model, or its id on the Hub.
-        index: Folder that `udon index` wrote with it.
+        index: Folder that `udon index` wrote with it; lancedb://FOLDER or hf://datasets/OWNER/NAME are only read.
         revision: Commit, tag or branch of the model on the Hub.
         trust_remote_code: Run the code beside a model that is not a UDON model.
         name: What clients call the model; by default its Hub id, or the last name of its folder.
@@ -80,11 +80,12 @@ def serve(
     )
     token = None if token_file is None else read_token(token_file)
     with listen(host, port) as opened:
+        searched = None if index is None else open_index(index)
         # Queries are pooled as the images of the index were.
         encoder = (
             open_model(model, revision, trust_remote_code)
-            if index is None
-            else open_for_index(index, model, revision, trust_remote_code)
+            if searched is None
+            else open_for_index(searched, model, revision, trust_remote_code)
         )
-        service = make_service(encoder, index, name, limits, allow_hosts)
+        service = make_service(encoder, searched, name, limits, allow_hosts)
         run(service, Access(token, token_for_all), opened, say)

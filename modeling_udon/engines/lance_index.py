@@ -1,6 +1,7 @@
 """Index in a Lance table, searched where it lies: in a folder, on object storage, on the Hub."""
 
 import json
+import time
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Collection, Iterable, Sequence
@@ -35,6 +36,8 @@ _GROWTH = 4
 # The nearest of a few rows are farther away than the nearest of all: so many times more lists are looked at.
 _MORE_WITH_FILTER = 4
 _MOST_IN_LIST = 1_000
+# Of looks for a newer version: on object storage and the Hub each is a request.
+_SECONDS_BETWEEN_LOOKS = 10.0
 
 
 class LanceIndex:
@@ -56,6 +59,7 @@ class LanceIndex:
         self._effort = int((self._table.schema.field(VECTOR).metadata or {}).get(EFFORT_KEY, 0))
         self._lines: OrderedDict[int, dict[str, Any]] = OrderedDict()
         self._lock = Lock()
+        self._looked = time.monotonic()
         self.about = IndexAbout(
             kind=KIND,
             dim=values["dim"],
@@ -72,6 +76,23 @@ class LanceIndex:
 
     def __str__(self) -> str:
         return self._address
+
+    @property
+    def version(self) -> int:
+        """Version of the table."""
+        return int(self._table.version)
+
+    def newest(self) -> "LanceIndex":
+        """The newest version of the table; itself, where it was looked for just now or cannot be had."""
+        with self._lock:
+            if time.monotonic() - self._looked < _SECONDS_BETWEEN_LOOKS:
+                return self
+            self._looked = time.monotonic()
+        try:
+            found = LanceIndex(self._address)
+        except ValueError:  # A storage that does not answer for a moment takes nothing from what is open.
+            return self
+        return self if found.version == self.version else found
 
     @property
     def schema(self) -> pa.Schema:

@@ -37,9 +37,17 @@ class LanceStore:
         self._effort = 0
 
     def exists(self) -> bool:
-        """Whether the table is there."""
+        """Whether the table is there. LanceDB also lists the folder that a killed export has left, without a version."""
         with self._guarded():
-            return self._place.table in table_names(self._database)
+            if self._place.table not in table_names(self._database):
+                return False
+            try:
+                self._database.open_table(self._place.table)
+            except ValueError as error:
+                if "not found" in str(error):
+                    return False
+                raise
+            return True
 
     def write(self, columns: Columns, about: Mapping[str, Any]) -> None:
         """Writes the table in one commit, and then its index.
@@ -55,7 +63,7 @@ class LanceStore:
             for block in columns.blocks(_BATCH):
                 yield from fitted(names, block).replace_schema_metadata(told).to_batches()
 
-        mode = "overwrite" if self._place.force else "create"
+        mode = "overwrite" if self._place.force and self.exists() else "create"
         with self._guarded():
             data = pa.RecordBatchReader.from_batches(schema, batches())
             self._table = self._database.create_table(self._place.table, data=data, schema=schema, mode=mode)

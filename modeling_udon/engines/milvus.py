@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 
 from modeling_udon.engines.columns import ID, ROW, VECTOR, Columns, fit_names
-from modeling_udon.engines.store import Place, fitted, one_of_both, padded, said_in_one_line
+from modeling_udon.engines.store import Place, draft_name, fitted, is_draft, one_of_both, padded, said_in_one_line
 from modeling_udon.faults import require
 from modeling_udon.search.found import json_value
 
@@ -32,7 +32,7 @@ class MilvusStore:
         where = one_of_both(place, "milvus")
         if place.out is not None and not place.out.endswith(".db"):
             raise ValueError(f"`out` must end in .db, by which Milvus Lite knows its file. Got {place.out!r}.")
-        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]{0,254}", place.table):
+        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]{0,199}", place.table):
             raise ValueError(f"`table` must be letters, digits and underscores for Milvus. Got {place.table!r}.")
         self._end = 0  # of the numbers of rows that were written
         self._library = require("pymilvus", "milvus", "the export to Milvus needs")
@@ -47,7 +47,7 @@ class MilvusStore:
             return bool(self._client.has_collection(self._name))
 
     def write(self, columns: Columns, about: Mapping[str, Any]) -> None:
-        """Makes the collection, with a graph over its vectors, and inserts the rows."""
+        """Fills a new collection with a graph over its vectors, then gives it the name."""
         types, schema = self._library.DataType, columns.schema
         names = fit_names(schema.names, fit_name)
         made = self._client.create_schema(auto_id=False, enable_dynamic_field=False)
@@ -63,14 +63,17 @@ class MilvusStore:
         graph = self._client.prepare_index_params()
         graph.add_index(VECTOR, index_type="HNSW", metric_type="IP", params={"M": 16, "efConstruction": 200})
         with self._guarded():
-            if self._client.has_collection(self._name):
-                self._client.drop_collection(self._name)
-            self._client.create_collection(self._name, schema=made, index_params=graph)
+            draft = self._new_draft()
+            self._client.create_collection(draft, schema=made, index_params=graph)
             for block in columns.blocks(_ROWS):
                 _check_lengths(block)
                 self._end = max(self._end, *(row + 1 for row in block[ROW].to_pylist()))
-                self._client.insert(self._name, [json_value(line) for line in fitted(names, block).to_pylist()])
-            self._client.flush(self._name)
+                self._client.insert(draft, [json_value(line) for line in fitted(names, block).to_pylist()])
+            self._client.flush(draft)
+            if self._client.has_collection(self._name):
+                self._client.drop_collection(self._name)
+            self._client.rename_collection(draft, self._name)
+            self._client.load_collection(self._name)  # Milvus Lite releases what it renames
 
     def search(self, queries: np.ndarray, k: int) -> np.ndarray:
         """Searches with 128 candidates in the graph."""
@@ -94,6 +97,13 @@ class MilvusStore:
     def close(self) -> None:
         """Ends the connection."""
         self._client.close()
+
+    def _new_draft(self) -> str:
+        """A name for a collection that is being filled; drops what killed exports have left."""
+        for name in self._client.list_collections():
+            if is_draft(name, self._name):
+                self._client.drop_collection(name)
+        return draft_name(self._name)
 
     def _kind_of(self, kind: pa.DataType) -> Any:
         types = self._library.DataType

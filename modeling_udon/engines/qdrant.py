@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from modeling_udon.engines.columns import ID, ROW, VECTOR, Columns
-from modeling_udon.engines.store import Place, one_of_both, padded, said_in_one_line
+from modeling_udon.engines.store import Place, draft_name, is_draft, one_of_both, padded, said_in_one_line
 from modeling_udon.faults import require
 from modeling_udon.search.found import json_value
 
@@ -19,7 +19,8 @@ _EFFORT = 128
 class QdrantStore:
     """A collection whose points have the rows' numbers as ids, and the columns as payload.
 
-    The key of a server is read from `QDRANT_API_KEY`.
+    Its name is an alias, which is given to the collection in one step when all points are in it. The key of a server is
+    read from `QDRANT_API_KEY`.
     """
 
     def __init__(self, place: Place) -> None:
@@ -35,15 +36,15 @@ class QdrantStore:
     def exists(self) -> bool:
         """Whether the collection is there."""
         with self._guarded():
-            return bool(self._client.collection_exists(self._name))
+            return self._name in self._aliases() or bool(self._client.collection_exists(self._name))
 
     def write(self, columns: Columns, about: Mapping[str, Any]) -> None:
-        """Makes the collection and uploads the points."""
-        models = self._library.models
+        """Fills a new collection, then gives it the name, and drops the one that had it."""
+        models, draft = self._library.models, draft_name(self._name)
         with self._guarded():
-            self._client.delete_collection(self._name)
+            self._drop_drafts(kept=self._aliases().get(self._name))
             vectors = models.VectorParams(size=about["dim"], distance=models.Distance.DOT)
-            self._client.create_collection(self._name, vectors_config=vectors)
+            self._client.create_collection(draft, vectors_config=vectors)
             for block in columns.blocks(_ROWS):
                 payloads = block.drop_columns([ROW, VECTOR]).to_pylist()
                 points = models.Batch(
@@ -51,7 +52,8 @@ class QdrantStore:
                     vectors=block[VECTOR].to_pylist(),
                     payloads=[json_value(payload) for payload in payloads],
                 )
-                self._client.upsert(self._name, points=points, wait=True)
+                self._client.upsert(draft, points=points, wait=True)
+            self._publish(draft)
 
     def search(self, queries: np.ndarray, k: int) -> np.ndarray:
         """Searches with 128 candidates in the graph."""
@@ -74,6 +76,26 @@ class QdrantStore:
     def close(self) -> None:
         """Ends the connection."""
         self._client.close()
+
+    def _aliases(self) -> dict[str, str]:
+        return {alias.alias_name: alias.collection_name for alias in self._client.get_aliases().aliases}
+
+    def _publish(self, draft: str) -> None:
+        models = self._library.models
+        change: list[Any] = []
+        if self._name in self._aliases():
+            change.append(models.DeleteAliasOperation(delete_alias=models.DeleteAlias(alias_name=self._name)))
+        elif self._client.collection_exists(self._name):
+            self._client.delete_collection(self._name)
+        alias = models.CreateAlias(collection_name=draft, alias_name=self._name)
+        self._client.update_collection_aliases([*change, models.CreateAliasOperation(create_alias=alias)])
+        self._drop_drafts(kept=draft)
+
+    def _drop_drafts(self, kept: str | None) -> None:
+        """Drops what killed exports have left, and the collection that was replaced."""
+        for collection in self._client.get_collections().collections:
+            if is_draft(collection.name, self._name) and collection.name != kept:
+                self._client.delete_collection(collection.name)
 
     def _guarded(self) -> Any:
         modules = "qdrant_client", "httpx", "grpc", "portalocker"

@@ -1,6 +1,7 @@
 """Interface of the engines that an index is exported to, and how their faults become lines."""
 
 import re
+import secrets
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -83,6 +84,16 @@ def one_of_both(place: Place, engine: str) -> str:
             f"{'both' if place.out else 'none'}."
         )
     return str(place.out or place.url)
+
+
+def draft_name(table: str) -> str:
+    """A new name to fill a table under until it is whole: what a killed export leaves is not taken for it."""
+    return f"{table}__draft_{secrets.token_hex(4)}"
+
+
+def is_draft(name: str, table: str) -> bool:
+    """Whether a table was begun by an export to `table`."""
+    return re.fullmatch(re.escape(table) + "__draft_[0-9a-f]{8}", name) is not None
 
 
 def padded(rows: list[list[int]], k: int) -> np.ndarray:

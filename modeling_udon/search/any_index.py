@@ -1,7 +1,7 @@
 """Interface of an opened index, wherever it lies."""
 
 from collections.abc import Collection, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import numpy as np
 
@@ -14,6 +14,17 @@ class AnyIndex(Protocol):
     @property
     def about(self) -> IndexAbout:
         """What the index says of itself."""
+
+    @property
+    def version(self) -> int:
+        """Number of the commit that it shows."""
+
+    @property
+    def user_columns(self) -> list[str]:
+        """Columns that came with the data."""
+
+    def newest(self) -> Self:
+        """The same index as it is now; itself, where nothing has changed."""
 
     def search(
         self,

@@ -12,10 +12,12 @@ from modeling_udon.search.limits import Middleware, NoAddresses, RateLimit
 from modeling_udon.search.page_answers import (
     HINT,
     MAX_NEIGHBOURS,
+    PageError,
     Side,
     answer_json,
     answer_request,
     enlarge,
+    note,
 )
 from modeling_udon.search.page_parts import ASK, ASK_LARGE, ASK_NEW, ASK_WAITING, SCRIPT, STYLE
 from modeling_udon.search.results_page import html_text
@@ -37,15 +39,14 @@ def make_page(sides: Sequence[Side], examples: Sequence[Path] = ()) -> gr.Blocks
         sides: One, or two to compare.
         examples: Pictures to click on.
     """
-    domains = sorted({domain for side in sides for domain in side.index.domains()})
     # Pictures that people brought are deleted: each hour those that are older than one.
     with gr.Blocks(
         title="Nearest images", analytics_enabled=False, delete_cache=(_SECONDS_KEPT,) * 2, fill_width=True
     ) as page:
-        gr.HTML(_head(sides, domains))
+        head = gr.HTML(_head(sides))
         with gr.Row():
             with gr.Column(scale=2, min_width=320):
-                asked = _query_fields(sides, domains)
+                asked = _query_fields(sides)
             with gr.Column(scale=5, min_width=320):
                 results = gr.HTML(HINT)
         if examples:
@@ -53,23 +54,28 @@ def make_page(sides: Sequence[Side], examples: Sequence[Path] = ()) -> gr.Blocks
             gr.Examples(rows, asked[0], label="Examples", examples_per_page=12, elem_id="udon-examples")
         _connect(sides, asked, results)
         page.load(None, js=ASK_WAITING)
+        # Whoever opens the page sees the index as it is then.
+        page.load(lambda: _opened(sides), None, [head, asked[1]], api_visibility="private")
     return page
 
 
-def _query_fields(sides: Sequence[Side], domains: Sequence[str]) -> list[Any]:
+def _opened(sides: Sequence[Side]) -> tuple[str, Any]:
+    """Head and domains for a new visitor."""
+    try:
+        sides = [side.now() for side in sides]
+    except PageError as error:
+        return note(error.what, error.more), gr.skip()
+    return _head(sides), gr.Dropdown(**_choices(sides))
+
+
+def _query_fields(sides: Sequence[Side]) -> list[Any]:
     """The picture, the domain, the number of neighbours, and hidden fields that the page's script fills."""
     most = min(MAX_NEIGHBOURS, max(side.index.about.num_images for side in sides))
     picture = gr.Image(
         label="Picture", type="filepath", height=280, sources=["upload", "clipboard"], elem_id="udon-picture"
     )
     with gr.Row(elem_classes="udon-controls"):
-        domain = gr.Dropdown(
-            [("all domains", ""), *((printable(name), name) for name in domains)],
-            value="",
-            label="Domain",
-            visible=bool(domains),
-            min_width=120,
-        )
+        domain = gr.Dropdown(**_choices(sides), value="", label="Domain", min_width=120)
         number = gr.Slider(1, most, value=min(8, most), step=1, label="Neighbours", buttons=[], min_width=120)
     gr.Button("Search a part: draw a box", size="sm", elem_id="udon-crop-button")
     # Filled by the page's script when it asks.
@@ -149,7 +155,18 @@ def start(
     return public or local
 
 
-def _head(sides: Sequence[Side], domains: Sequence[str]) -> str:
+def _domains(sides: Sequence[Side]) -> list[str]:
+    return sorted({domain for side in sides for domain in side.index.domains()})
+
+
+def _choices(sides: Sequence[Side]) -> dict[str, Any]:
+    domains = _domains(sides)
+    named = [(printable(name), name) for name in domains]
+    return {"choices": [("all domains", ""), *named], "visible": bool(domains)}
+
+
+def _head(sides: Sequence[Side]) -> str:
+    domains = _domains(sides)
     numbers = " and ".join(f"{side.index.about.num_images:,} images by {side.title}" for side in sides)
     told = "".join(f"<p>{html_text(side.model.calibration.describe())}</p>" for side in sides if side.model.calibration)
     within = f" · {len(domains)} domains: {', '.join(domains)}" if domains else ""

@@ -72,9 +72,7 @@ class Catalogue:
     @property
     def index(self) -> ImageIndex:
         """The newest snapshot; what did not change is not opened again."""
-        index = self._index
-        if not index.is_current():
-            self._index = index = ImageIndex(self.folder, known=index)
+        self._index = index = self._index.newest()
         return index
 
     def add(self, vectors: np.ndarray, table: pa.Table, replace: bool = False) -> Changed:

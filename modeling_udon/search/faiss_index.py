@@ -6,7 +6,7 @@ from typing import Any
 import faiss
 import numpy as np
 
-from modeling_udon.search.coarse import LISTS_FOR_GRAPH, MANY_LISTS, POINTS_PER_LIST
+from modeling_udon.search.coarse import LISTS_FOR_GRAPH, points_per_list
 
 KINDS = ("flat", "ivf", "hnsw", "pq", "ivfpq", "sq8", "binary")
 # Up to here exact search answers in a few milliseconds on one core; beyond the next one, vectors are compressed.
@@ -81,7 +81,7 @@ def num_training_rows(index: Any) -> int:
     """As many as FAISS uses, 256 for each list; fewer where there are many lists."""
     if not isinstance(index, faiss.IndexIVF):
         return 2**16
-    return max((POINTS_PER_LIST if index.nlist > MANY_LISTS else 256) * index.nlist, 2**16)
+    return max(points_per_list(index.nlist, index.d) * index.nlist, 2**16)
 
 
 def search_faiss(

@@ -81,6 +81,10 @@ class ImageIndex:
         """Whether the folder holds nothing newer."""
         return read_manifest(standing_folder(self.folder)) == self.manifest
 
+    def newest(self) -> "ImageIndex":
+        """The newest snapshot of the folder; itself, where nothing has changed."""
+        return self if self.is_current() else ImageIndex(self.folder, known=self)
+
     @property
     def schema(self) -> pa.Schema:
         """All columns, own and the user's."""

@@ -3,7 +3,7 @@
 import math
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,12 @@ from gradio.utils import get_upload_folder
 from modeling_udon.data.files import lies_in
 from modeling_udon.data.images import decode_image
 from modeling_udon.encoder import Encoder, fastest_device
+from modeling_udon.search.any_index import AnyIndex
 from modeling_udon.search.examples import read_picture
+from modeling_udon.search.followed import FollowedIndex
 from modeling_udon.search.found import QueryResult
 from modeling_udon.search.image_index import ImageIndex
-from modeling_udon.search.query import fitted_model, neighbours_of
+from modeling_udon.search.query import neighbours_of
 from modeling_udon.search.results_page import html_text, neighbour_list
 from modeling_udon.search.thumbnails import data_uri, find_thumbnail
 
@@ -35,12 +37,25 @@ class Side:
     Attributes:
         title: What the page calls the model.
         model: The model.
-        index: The index.
+        index: A snapshot of the index.
+        followed: The index itself.
     """
 
     title: str
     model: Encoder
-    index: ImageIndex
+    index: AnyIndex
+    followed: FollowedIndex
+
+    def now(self) -> "Side":
+        """The same side with the newest snapshot of its index.
+
+        Raises:
+            PageError: If there is none.
+        """
+        try:
+            return replace(self, index=self.followed.newest())
+        except ValueError as error:
+            raise PageError("The index cannot be searched now.", "Its folder has gone, or holds another.") from error
 
 
 class PageError(ValueError):
@@ -69,11 +84,11 @@ class Asked:
     k: int
 
 
-def open_side(index: str | os.PathLike[str], load: Callable[[], Encoder], title: str | None = None) -> Side:
+def open_side(index: str | os.PathLike[str] | AnyIndex, load: Callable[[], Encoder], title: str | None = None) -> Side:
     """Opens an index and its model.
 
     Args:
-        index: Folder that `udon index` wrote.
+        index: Folder that `udon index` wrote, or an opened index.
         load: Loads the model, once the index is known to be one.
         title: What the page calls the model; by default its Hub id, or the last two names of its folder, since the
             others are private.
@@ -81,13 +96,13 @@ def open_side(index: str | os.PathLike[str], load: Callable[[], Encoder], title:
     Raises:
         ValueError: If the index is none, or was made with another model.
     """
-    opened = ImageIndex(index)
-    model = load().to(fastest_device())
-    model = fitted_model(opened, model)
+    opened = ImageIndex(index) if isinstance(index, str | os.PathLike) else index
+    followed = FollowedIndex(opened, load().to(fastest_device()))
+    model = followed.model
     if title is None:
         folder = Path(model.name)
         title = "/".join(folder.resolve().parts[-2:]) if folder.is_dir() else model.name
-    return Side(title, model, opened)
+    return Side(title, model, opened, followed)
 
 
 def answer_request(sides: Sequence[Side], picture: Any, domain: Any, k: Any, crop: Any = "", like: Any = "") -> str:
@@ -127,6 +142,7 @@ def answer(
     if file is None and not like:
         return HINT
     try:
+        sides = [side.now() for side in sides]
         asked = _read_request(sides, file, domain, k, crop, like)
     except PageError as error:
         return note(error.what, error.more)
@@ -142,6 +158,7 @@ def answer_json(
     if not _is_readable(picture, domain, k, crop, like) or (picture is None and not like):
         return {"error": "This request cannot be read."}
     try:
+        sides = [side.now() for side in sides]
         asked = _read_request(sides, None if picture is None else picture["path"], domain, k, crop, like)
     except PageError as error:
         return {"error": str(error)}
@@ -172,6 +189,7 @@ def enlarge(sides: Sequence[Side], place: Any) -> str:
         place: `SIDE:ROW`.
     """
     try:
+        sides = [side.now() for side in sides]
         number, row = _place(sides, str(place))
         values = sides[number].index.describe(row)
     except ValueError:

@@ -164,13 +164,14 @@ async def search(body: SearchBody, service: Used) -> dict[str, Any]:
 @_routes.get("/index")
 async def index(service: Used) -> dict[str, Any]:
     """Tells of the index."""
-    return _index(service).describe()
+    return await _index(service).describe()
 
 
 @_routes.post("/index/add")
 async def add(body: AddBody, service: Used) -> dict[str, Any]:
     """Embeds images and adds them to the index in one commit."""
     opened = _index(service)
+    opened.writable()
     most = service.limits.max_items
     if len(body.images) > most:
         raise refusal(f"`images` must hold 1 to {most}. Got {len(body.images)}; send them in parts.", "images")

@@ -13,11 +13,13 @@ import numpy as np
 import pyarrow as pa
 
 from modeling_udon.encoder import Encoder
+from modeling_udon.search.any_index import AnyIndex
 from modeling_udon.search.catalogue import Catalogue, Changed
+from modeling_udon.search.followed import FollowedIndex
 from modeling_udon.search.found import FoundImage, QueryResult
-from modeling_udon.search.image_index import OWN_COLUMNS, ImageIndex
+from modeling_udon.search.image_index import OWN_COLUMNS
 from modeling_udon.search.letterbox import is_letterboxed
-from modeling_udon.search.query import check_model, fitted_model, neighbours_of
+from modeling_udon.search.query import neighbours_of
 from modeling_udon.search.thumbnails import find_thumbnail
 from modeling_udon.serving.images import ReadImage
 from modeling_udon.serving.limits import Limits, ServiceError, refusal
@@ -43,7 +45,7 @@ class IndexService:
     Other commands may change it too: each search sees the newest commit.
 
     Args:
-        folder: Folder that `udon index` wrote.
+        index: Folder that `udon index` wrote, or an opened index, which is only read.
         encoder: The model that the index was made with, or one whose first dimensions it holds.
         limits: What requests may ask for.
         metrics: Where searches are counted.
@@ -52,13 +54,21 @@ class IndexService:
         ValueError: If the folder is no index, or of another model.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], encoder: Encoder, limits: Limits, metrics: Metrics) -> None:
-        self._catalogue = Catalogue(folder, wait=_WAIT_FOR_WRITERS)
-        self._encoder = fitted_model(self._catalogue.index, encoder)
-        self.name = Path(folder).resolve().name
+    def __init__(
+        self, index: str | os.PathLike[str] | AnyIndex, encoder: Encoder, limits: Limits, metrics: Metrics
+    ) -> None:
+        opened: AnyIndex
+        self._catalogue: Catalogue | None = None
+        # Of a place, clients learn the last name alone.
+        if isinstance(index, str | os.PathLike):
+            self._catalogue = Catalogue(index, wait=_WAIT_FOR_WRITERS)
+            self.name, opened = Path(index).resolve().name, self._catalogue.index
+        else:
+            self.name, opened = str(index).rstrip("/").rpartition("/")[2], index
+        self._followed = FollowedIndex(opened, encoder)
+        self._encoder = self._followed.model
         self._limits = limits
         self._metrics = metrics
-        self._checked: ImageIndex | None = None
         self._snapshot()
         self._searchers = ThreadPoolExecutor(_NUM_SEARCHERS, "searcher")
         # One, since a commit locks the index.
@@ -69,8 +79,11 @@ class IndexService:
         """Whether the images of the index were padded to squares."""
         return is_letterboxed(self._encoder)
 
-    def describe(self) -> dict[str, Any]:
+    async def describe(self) -> dict[str, Any]:
         """What the index is."""
+        return await _called(self._searchers, self._describe)
+
+    def _describe(self) -> dict[str, Any]:
         index = self._snapshot()
         about = index.about
         return {
@@ -108,13 +121,14 @@ class IndexService:
         Raises:
             ServiceError: 400 for columns that do not fit the index, 409 where another process holds it.
         """
-        dim = self._catalogue.index.about.dim
+        catalogue = self.writable()
+        dim = self._encoder.dim
         vectors = np.stack([image.embedding for image in images])[:, :dim]
         vectors = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
         def commit() -> dict[str, Any]:
-            table = _table(images, body, self._snapshot().schema)
-            changed = self._catalogue.add(vectors, table, replace=body.replace)
+            table = _table(images, body, catalogue.index.schema)
+            changed = catalogue.add(vectors, table, replace=body.replace)
             return self._told(changed) | {"ids": table["id"].to_pylist(), "rows": changed.rows.tolist()}
 
         return await _called(self._writer, commit)
@@ -125,20 +139,33 @@ class IndexService:
         Raises:
             ServiceError: 400 for what is not in the index, 409 where another process holds it.
         """
+        catalogue = self.writable()
         named = {"ids": body.ids, "rows": body.rows, "where": body.where, "missing_ok": body.missing_ok}
-        return await _called(self._writer, lambda: self._told(self._catalogue.remove(**named)))  # type: ignore[arg-type]
+        return await _called(self._writer, lambda: self._told(catalogue.remove(**named)))  # type: ignore[arg-type]
+
+    def writable(self) -> Catalogue:
+        """The index as what changes are made to.
+
+        Raises:
+            ServiceError: 403 where it is only read.
+        """
+        if self._catalogue is None:
+            raise ServiceError(
+                403,
+                f"the index must be a folder of udon index to be changed. Got {self.name!r}, a table that is only read "
+                "here; change the index that it was exported from.",
+                code="read_only_index",
+            )
+        return self._catalogue
 
     def close(self) -> None:
         """Ends the threads; commits that have begun are ended first."""
         self._searchers.shutdown()
         self._writer.shutdown()
 
-    def _snapshot(self) -> ImageIndex:
-        index = self._catalogue.index
-        if index is not self._checked:
-            check_model(index, self._encoder)
-            self._checked = index
-            self._metrics.index_images.set(index.about.num_images)
+    def _snapshot(self) -> AnyIndex:
+        index = self._followed.newest()
+        self._metrics.index_images.set(index.about.num_images)
         return index
 
     def _search(self, query: np.ndarray | None, body: SearchBody) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from pathlib import Path
 import uvicorn
 
 from modeling_udon.encoder import Encoder, fastest_device
+from modeling_udon.search.any_index import AnyIndex
 from modeling_udon.search.letterbox import letterboxed
 from modeling_udon.serving.app import Service, make_app
 from modeling_udon.serving.fetching import Fetcher
@@ -24,7 +25,7 @@ _KEEP_ALIVE_SECONDS = 75
 
 def make_service(
     encoder: Encoder,
-    index: str | os.PathLike[str] | None = None,
+    index: str | os.PathLike[str] | AnyIndex | None = None,
     name: str | None = None,
     limits: Limits | None = None,
     allow_hosts: Sequence[str] = (),
@@ -33,7 +34,8 @@ def make_service(
 
     Args:
         encoder: The model.
-        index: Folder that `udon index` wrote with it. Where its images were padded to squares, so is every image.
+        index: Folder that `udon index` wrote with it, or an opened index, which is only read. Where its images were
+            padded to squares, so is every image.
         name: What clients call the model; by default its Hub id, or the last name of its folder.
         limits: What requests may ask for.
         allow_hosts: Hosts that images are fetched from by address.

@@ -26,6 +26,7 @@ from gradio.utils import get_upload_folder
 from gradio_client import Client, handle_file
 
 from modeling_udon.search.app import start
+from modeling_udon.search.catalogue import Catalogue
 from modeling_udon.search.examples import MAX_EXAMPLES, find_examples
 from modeling_udon.search.found import QueryResult
 from modeling_udon.search.page_answers import answer, answer_json, enlarge, open_side
@@ -485,3 +486,21 @@ def test_in_a_browser_a_box_on_the_picture_is_searched(visit, searchable, ask):
     tab.wait_for_function("before => document.querySelector('.udon-results').innerHTML !== before", arg=before)
     assert shown(tab.inner_html(".udon-results")) == shown(ask(picture, k=8, crop="0.5,0.5,1,1"))
     assert tab.locator(".udon-box").count() == 1 and tab.alarms == []
+
+
+def test_the_page_follows_the_commits_of_its_index(searchable, make_searchable, tmp_path):
+    folder, other = shutil.copytree(searchable.index, tmp_path / "index"), make_searchable(seed=1)
+    followed = open_side(folder, lambda: Encoder.open(str(searchable.model)))
+    picture = searchable.pictures / "tools" / "2.png"
+    before = [name for _, name in shown(answer([followed], picture, "", 12))]
+    catalogue = Catalogue(folder)
+    gone = next(row for row in catalogue.index.select() if catalogue.index.describe(int(row))["path"] == before[1])
+    catalogue.remove(rows=[gone])
+    assert [name for _, name in shown(answer([followed], picture, "", 12))] == before[:1] + before[2:]
+    assert answer_json([followed], upload_of(picture), "", 12)["sides"][0]["num_images"] == 11
+    assert "This image is not there." in enlarge([followed], f"0:{gone}")
+    shutil.rmtree(folder)
+    shutil.copytree(other.index, folder)
+    html = answer([followed], picture, "", 4)
+    assert html.startswith('<p class="udon-note"') and "The index cannot be searched now." in html
+    assert "error" in answer_json([followed], upload_of(picture), "", 4)

@@ -41,7 +41,7 @@ def test_an_index_is_searched_with_the_pooling_that_it_was_made_with(udon, visio
     assert udon(*search, "--pooling", pooling).out == done.out
     other = udon(*search, "--pooling", "cls")
     assert other.code == 2 and "`model` must be the one that the index was made with" in other.err
-    assert Side(str(vision), str(tmp_path / "i"), None, None).open(False)().pooling == pooling
+    assert Side(str(vision), str(tmp_path / "i"), None, None).open(str(tmp_path / "i"), False)().pooling == pooling
     again = udon(*embed[:-1], "cls", "--out", tmp_path / "e")
     assert again.code == 2 and "give another --out, or --force" in again.err
 
