@@ -37,7 +37,7 @@ class LanceStore:
         self._effort = 0
 
     def exists(self) -> bool:
-        """Whether the table is there. LanceDB also lists the folder that a killed export has left, without a version."""
+        """Whether the table is there; LanceDB also lists a folder that a killed export has left, without a version."""
         with self._guarded():
             if self._place.table not in table_names(self._database):
                 return False

@@ -18,7 +18,7 @@ _WORK_OF_ROUND = 256 * 5_700**2 * 64
 LISTS_FOR_GRAPH = 16_384
 # Candidates of the graph; fewer would assign vectors to lists that are not their nearest.
 GRAPH_EFFORT = 64
-_FIRST_ROUNDS, _LAST_ROUNDS = 4, 6
+_FIRST_ROUNDS, _LAST_ROUNDS = 5, 5
 _SEED = 0
 
 
