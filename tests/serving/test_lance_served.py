@@ -1,7 +1,6 @@
 """`udon app` and `udon serve` on a Lance table answer as on the folder that it was made of."""
 
 import base64
-import os
 import shutil
 import time
 from pathlib import Path
@@ -57,6 +56,10 @@ def test_a_table_is_only_read_by_the_service(serving, searchable, table, png) ->
             assert str(Path(table).parent.name) not in error["message"]
 
 
+def unreachable(address: str) -> None:
+    raise ValueError("`index` must be a table that udon export-index wrote. Got none: the storage does not answer")
+
+
 def test_the_service_sees_a_table_that_was_replaced(serving, searchable, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(lance_index, "_SECONDS_BETWEEN_LOOKS", 0.0)
     folder = shutil.copytree(searchable.index, tmp_path / "index")
@@ -68,8 +71,8 @@ def test_the_service_sees_a_table_that_was_replaced(serving, searchable, tmp_pat
         second = running.client.post("/search", json={"row": 3, "k": 11}).json()
         assert second["num_images"] == 11 and second["version"] > first["version"]
         assert first["neighbours"][0]["row"] not in [hit["row"] for hit in second["neighbours"]]
-        # What is open still answers when the storage does not.
-        os.rename(tmp_path / "lance" / "images.lance", tmp_path / "away")
+        # What is open still answers when no newer version can be looked for.
+        monkeypatch.setattr(lance_index, "_open", unreachable)
         assert running.client.get("/index").json()["num_images"] == 11
 
 
