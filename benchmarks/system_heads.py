@@ -48,12 +48,14 @@ def train_heads(words: Sequence[str], folder: Path) -> None:
             "trained": sum(weight.numel() for weight in run.model.parameters() if weight.requires_grad),
             "shipped": sum(weight.numel() for weight in run.model.udon.student().parameters()),
         }
-        embedder, encoder = make_embedder(run, lambda line: None), _encoder(run)
-        splits = {
-            split: search_model(encoder, domains_with(run.domains, split), split, embedder).scores().as_dict()
-            for split in ("validation", "test")
-            if domains_with(run.domains, split)
-        }
+        # What a run gives out is the average of the weights, where it keeps one.
+        with run.average.shown():
+            embedder, encoder = make_embedder(run, lambda line: None), _encoder(run)
+            splits = {
+                split: search_model(encoder, domains_with(run.domains, split), split, embedder).scores().as_dict()
+                for split in ("validation", "test")
+                if domains_with(run.domains, split)
+            }
         steps = run.sampler.steps_by_domain
         (folder / "cost.json").write_text(json.dumps(cost), encoding="utf-8")
         results = json.dumps({"splits": splits, "steps_by_domain": steps})

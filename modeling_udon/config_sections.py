@@ -167,7 +167,8 @@ class LossConfig(Section):
     chunk_size: int | None = Field(None, gt=0)
     """Classes whose cosines are held at a time; `null` holds those of all, which costs memory with many classes."""
     sampled_classes: int | float | None = None
-    """Number or share of its domain's classes that a batch is compared with; its own are always among them."""
+    """Number or share of its domain's classes that a batch is compared with; its own are always among them. With a
+    joint classifier: of the classes of all other domains, beside all of its own."""
 
     @property
     def needs_teachers(self) -> bool:
@@ -204,10 +205,6 @@ class LossConfig(Section):
             )
         if self.gate != "none" and self.logit_distillation == 0:
             raise ValueError("`gate` must be 'none' where `logit_distillation` is 0; there is nothing to weigh")
-        if self.classifier == "joint" and self.sampled_classes is not None:
-            raise ValueError(
-                "`sampled_classes` must be left out for `classifier` 'joint'; `chunk_size` saves memory too"
-            )
         return self
 
 

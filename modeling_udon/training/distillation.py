@@ -139,7 +139,7 @@ class UdonForDistillation(nn.Module):
                 its process.
             distillation_share: Factor on the weights of both distillation terms, for a ramp.
             sampled_classes: Classes, ascending, of shape `(num_sampled,)`, that the domain is cut down to while its
-                prototypes hold these rows alone (see `sampled_classes.py`); `None` for all classes.
+                prototypes hold these rows alone (see `sampled_classes.py`); `None` for all its classes.
             targets: As in `embed`.
         """
         embeds = self.embed(pixel_values, domain, targets)
@@ -314,11 +314,12 @@ class UdonForDistillation(nn.Module):
         return list(self.num_classes).index(domain)
 
     def _first_class(self, domain: str) -> int:
-        return sum(list(self.num_classes.values())[: self._number(domain)])
+        # Counted as they are: other domains may be cut down to a sample (`sampled_classes.py`).
+        return sum(len(self.student_prototypes[name]) for name in list(self.num_classes)[: self._number(domain)])
 
     def _student_prototypes(self, domain: str) -> torch.Tensor:
         if self.objective.classifier == "joint":
-            return torch.cat(list(self.student_prototypes.values()))
+            return torch.cat([self.student_prototypes[name] for name in self.num_classes])
         return self.student_prototypes[domain]
 
     def _teacher_prototypes(self, domain: str, sampled_classes: torch.Tensor | None) -> torch.Tensor:

@@ -69,14 +69,17 @@ def estimate_prototypes(
     widths = embedding_dim + teacher_dim
     every, most = sum(num_classes.values()), max(num_classes.values())
     weights = _FLOAT32 * every * widths
-    classes = every if loss.classifier == "joint" else most
-    rows = _sampled(classes, batch_size, loss)
+    joint = loss.classifier == "joint"
+    classes = every if joint else most
+    rows = _sampled(classes, most if joint else 0, batch_size, loss)
     gradients = _FLOAT32 * rows * widths
-    if loss.classifier == "joint":
-        # The prototypes of all domains side by side, their gradient, and its parts; one teacher's beside them.
-        gradients = _FLOAT32 * (3 * every * embedding_dim + most * teacher_dim)
+    if joint:
+        # The prototypes of all domains side by side, their gradient, and its parts; one teacher's beside them. Of a
+        # sample, the rows themselves and their moments are copies as well.
+        copies = 3 * (rows - most) if rows < classes else 0
+        gradients = _FLOAT32 * ((3 * rows + copies) * embedding_dim + most * teacher_dim)
     elif rows < classes:
-        gradients *= 4  # The rows themselves and their moments are copies as well.
+        gradients *= 4  # The same copies.
     if loss.chunk_size is not None:
         # Two terms give the student's prototypes a gradient each before they are added.
         second = rows * embedding_dim if loss.needs_teachers else 0
@@ -84,16 +87,17 @@ def estimate_prototypes(
         cosines = held * batch_size * min(loss.chunk_size, rows) + second
     elif not loss.needs_teachers:
         cosines = (_COSINES_ALONE if embedding_dim < batch_size else _COSINES_ALONE_WIDE) * batch_size * rows
-    elif loss.classifier == "joint":
-        cosines = batch_size * (_COSINES_ALONE * every + (_COSINES_TAUGHT - _COSINES_ALONE) * most)
+    elif joint:
+        cosines = batch_size * (_COSINES_ALONE * rows + (_COSINES_TAUGHT - _COSINES_ALONE) * most)
     else:
         cosines = (_COSINES_TAUGHT if distill_through_backbone else _COSINES_APART) * batch_size * rows
     if loss.chunk_size is None:
         # Cosines with sub-centres stand beside those of the classes, and those of first dimensions are kept likewise.
         cosines += batch_size * rows * ((loss.subcenters if loss.subcenters > 1 else 0) + _COSINES_NESTED * nested)
-    # The prototypes of a joint classifier have no idle steps; those of teachers beside it have.
-    idle_dim = embedding_dim if loss.classifier == "separate" else 0
-    idle = _coasting(num_classes, idle_dim, teacher_dim, rows < classes) if coasting and idle_dim + teacher_dim else 0
+    # The prototypes of a joint classifier have no idle steps but for rows outside of a sample; teachers beside it have.
+    idle_dim = 0 if joint else embedding_dim
+    cut_dim = 0 if rows == classes else embedding_dim if joint else max(embedding_dim, teacher_dim)
+    idle = _coasting(num_classes, idle_dim + teacher_dim, cut_dim) if coasting else 0
     return PrototypeMemory(weights, 2 * weights, gradients, _FLOAT32 * cosines, idle)
 
 
@@ -118,20 +122,20 @@ def describe_memory(estimate: PrototypeMemory, free: int) -> list[str]:
     return lines
 
 
-def _coasting(num_classes: Mapping[str, int], embedding_dim: int, teacher_dim: int, sampled: bool) -> int:
-    most, widths = max(num_classes.values()), embedding_dim + teacher_dim
+def _coasting(num_classes: Mapping[str, int], read_dims: int, cut_dim: int) -> int:
+    most = max(num_classes.values())
     # For a validation a copy of all, and of one domain the moments and a workspace of the prototypes' size.
-    reading = sum(num_classes.values()) * widths + 3 * most * widths if len(num_classes) > 1 else 0
-    after_step = most * max(embedding_dim, teacher_dim) if sampled else 0
-    return _FLOAT32 * max(reading, after_step)
+    reading = sum(num_classes.values()) * read_dims + 3 * most * read_dims if len(num_classes) > 1 else 0
+    return _FLOAT32 * max(reading, most * cut_dim)
 
 
-def _sampled(classes: int, batch_size: int, loss: LossConfig) -> int:
+def _sampled(classes: int, always: int, batch_size: int, loss: LossConfig) -> int:
+    """Classes that a batch is compared with: those that always are, and a sample of the others."""
     wanted = loss.sampled_classes
     if wanted is None:
         return classes
-    size = math.ceil(wanted * classes) if isinstance(wanted, float) else wanted
-    return min(max(size, batch_size), classes)
+    size = math.ceil(wanted * (classes - always)) if isinstance(wanted, float) else wanted
+    return min(max(always + size, batch_size), classes)
 
 
 def _size(num_bytes: int) -> str:

@@ -63,7 +63,7 @@ class Run:
         wrapped: The same model as the processes share it: the one to call for a gradient.
         optimizer: AdamW.
         wrapped_optimizer: The same, which a gradient scaler may hold back.
-        shared_heads: Heads whose gradients nobody averages over processes, where the backbone is in shards.
+        shared_heads: Heads of all domains whose gradients nobody averages over processes, see `share_model`.
         guard: Decides whether a step is applied.
         idle_heads: Moves the heads of domains that are not in the batch.
         sampled_classes: Cuts a step down to some classes.

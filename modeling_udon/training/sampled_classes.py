@@ -1,10 +1,13 @@
-"""Partial FC: a step classifies its batch among its own classes and a random sample of the others of its domain.
+"""Partial FC: a step classifies its batch among its own classes and a random sample of the others.
+
+The others are those of its domain; with a joint classifier those of all other domains, beside all of its own domain.
 
 Method: An et al., "Killing Two Birds with One Stone: Efficient and Robust Training of Face Recognition CNNs by Partial
 FC", CVPR 2022 (arXiv 2203.15565).
 """
 
 import math
+from collections.abc import Mapping
 
 import numpy as np
 import torch
@@ -42,13 +45,45 @@ def draw_classes(own: np.ndarray, num_classes: int, wanted: int | float, seed: i
     return np.sort(np.concatenate([own, others]))
 
 
+def draw_from_others(
+    num_classes: Mapping[str, int], domain: str, wanted: int | float, seed: int, step: int
+) -> dict[str, np.ndarray]:
+    """Draws classes of the domains that a batch is not of, by the domain, the seed and the step alone.
+
+    Args:
+        num_classes: Classes of each domain.
+        domain: Domain of the batch.
+        wanted: How many classes of all other domains together there should be: a number, or a share.
+        seed: Seed of the run.
+        step: Number of the step.
+
+    Returns:
+        Classes of each other domain, int64, ascending; of some there may be none.
+    """
+    edges = np.cumsum([0, *num_classes.values()])
+    names = list(num_classes)
+    number = names.index(domain)
+    others = sum(num_classes.values()) - num_classes[domain]
+    size = math.ceil(wanted * others) if isinstance(wanted, float) else min(wanted, others)
+    generator = np.random.default_rng((seed, _SAMPLE_OF_CLASSES, step))
+    drawn = np.sort(generator.choice(others, size, replace=False, shuffle=False))
+    # Counted without the domain's own, which lie in the midst of all.
+    drawn[drawn >= edges[number]] += num_classes[domain]
+    starts = np.searchsorted(drawn, edges)
+    return {
+        name: drawn[starts[place] : starts[place + 1]] - edges[place]
+        for place, name in enumerate(names)
+        if name != domain
+    }
+
+
 class SampledClasses:
-    """Cuts the prototypes of a step's domain down to the sampled classes, and puts them back.
+    """Cuts the prototypes of a step down to the sampled classes, and puts them back.
 
     In between the parameters ARE the sampled rows, with those rows of AdamW's moments: cosines, gradients, the exchange
     between processes and the optimiser's step touch nothing else. For the other rows it is a step without gradient, so
-    that they follow the rule of idle heads: with `coast` momentum carries them on, which costs a pass over the domain's
-    prototypes; with `hold` they stay as they are.
+    that they follow the rule of idle heads: with `coast` momentum carries them on, which costs a pass over all the
+    prototypes that are cut; with `hold` they stay as they are.
 
     Args:
         model: The training model.
@@ -71,8 +106,7 @@ class SampledClasses:
         self._idle_heads = idle_heads
         self._wanted = wanted
         self._seed = seed
-        self._rows = torch.empty(0, dtype=torch.int64)
-        self._whole: list[tuple[nn.Parameter, torch.Tensor, dict[str, torch.Tensor]]] = []
+        self._whole: list[tuple[nn.Parameter, torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]] = []
 
     def take(
         self, domain: str, labels: torch.Tensor, step: int, device: torch.device | None = None
@@ -86,20 +120,23 @@ class SampledClasses:
             device: Where the model is; that of the labels if left out.
 
         Returns:
-            The sampled classes, ascending, of shape `(num_sampled,)`; `None` for all classes.
+            The sampled classes of the domain, ascending, of shape `(num_sampled,)`; `None` for all of its classes.
         """
         if self._wanted is None:
             return None
+        device = device or labels.device
+        numbers = self._model.num_classes
+        if self._model.objective.classifier == "joint":
+            for name, of_other in draw_from_others(numbers, domain, self._wanted, self._seed, step).items():
+                self._cut(self._model.student_prototypes[name], torch.from_numpy(of_other).to(device))
+            return None
         # The classes are drawn on the host, where labels come from.
         everyones = labels if self._model.peers is None else self._model.peers.gather_on_host(labels)
-        number = self._model.num_classes[domain]
-        classes = draw_classes(everyones.numpy(), number, self._wanted, self._seed, step)
-        rows = self._rows = torch.from_numpy(classes).to(device or labels.device)
-        for parameter in self._prototypes(domain):
-            state = self._idle_heads.state_of(parameter)
-            self._whole.append((parameter, parameter.data, dict(state)))
-            parameter.data = parameter.data[rows]
-            state |= {name: value[rows] for name, value in state.items() if name != "step"}
+        classes = draw_classes(everyones.numpy(), numbers[domain], self._wanted, self._seed, step)
+        rows = torch.from_numpy(classes).to(device)
+        for prototypes in (self._model.student_prototypes, self._model.teacher_prototypes):
+            if domain in prototypes:
+                self._cut(prototypes[domain], rows)
         return rows
 
     def put_back(self, step: int, applied: torch.Tensor | None = None) -> None:
@@ -110,16 +147,17 @@ class SampledClasses:
             applied: Whether the step was applied, a scalar on the device; the other rows stay where it was not. `None`
                 where it was.
         """
-        for parameter, data, whole in self._whole:
+        for parameter, rows, data, whole in self._whole:
             state = self._optimizer.state[parameter]
             self._idle_heads.coast_once(data, whole | {"step": state["step"].clone()}, step, applied)
-            data[self._rows] = parameter.data
+            data.index_copy_(0, rows, parameter.data)
             for name in whole.keys() - {"step"}:
-                whole[name][self._rows] = state[name]
-                state[name] = whole[name]
+                state[name] = whole[name].index_copy_(0, rows, state[name])
             parameter.data = data
         self._whole.clear()
 
-    def _prototypes(self, domain: str) -> list[nn.Parameter]:
-        both = self._model.student_prototypes, self._model.teacher_prototypes
-        return [prototypes[domain] for prototypes in both if domain in prototypes]
+    def _cut(self, parameter: nn.Parameter, rows: torch.Tensor) -> None:
+        state = self._idle_heads.state_of(parameter)
+        self._whole.append((parameter, rows, parameter.data, dict(state)))
+        parameter.data = parameter.data.index_select(0, rows)
+        state |= {name: value.index_select(0, rows) for name, value in state.items() if name != "step"}

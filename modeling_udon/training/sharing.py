@@ -21,13 +21,17 @@ def share_model(
     """Brings the model to the device and shares it between processes: wrapped by DDP, or its backbone in shards.
 
     Returns:
-        The module to call for a gradient, and the heads whose gradients nobody averages, where the backbone is in
-        shards.
+        The module to call for a gradient, and the shared heads whose gradients nobody averages: all where the backbone
+        is in shards, else prototypes of a joint classifier that a step cuts down.
     """
     sharded = config.train.shard_backbone and accelerator.num_processes > 1
     # Heads and prototypes of one domain get gradients in a step; DDP would wait for all the others.
     ignored = [name for domain in model.num_classes for name in model.domain_parameters(domain)]
     ignored += STEP_STATE
+    # DDP knows no gradient that changes its shape from step to step.
+    is_cut = config.loss.classifier == "joint" and config.loss.sampled_classes is not None
+    cut = dict(model.student_prototypes.named_parameters("student_prototypes")) if is_cut else {}
+    ignored += cut
     model.move_frozen(accelerator.device)
     if config.train.shard_prototypes and accelerator.num_processes > 1:
         # Before anything moves, so that a GPU holds the whole prototypes of one domain at a time, not of all.
@@ -42,7 +46,7 @@ def share_model(
     # In shards, the backbone reduces its own gradients; around it there is nothing for DDP.
     wrapped = accelerator.prepare_model(model, evaluation_mode=sharded)
     if not sharded:
-        return wrapped, ()
+        return wrapped, tuple(cut.values())
     shard_backbone(model.udon, accelerator.device.type, accelerator.num_processes)
     return wrapped, tuple(model.shared_head_parameters())
 

@@ -111,6 +111,18 @@ def test_the_peak_of_a_step_is_within_an_eighth_of_the_estimate(objective):
     assert measured == pytest.approx(setting.estimate.gradients + setting.estimate.cosines, rel=0.125)
 
 
+@pytest.mark.parametrize("objective", [ALONE | {"sampled_classes": 3000}, {"sampled_classes": 0.5}])
+def test_the_peak_of_a_step_on_sampled_classes_of_other_domains_is_too(monkeypatch, objective):
+    monkeypatch.setitem(CLASSES, "sop", 20_000)
+    setting = Setting(classifier="joint", **objective)
+    for step in range(2):
+        setting.take_step("cars", step)
+    measured = peak_of(lambda: setting.backward("cars", 2))
+    assert measured == pytest.approx(setting.estimate.gradients + setting.estimate.cosines, rel=0.125)
+    whole = estimate_prototypes(CLASSES, *DIMS, BATCH, LossConfig(classifier="joint"))
+    assert setting.estimate.cosines < whole.cosines
+
+
 @pytest.mark.parametrize("hold", [False, True])
 def test_reading_idle_heads_takes_no_more_than_the_estimate(hold):
     setting = Setting(hold)

@@ -1,4 +1,4 @@
-"""Which classes a step draws, and that only their prototypes take part in it."""
+"""Which classes of its domain a step draws, and that only their prototypes take part in it."""
 
 import json
 from collections.abc import Callable
@@ -264,8 +264,3 @@ def test_frozen_teachers_are_asked_about_the_sampled_classes_alone(
 def test_a_sample_that_is_neither_a_number_nor_a_share_is_refused(tiny_config: Callable[..., Path], wrong: Any) -> None:
     with pytest.raises(ConfigError, match=r"`loss\.sampled_classes`: .*an integer from 2 on, or a share above"):
         load_config(tiny_config(loss__sampled_classes=wrong))
-
-
-def test_classes_told_apart_jointly_are_not_sampled(tiny_config: Callable[..., Path]) -> None:
-    with pytest.raises(ConfigError, match="`sampled_classes` must be left out for `classifier` 'joint'"):
-        load_config(tiny_config(system="ujcrr", loss__sampled_classes=20))

@@ -1,0 +1,104 @@
+"""Benchmarks that train heads on cached features: what is scored, and domains that heads have not seen."""
+
+import io
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset, Features, Image, Value
+from PIL import Image as PILImage
+from tiny_models import TINY_VIT
+from transformers import ViTConfig, ViTModel
+
+ROOT = Path(__file__).parent.parent
+NAMES = ("system_heads", "system_rows", "held_out")
+TINY = ["--train.num_steps", "4", "--train.batch_size", "8", "--sampling.update_every", "4", "--data.image_size", "16"]
+WIDTH = ["--model.embedding_dim", "6"]
+
+
+@pytest.fixture(scope="module")
+def benchmarks() -> Iterator[dict[str, ModuleType]]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(ROOT / "benchmarks"))
+        patch.setenv("OMP_NUM_THREADS", "1")
+        yield {name: __import__(name) for name in NAMES}
+    for name in NAMES:
+        sys.modules.pop(name, None)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three domains of two classes a split, with a start beside them."""
+    folder, rng = tmp_path_factory.mktemp("data"), np.random.default_rng(0)
+    for name in ("a", "b", "c"):
+        (folder / name).mkdir()
+        for number, split in enumerate(("train", "val", "test")):
+            labels = [2 * number + label for label in (0, 1) for _ in range(5)]
+            images = []
+            for label in labels:
+                pixels = rng.integers(0, 120, (16, 16, 3)) + 20 * label
+                buffer = io.BytesIO()
+                PILImage.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(buffer, "PNG")
+                images.append({"bytes": buffer.getvalue(), "path": None})
+            Dataset.from_dict(
+                {"image": images, "class_name": [f"class {label}" for label in labels]},
+                features=Features({"image": Image(), "class_name": Value("string")}),
+            ).to_parquet(folder / name / f"{split}-00000.parquet")
+    torch.manual_seed(0)
+    values = {name: value for name, value in TINY_VIT.items() if name != "model_type"}
+    ViTModel(ViTConfig(**values), add_pooling_layer=False).save_pretrained(folder / "start")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def small(benchmarks: dict[str, ModuleType], data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(benchmarks["system_rows"].DOMAINS, "miniuned", ("a", "b"))
+    monkeypatch.setitem(benchmarks["system_rows"].DOMAINS, "glyphs", ("c",))
+    monkeypatch.setenv("UDON_BENCHMARK_DIR", str(data))
+
+
+def test_heads_are_scored_by_the_average_where_a_run_keeps_one(
+    benchmarks: dict[str, ModuleType], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heads, rows = benchmarks["system_heads"], benchmarks["system_rows"]
+    search, scored = heads.search_model, []
+
+    def seen(encoder: Any, *others: Any) -> Any:
+        scored.append({name: value.clone() for name, value in encoder.network.student_head.state_dict().items()})
+        return search(encoder, *others)
+
+    monkeypatch.setattr(heads, "search_model", seen)
+    for folder, options in (("plain", ()), ("averaged", ("--train.ema_decay", "0.9"))):
+        settings = rows.Settings(data, tmp_path / folder, str(data / "start"), "heads", 1, (*TINY, *options))
+        heads.train_heads(rows.words_of(settings, 0, "centred", "1e-2"), settings.run_dir(0, "centred", "1e-2"))
+    plain, averaged = scored[-3], scored[-1]
+    assert len(scored) == 4 and all((plain[name] != averaged[name]).any() for name in plain)
+
+
+def test_a_held_out_domain_is_measured_beside_the_start(
+    benchmarks: dict[str, ModuleType], data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--data", str(data), "--start", str(data / "start"), "--system", "uscrr", "--out", str(tmp_path)]
+    words += [*TINY, *WIDTH]
+    benchmarks["held_out"].main(words)
+    heads, _, *lines = capsys.readouterr().out.strip().splitlines()[-4:]
+    assert heads.count("|") == 8 and "start, cut R@1" in heads
+    assert [line.split()[1] for line in lines] == ["a", "b"]
+    values = [float(cell) for line in lines for cell in line.split("|")[2:-1]]
+    assert all(0 <= value <= 100 for value in values) and max(values) > 0
+    benchmarks["held_out"].main([*words, "--held-out", "b"])
+    assert capsys.readouterr().out.strip().splitlines()[-1] == lines[1]
+
+
+def test_all_domains_of_another_benchmark_are_measured_over_seeds(
+    benchmarks: dict[str, ModuleType], data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--data", str(data), "--start", str(data / "start"), "--out", str(tmp_path), *TINY, *WIDTH]
+    benchmarks["held_out"].main([*words, "--other", "glyphs", str(data), "--seeds", "0", "1"])
+    *_, heads, line, row = capsys.readouterr().out.strip().splitlines()
+    assert row.startswith("| c |") and row.count("±") == 2 and set(line) == set("|-")
