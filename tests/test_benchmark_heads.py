@@ -1,17 +1,14 @@
 """Benchmarks that train heads on cached features: what is scored, and domains that heads have not seen."""
 
-import io
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from datasets import Dataset, Features, Image, Value
-from PIL import Image as PILImage
+from tiny_benchmark import write_benchmark
 from tiny_models import TINY_VIT
 from transformers import ViTConfig, ViTModel
 
@@ -34,21 +31,8 @@ def benchmarks() -> Iterator[dict[str, ModuleType]]:
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three domains of two classes a split, with a start beside them."""
-    folder, rng = tmp_path_factory.mktemp("data"), np.random.default_rng(0)
-    for name in ("a", "b", "c"):
-        (folder / name).mkdir()
-        for number, split in enumerate(("train", "val", "test")):
-            labels = [2 * number + label for label in (0, 1) for _ in range(5)]
-            images = []
-            for label in labels:
-                pixels = rng.integers(0, 120, (16, 16, 3)) + 20 * label
-                buffer = io.BytesIO()
-                PILImage.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(buffer, "PNG")
-                images.append({"bytes": buffer.getvalue(), "path": None})
-            Dataset.from_dict(
-                {"image": images, "class_name": [f"class {label}" for label in labels]},
-                features=Features({"image": Image(), "class_name": Value("string")}),
-            ).to_parquet(folder / name / f"{split}-00000.parquet")
+    folder = tmp_path_factory.mktemp("data")
+    write_benchmark(folder, ("a", "b", "c"), num_images=5, size=16)
     torch.manual_seed(0)
     values = {name: value for name, value in TINY_VIT.items() if name != "model_type"}
     ViTModel(ViTConfig(**values), add_pooling_layer=False).save_pretrained(folder / "start")

@@ -1,6 +1,5 @@
 """Every row of the table of systems trains from its config, on tiny images under the benchmark's names."""
 
-import io
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -10,8 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from datasets import Dataset, Features, Image, Value
-from PIL import Image as PILImage
+from tiny_benchmark import write_benchmark
 
 from modeling_udon.config_file import load_config
 from modeling_udon.training.trainer import train
@@ -33,22 +31,8 @@ def systems() -> Iterator[ModuleType]:
 @pytest.fixture(scope="module")
 def tiny_benchmark(systems: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The benchmark's eight domains with 2 classes of 6 images in each split."""
-    folder, rng = tmp_path_factory.mktemp("miniuned"), np.random.default_rng(0)
-    for name in systems.DOMAINS["miniuned"]:
-        (folder / name).mkdir()
-        for number, split in enumerate(("train", "val", "test")):
-            labels = [2 * number + label for label in (0, 1) for _ in range(6)]
-            images = []
-            for label in labels:
-                pixels = rng.integers(0, 99, (12, 12, 3)) + 30 * label
-                buffer = io.BytesIO()
-                PILImage.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(buffer, "PNG")
-                images.append({"bytes": buffer.getvalue(), "path": None})
-            data = Dataset.from_dict(
-                {"image": images, "class_name": [f"class {label}" for label in labels]},
-                features=Features({"image": Image(), "class_name": Value("string")}),
-            )
-            data.to_parquet(folder / name / f"{split}-00000.parquet")
+    folder = tmp_path_factory.mktemp("miniuned")
+    write_benchmark(folder, systems.DOMAINS["miniuned"], num_images=6, size=12)
     return folder
 
 
