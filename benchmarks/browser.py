@@ -31,7 +31,8 @@ from modeling_udon import Encoder, UdonConfig, UdonModel, build_index
 from modeling_udon.data.preprocessing import IMAGENET_STANDARD, image_processor
 from modeling_udon.hub.page import PageOptions, export_page
 from modeling_udon.hub.student_folder import write_student
-from modeling_udon.search.shards import ShardFolder, embedding_table, write_manifest
+from modeling_udon.search.shards import ShardFolder, write_manifest
+from modeling_udon.search.vectors import embedding_table
 
 NUM_PICTURES, LARGE = 20, (4032, 3024)
 MOST_QUERY_MS, MOST_READY_S = 300, 3

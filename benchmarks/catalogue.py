@@ -31,7 +31,8 @@ from modeling_udon.search.coarse import train_lists
 from modeling_udon.search.faiss_index import empty_index, num_training_rows, sample_rows, search_faiss
 from modeling_udon.search.image_index import ImageIndex
 from modeling_udon.search.index import build_index
-from modeling_udon.search.shards import ShardFolder, embedding_table, write_manifest
+from modeling_udon.search.shards import ShardFolder, write_manifest
+from modeling_udon.search.vectors import embedding_table
 
 DIM, NUM_CLUSTERS, NUM_QUERIES, K = 64, 20_000, 500, 10
 ABOUT = {"model": "made", "fingerprint": "made", "dim": DIM, "root": ""}

@@ -22,7 +22,8 @@ from modeling_udon.engines.export import export_index
 from modeling_udon.engines.lance_index import LanceIndex
 from modeling_udon.search.image_index import ImageIndex
 from modeling_udon.search.index import build_index
-from modeling_udon.search.shards import ShardFolder, embedding_table, write_manifest
+from modeling_udon.search.shards import ShardFolder, write_manifest
+from modeling_udon.search.vectors import embedding_table
 
 DIM = 64
 CENTRES = 2_000

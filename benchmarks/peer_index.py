@@ -15,7 +15,8 @@ from peer_runs import Row, Sizes, Skipped, clustered, needs, take_turns
 from modeling_udon.search.exact_search import exact_search
 from modeling_udon.search.image_index import ImageIndex
 from modeling_udon.search.index import build_index
-from modeling_udon.search.shards import ShardFolder, embedding_table, write_manifest
+from modeling_udon.search.shards import ShardFolder, write_manifest
+from modeling_udon.search.vectors import embedding_table
 
 DIM, K, LEAST_RECALL = 64, 10, 0.95
 EFFORTS = (8, 16, 32, 64, 128, 256, 512)

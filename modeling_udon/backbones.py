@@ -2,8 +2,10 @@
 
 import copy
 import importlib
-import json
+import logging
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -20,11 +22,13 @@ from transformers import (
 )
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.utils import cached_file
+from transformers.utils import logging as transformers_logging
 
-from modeling_udon.configuration_udon import TOWER_OPTIONS, UdonConfig, backbone_facts
+from modeling_udon.configuration_udon import TOWER_OPTIONS, UdonConfig, backbone_facts, check_gives_features
 from modeling_udon.data.preprocessing import ChannelStatistics
 from modeling_udon.data.processor_statistics import processor_values
 from modeling_udon.modeling_udon import num_prefix_tokens, pool_features, tower_class, vision_tower
+from modeling_udon.storage import read_json
 
 TIMM_PREFIX = "timm:"
 # Side of the thumbnails that are the raw-pixel baseline.
@@ -105,17 +109,11 @@ def open_backbone(name: str, config: PretrainedConfig, pooling: Pooling | None, 
         source: `revision`, `trust_remote_code` and `attn_implementation`.
 
     Raises:
-        ValueError: If weights are missing.
+        ValueError: If weights are missing, or it gives no features of images.
     """
-    model, found = tower_class(config).from_pretrained(
-        name,
-        config=config,
-        dtype=torch.float32,
-        output_loading_info=True,
-        **TOWER_OPTIONS.get(config.model_type, {}),
-        **source,
-    )
-    missing = found["missing_keys"]
+    check_gives_features(getattr(config, "vision_config", config).model_type)
+    options = TOWER_OPTIONS.get(config.model_type, {})
+    model, missing = load_model(tower_class(config), name, config=config, **options, **source)
     if config.model_type == "data2vec-vision":
         # Its checkpoints from pretraining have no final norm; one that only normalises is not random.
         missing = [key for key in missing if "pooler.layernorm" not in key]
@@ -125,6 +123,33 @@ def open_backbone(name: str, config: PretrainedConfig, pooling: Pooling | None, 
         # Nothing reads them, but random ones would give the same model another fingerprint each time.
         weights[key].zero_()
     return vision_tower(model)
+
+
+def load_model(kind: Any, name: str, **options: Any) -> tuple[Any, Any]:
+    """Opens a model in float32; returns it and the names of the weights that its files lack.
+
+    transformers would tell what does not fit in a table of many lines, and then refer to that table.
+
+    Args:
+        kind: Its class.
+        name: A folder or Hub id.
+        options: As `from_pretrained` takes them.
+
+    Raises:
+        ValueError: If a weight has another shape than the configuration says.
+    """
+    with _silent_transformers():
+        model, found = kind.from_pretrained(
+            name, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True, **options
+        )
+    # transformers 5 gives names with both shapes, 4 names alone.
+    wrong = sorted(entry if isinstance(entry, str) else entry[0] for entry in found["mismatched_keys"])
+    if wrong:
+        raise ValueError(
+            f"`model` must have weights of the shapes that its config.json says. Got {name!r} with {len(wrong)} of "
+            f"others, such as {wrong[0]}; take the config.json that these weights were saved with."
+        )
+    return model, found["missing_keys"]
 
 
 def cut_layers(config: PretrainedConfig, keep_layers: int | None) -> PretrainedConfig:
@@ -155,6 +180,16 @@ def cut_layers(config: PretrainedConfig, keep_layers: int | None) -> PretrainedC
     for derived in ("stage_names", "out_features", "out_indices", "_out_features", "_out_indices", "layer_types"):
         values.pop(derived, None)
     return type(config).from_dict(values | {"num_hidden_layers": keep_layers})
+
+
+@contextmanager
+def _silent_transformers() -> Iterator[None]:
+    level = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
 
 
 def check_missing(name: str, missing: Any, pooling: str | None) -> None:
@@ -228,8 +263,9 @@ def open_processor(name: str, **source: Any) -> BaseImageProcessor:
         ValueError: If it has none.
     """
     try:
-        return AutoImageProcessor.from_pretrained(name, **source)
-    except (OSError, ValueError) as error:
+        with _silent_transformers():  # 4 tells of its own plans for fast processors
+            return AutoImageProcessor.from_pretrained(name, **source)
+    except Exception as error:  # Of a damaged file transformers raises nearly every type there is.
         raise ValueError(
             "`model` must have a preprocessor_config.json, which says how images are prepared. "
             f"Got {name!r}: {one_line(error)}"
@@ -249,7 +285,7 @@ def find_processing(name: str, revision: str | None, trust_remote_code: bool) ->
             _raise_exceptions_for_missing_entries=False,
             _raise_exceptions_for_connection_errors=False,
         )
-        values = {} if path is None else json.loads(Path(path).read_text(encoding="utf-8"))
+        values = {} if path is None else read_json(Path(path))
         values = values if section is None else values.get(section, {})
         if values and "image_mean" not in values:
             # What the file leaves out is the class's to say.

@@ -105,7 +105,7 @@ class ModelConfig(Section):
 class DataConfig(Section):
     """From encoded images to batches."""
 
-    image_size: int = Field(224, gt=0)
+    image_size: int = Field(224, gt=0, le=8192)
     """Side of the square images that the model sees, in pixels."""
     augmentation: Literal["crop", "strong"] = "crop"
     """`crop`: the paper's square, crop and flip; `strong`: crops of many sizes, turned, other colours, parts erased."""
@@ -119,7 +119,7 @@ class DataConfig(Section):
     """Standard deviation of each channel; `null` as for `image_mean`."""
     max_broken_share: float = Field(0.01, ge=0, lt=1)
     """Share of the images drawn from a domain (of 1,000 at least) that may be broken and replaced; 0: not one."""
-    num_workers: int = Field(2, ge=0)
+    num_workers: int = Field(2, ge=0, le=1024)
     """Processes that decode images, for each training process."""
 
 
@@ -228,7 +228,7 @@ class FrozenTeacherConfig(Section):
     every step. With `train.heads_only`, `start` sees what the student does in any case."""
     pooling: Literal["cls", "mean", "pooler"] | None = None
     """Feature of the model; `null` takes the one it was trained to give."""
-    image_size: int | None = Field(None, gt=0)
+    image_size: int | None = Field(None, gt=0, le=8192)
     """Side of the images that it sees, in pixels; `null`: its own."""
     revision: str | None = None
     """Commit, tag or branch of `model` on the Hub."""

@@ -109,6 +109,17 @@ def backbone_facts(config: PretrainedConfig) -> BackboneFacts:
     return facts._replace(prefix=facts.prefix + registers) if facts.prefix else facts
 
 
+def check_gives_features(model_type: str) -> None:
+    """Refuses a model type that gives no features of images, also where transformers does not know it.
+
+    Raises:
+        ValueError: If it is one of these.
+    """
+    facts = BACKBONES.get(model_type)
+    if facts is not None and facts.refusal:
+        raise ValueError(f"`backbone_config` must not be of {model_type}: {facts.refusal}.")
+
+
 class UdonConfig(PretrainedConfig):
     """Shape of a UDON model: one backbone, one student head, and a teacher head for each domain.
 
@@ -198,9 +209,8 @@ def _resolve_backbone(backbone_config: PretrainedConfig | dict[str, Any] | None)
 
 def _feature(backbone_config: PretrainedConfig, pooling: str | None, token_norm: str | None) -> tuple[str, str | None]:
     """Returns the pooling and the norm of the tokens before it, filled in from the facts about the backbone."""
+    check_gives_features(backbone_config.model_type)
     facts = backbone_facts(backbone_config)
-    if facts.refusal:
-        raise ValueError(f"`backbone_config` must not be of {backbone_config.model_type}: {facts.refusal}.")
     pooling = facts.pooling if pooling is None else pooling
     if pooling not in POOLINGS:
         raise ValueError(f"`pooling` must be one of {', '.join(POOLINGS)} or None. Got {pooling!r}.")
@@ -210,6 +220,7 @@ def _feature(backbone_config: PretrainedConfig, pooling: str | None, token_norm:
 
 
 def _make_config(model_type: str, values: dict[str, Any]) -> PretrainedConfig:
+    check_gives_features(model_type)
     if model_type in TOWERS:
         config: PretrainedConfig = getattr(transformers, f"{TOWERS[model_type]}Config")(**values)
         return config

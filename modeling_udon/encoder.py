@@ -38,7 +38,7 @@ from modeling_udon.data.image_list import ImageLike, ImageList, UnreadableImage
 from modeling_udon.data.images import use_one_thread
 from modeling_udon.data.preprocessing import ChannelStatistics, processor_fields, processor_transform
 from modeling_udon.data.transforms import EvalTransform, ImageTransform
-from modeling_udon.networks import RAW_PIXELS, digest_weights, nested_dims, open_network
+from modeling_udon.networks import RAW_PIXELS, checked_features, digest_weights, nested_dims, open_network
 
 Kind = Literal["student", "backbone", "features", "raw_pixels"]
 
@@ -317,7 +317,7 @@ def _probed(encoder: Encoder) -> Encoder:
     """Embeds a grey image and keeps the size of the embedding."""
     grey = torch.full((1, encoder.image_size, encoder.image_size, 3), 128, dtype=torch.uint8)
     try:
-        return replace(encoder, dim=encoder(grey).shape[-1])
+        return replace(encoder, dim=checked_features(encoder(grey)).shape[-1])
     except (KeyError, ValueError, TypeError, RuntimeError) as error:
         raise ValueError(
             "`model` must take images alone and give `image_embeds`, `pooler_output` or what `pooling` names. "

@@ -2,6 +2,7 @@
 
 import errno
 import importlib
+import os
 import re
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +21,7 @@ class WaysOut:
         workers: Against a killed decoding process.
         disk: Against a full disk.
         folder: Where a folder cannot be written.
+        path: Where a path cannot be one.
         compiler: Where the C++ compiler is missing.
         go_on: How to continue afterwards.
     """
@@ -28,11 +30,13 @@ class WaysOut:
     workers: str = "lower --num-workers or provide more memory"
     disk: str = "free some space"
     folder: str = "change its permissions or choose another folder"
+    path: str = "name another one"
     compiler: str = "install one, such as g++"
     go_on: str = "then run the same command again."
 
 
-_NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP)
+_FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
+_NO_PATH = (errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP)
 _BROKEN = (errno.EIO, errno.ENOLCK, errno.EMFILE, errno.ESTALE)
 
 # Libraries say these things in words alone.
@@ -63,8 +67,11 @@ def explain(error: Exception, ways: WaysOut = WaysOut()) -> str | None:  # noqa:
     if _FULL.search(text):
         where = f" at {error.filename}" if isinstance(error, OSError) and error.filename else ""
         return f"the disk is full{where}: {ways.disk}; {ways.go_on}"
-    if isinstance(error, OSError) and error.errno in _NOT_WRITABLE and error.filename:
-        return f"{error.filename} must be writable ({error.strerror}): {ways.folder}."
+    if isinstance(error, OSError) and error.errno in _FORBIDDEN and error.filename:
+        hidden = os.path.lexists(error.filename) and not os.access(error.filename, os.R_OK)
+        return f"{error.filename} must be {'readable' if hidden else 'writable'} ({error.strerror}): {ways.folder}."
+    if isinstance(error, OSError) and error.errno in _NO_PATH and error.filename:
+        return f"{error.filename} must be a path that can be there ({error.strerror}): {ways.path}."
     if isinstance(error, OSError) and error.errno in _BROKEN:
         where = f" at {error.filename}" if error.filename else ""
         return f"the system failed{where} ({error.strerror}); {ways.go_on}"

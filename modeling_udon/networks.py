@@ -17,6 +17,7 @@ from modeling_udon.backbones import (
     Pooling,
     check_missing,
     check_remote_code,
+    load_model,
     one_line,
     open_backbone,
     open_processor,
@@ -78,9 +79,9 @@ def open_network(
     except Exception as error:  # On damaged or hostile folders transformers raises nearly every type there is.
         raise _refusal(name, error) from error
     processor = open_processor(source, **options)
-    transform = processor_transform(processor) if image_size is None else EvalTransform(image_size)
+    transform, side = _preparation(processor, image_size, name)
     statistics = statistics_of_processor(processor)
-    return OpenedNetwork(network, processor, statistics, transform, _side(transform, name), source, run)
+    return OpenedNetwork(network, processor, statistics, transform, side, source, run)
 
 
 def _open_student(
@@ -91,11 +92,8 @@ def _open_student(
             f"--pooling must be left out for the student {name}, or {config.pooling} for its backbone's own features. "
             f"Got {pooling}."
         )
-    loaded: Any = UdonModel.from_pretrained(
-        name, config=config, dtype=torch.float32, output_loading_info=True, revision=revision
-    )
-    model, found = loaded
-    check_missing(name, found["missing_keys"], None)
+    model, missing = load_model(UdonModel, name, config=config, revision=revision)
+    check_missing(name, missing, None)
     if image_size is not None and backbone_facts(model.config.backbone_config).sizes == "request":
         model.config.interpolate_pos_encoding = True
     # What is published with its teachers is searched without.
@@ -109,19 +107,34 @@ def _refusal(name: str, error: Exception) -> ValueError:
     )
 
 
-def _side(transform: ImageTransform, name: str) -> int:
-    """Side of the square images that a transform gives, whatever their shape was.
+def _preparation(processor: BaseImageProcessor, image_size: int | None, name: str) -> tuple[ImageTransform, int]:
+    """What prepares images of any shape, and the side of the squares that it gives.
 
     Raises:
-        ValueError: If it gives others.
+        ValueError: If it cannot, or gives other images.
     """
-    shapes = {transform(np.full((*shape, 3), 128, np.uint8)).shape[:2] for shape in ((64, 64), (64, 96))}
+    try:
+        transform = processor_transform(processor) if image_size is None else EvalTransform(image_size)
+        shapes = {transform(np.full((*shape, 3), 128, np.uint8)).shape[:2] for shape in ((64, 64), (64, 96))}
+    except Exception as error:  # Of odd values, image processors raise nearly every type there is.
+        raise ValueError(
+            "`model` must have a preprocessor_config.json by which images can be prepared. "
+            f"Got {name!r}: {one_line(error)}"
+        ) from error
     if len(shapes) > 1 or len(set(next(iter(shapes)))) > 1:
         raise ValueError(
             f"`model` must prepare all images as squares of one size. Got {name!r}, which gives "
             f"{' and '.join(f'{height} x {width}' for height, width in sorted(shapes))}; name `image_size`."
         )
-    return next(iter(shapes))[0]
+    return transform, next(iter(shapes))[0]
+
+
+def checked_features(features: torch.Tensor) -> torch.Tensor:
+    """Returns features of a plain image; raises ValueError if they cannot be an embedding."""
+    if not (torch.isfinite(features).all() and features.any()):
+        what = "zeros" if torch.isfinite(features).all() else "NaN or infinity"
+        raise ValueError(f"a grey image gives {what}, so its weights are spoilt; take those of an earlier step")
+    return features
 
 
 def nested_dims(network: nn.Module) -> tuple[int, ...]:

@@ -5,6 +5,7 @@ from safetensors.torch import load_file
 
 from modeling_udon.backbones import open_processor
 from modeling_udon.configuration_udon import UdonConfig
+from modeling_udon.data.label_maps import LABEL_MAPS
 from modeling_udon.data.processor_statistics import statistics_of_processor
 from modeling_udon.data.transforms import EvalTransform
 from modeling_udon.encoder import Encoder, preparation
@@ -45,12 +46,13 @@ def open_teachers(run: RunRecord) -> UdonModel:
         saved = load_file(run.weights)
     # The weights of the training model, whose `udon.` is the UdonModel.
     weights = {name.removeprefix("udon."): tensor for name, tensor in saved.items() if name.startswith("udon.")}
-    classes = read_json(run.folder / "domains.json")
+    classes = read_json(run.folder / "domains.json", LABEL_MAPS)
     taught = {
         name: entry["num_classes"]
         for name, entry in classes.items()
         if f"teacher_heads.{name}.projection.weight" in weights
     }
     model = UdonModel(UdonConfig(**student.shape() | {"domains": taught}))
-    model.load_state_dict(weights)
+    with damage_of(run.weights, RuntimeError):
+        model.load_state_dict(weights)
     return model.eval()

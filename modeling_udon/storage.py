@@ -95,15 +95,46 @@ def write_json(path: Path, content: Any, indent: int | None = 2) -> None:
     write_text(path, json.dumps(content, indent=indent, allow_nan=False) + "\n")
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: Path, shape: Any = dict) -> Any:
     """Reads a JSON file that this package wrote.
 
+    Args:
+        path: The file.
+        shape: What it must hold, as `check_shape` takes it.
+
     Raises:
-        DamagedFileError: If it is not whole.
+        DamagedFileError: If it is not whole, or holds something else.
         OSError: If it is not there or cannot be read.
     """
     with damage_of(path):
-        return json.loads(path.read_text(encoding="utf-8-sig"))
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
+        check_shape(content, shape)
+        return content
+
+
+def check_shape(value: Any, shape: Any, name: str = "it") -> None:
+    """Compares plain values, as JSON and YAML have them, with what is read from them afterwards.
+
+    Args:
+        value: The values.
+        shape: A type or several (`int | None`); `[shape]` for a list of such; `{"key": shape}` for a mapping that has
+            at least these keys; `{str: shape}` for one of any keys.
+        name: What the values are called.
+
+    Raises:
+        TypeError: If they are of another shape.
+    """
+    kind = type(shape) if isinstance(shape, dict | list) else shape
+    if not isinstance(value, kind):
+        wanted = kind.__name__ if isinstance(kind, type) else kind
+        raise TypeError(f"{name} must be {wanted}, not {type(value).__name__}")
+    for key, inner in shape.items() if isinstance(shape, dict) else ():
+        if key is not str and key not in value:
+            raise TypeError(f"{name} has no {key!r}")
+        for each in value if key is str else (key,):
+            check_shape(value[each], inner, f"{key!r}" if key is not str else f"{each!r}")
+    for each in value if isinstance(shape, list) else ():
+        check_shape(each, shape[0], f"what is in {name}")
 
 
 @contextmanager

@@ -5,6 +5,8 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
 _FOLDER = Path(__file__).parent.parent / "benchmarks"
 
 
@@ -19,4 +21,6 @@ def _load(name: str) -> ModuleType:
 
 kinds = _load("backbone_kinds")
 table = _load("backbone_table")
+# What the oldest supported transformers does not know by name: it calls the first one `mlcd`, without its own towers.
+UNKNOWN = {"mlcd_vision_model", "metaclip_2_vision_model"} - set(CONFIG_MAPPING_NAMES)
 KINDS = {kind.name: kind for kind in kinds.KINDS}

@@ -3,7 +3,8 @@
 import numpy as np
 import pyarrow as pa
 
-from modeling_udon.search.shards import ShardFolder, embedding_table, write_manifest
+from modeling_udon.search.shards import ShardFolder, write_manifest
+from modeling_udon.search.vectors import embedding_table
 
 ABOUT = {"model": "m", "fingerprint": "f", "dim": 16, "root": "/photos"}
 DOMAINS = ("cars", "cats", "art")

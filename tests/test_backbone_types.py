@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from backbone_zoo import KINDS, kinds, table
+from backbone_zoo import KINDS, UNKNOWN, kinds, table
 from safetensors.torch import load_file, save_file
 from transformers import AutoImageProcessor, AutoModel, Dinov2Model, ViTModel
 from transformers import logging as transformers_logging
@@ -79,7 +79,7 @@ def open_kind(tmp_path: Path) -> Callable[..., UdonModel]:
 def trained(data: Path, pictures: list[Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Any]]:
     """Of each common backbone: the run, and what a process without this package embeds by its student."""
     runs, root = {}, tmp_path_factory.mktemp("trained")
-    for number, name in enumerate((*COMMON, *POOLINGS)):
+    for number, name in enumerate(name for name in (*COMMON, *POOLINGS) if name not in UNKNOWN):
         kind, backbone = KINDS[name if name in KINDS else "vit"], root / f"{number}" / "backbone"
         kinds.write_backbone(kind, backbone)
         pooling = {"pooling": name} if name in POOLINGS else {}
@@ -92,6 +92,8 @@ def trained(data: Path, pictures: list[Path], tmp_path_factory: pytest.TempPathF
 def test_a_trained_backbone_gives_a_student_that_embeds_elsewhere_as_here(
     name: str, trained: dict[str, tuple[Path, Any]], pictures: list[Path]
 ) -> None:
+    if name in UNKNOWN:
+        pytest.skip("this transformers does not know it by its name")
     run, elsewhere = trained[name]
     assert len(table.losses_of(run)) == 3
     here = table.embed_here(run / "best", pictures)

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from modeling_udon.cli.models import open_model
-from modeling_udon.cli.options import Column, Commit, Folder, Name, Natural, Pooling, Positive
+from modeling_udon.cli.options import Column, Commit, Folder, Name, Pooling, Positive, Workers
 from modeling_udon.cli.terminal import say
 
 
@@ -57,7 +57,7 @@ def embed(
     letterbox: bool = False,
     dtype: Literal["float32", "float16"] = "float32",
     batch_size: Positive = 64,
-    num_workers: Natural | None = None,
+    num_workers: Workers | None = None,
     backend: Literal["auto", "torch", "openvino", "onnx"] = "auto",
     mixed_precision: Literal["auto", "no", "fp16", "bf16"] = "auto",
     shard_size: Positive = 10_000,

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from modeling_udon.cli.options import Commit, File, Folder, Natural, Pooling, Positive, Share, Value
+from modeling_udon.cli.options import Commit, File, Folder, Natural, Pooling, Positive, Share, Value, Workers
 from modeling_udon.cli.terminal import say
 
 
@@ -21,7 +21,7 @@ def evaluate(
     revision: Commit | None = None,
     trust_remote_code: bool = False,
     batch_size: Positive = 64,
-    num_workers: Natural = 2,
+    num_workers: Workers = 2,
     mixed_precision: Literal["no", "fp16", "bf16"] = "no",
     metrics: Sequence[Annotated[str, Value("METRIC")]] = (),
     pca: Sequence[Positive] = (),
@@ -67,6 +67,9 @@ def evaluate(
 
     if run is None and config is None:
         raise ValueError("--config must name the domains of a --model or --embeddings; give a YAML file of a run")
+    given = {"pooling": pooling, "image-size": image_size, "revision": revision, "trust-remote-code": trust_remote_code}
+    if model is None and (unused := [name for name, value in given.items() if value]):
+        raise ValueError(f"--{unused[0]} must go with --model, which it is about. Got it without one; leave it out.")
     opening = {
         "pooling": pooling,
         "revision": revision,

@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from modeling_udon.cli.options import Commit, File, Folder, Natural, Positive
+from modeling_udon.cli.options import Commit, File, Folder, Positive, Workers
 from modeling_udon.cli.terminal import hide_bars_in_logs, say
 
 
@@ -19,7 +19,7 @@ def export(
     config: File | None = None,
     split: Literal["test", "validation"] = "validation",
     batch_size: Positive = 64,
-    num_workers: Natural = 2,
+    num_workers: Workers = 2,
 ) -> None:
     """Write a student in a form that needs no remote code.
 

@@ -12,18 +12,31 @@ _SECTION = re.compile(r"^(Args|Example):\n((?:    .*\n?|\n)+)", re.MULTILINE)
 _ENTRY = re.compile(r"^(\w+): (.+(?:\n    .+)*)", re.MULTILINE)
 
 
+# More processes than any machine decodes with: a slip of the finger must not take the machine down.
+_MOST_WORKERS = 1024
+
+
+def _some_text(text: str) -> str:
+    # What a shell makes of a variable that is not set: as a folder it would be the one where one stands.
+    if not text.strip():
+        raise argparse.ArgumentTypeError(f"must not be empty. Got {text!r}.")
+    return text
+
+
 @dataclass(frozen=True)
 class Value:
     """How an option is shown in the help, and how its text becomes a value."""
 
     metavar: str
-    parse: Callable[[str], Any] = str
+    parse: Callable[[str], Any] = _some_text
 
 
-def _whole_number(least: int) -> Callable[[str], int]:
+def _whole_number(least: int, most: int = 2**31 - 1) -> Callable[[str], int]:
     def parse(text: str) -> int:
         if not text.isdecimal() or int(text) < least:
             raise argparse.ArgumentTypeError(f"must be a whole number of at least {least}. Got {text!r}.")
+        if int(text) > most:
+            raise argparse.ArgumentTypeError(f"must be a whole number of at most {most:,}. Got {text!r}.")
         return int(text)
 
     return parse
@@ -51,6 +64,7 @@ def _four_numbers(text: str) -> tuple[float, float, float, float]:
 
 Positive = Annotated[int, Value("N", _whole_number(1))]
 Natural = Annotated[int, Value("N", _whole_number(0))]
+Workers = Annotated[int, Value("N", _whole_number(0, _MOST_WORKERS))]
 Share = Annotated[float, Value("R", _share)]
 Box = Annotated[tuple[float, float, float, float], Value("L,T,W,H", _four_numbers)]
 Folder = Annotated[str, Value("FOLDER")]

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from modeling_udon.cli.options import Column, Commit, Folder, Name, Natural, Positive, Share
+from modeling_udon.cli.options import Column, Commit, Folder, Name, Natural, Positive, Share, Workers
 from modeling_udon.cli.terminal import say
 
 
@@ -94,7 +94,7 @@ def own(
     test: Share = 0.2,
     size: Positive | None = None,
     shard_size: Positive = 5000,
-    num_workers: Natural = 2,
+    num_workers: Workers = 2,
 ) -> None:
     """Makes a domain of pictures that were found.
 
@@ -134,7 +134,7 @@ def uned(
     allow_outside: bool = False,
     size: Positive | None = None,
     shard_size: Positive = 5000,
-    num_workers: Natural = 2,
+    num_workers: Workers = 2,
 ) -> None:
     """Prepare domains of UnED from its info files.
 

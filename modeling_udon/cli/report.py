@@ -3,7 +3,7 @@
 import sys
 from typing import Literal
 
-from modeling_udon.cli.options import Natural, Positive
+from modeling_udon.cli.options import Positive, Workers
 from modeling_udon.cli.terminal import say
 
 
@@ -12,7 +12,7 @@ def report(
     *,
     split: Literal["test", "validation"] = "test",
     batch_size: Positive = 64,
-    num_workers: Natural = 2,
+    num_workers: Workers = 2,
 ) -> None:
     """Write a run's report.html: tables, curves, galleries.
 

@@ -5,7 +5,7 @@ from json import dumps
 from typing import Any, Literal
 
 from modeling_udon.cli.models import open_for_index, open_index
-from modeling_udon.cli.options import Box, Column, Commit, File, Folder, Name, Natural, Pooling, Positive
+from modeling_udon.cli.options import Box, Column, Commit, File, Folder, Name, Natural, Pooling, Positive, Workers
 from modeling_udon.cli.terminal import say, warn
 
 
@@ -30,7 +30,7 @@ def search(
     jsonl: bool = False,
     html: File | None = None,
     batch_size: Positive = 32,
-    num_workers: Natural | None = None,
+    num_workers: Workers | None = None,
     force: bool = False,
 ) -> None:
     """Find the images of an index that are most like a given one.

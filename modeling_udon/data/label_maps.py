@@ -9,6 +9,9 @@ from modeling_udon.data.domains import Domain
 from modeling_udon.data.labels import Label
 from modeling_udon.storage import read_json
 
+# Of `domains.json`.
+LABEL_MAPS = {str: {"num_classes": int}}
+
 
 def label_maps(domains: Mapping[str, Domain]) -> dict[str, Any]:
     """Describes the domains as `domains.json` keeps them: classes, number of images and fingerprint."""
@@ -40,7 +43,7 @@ def check_label_maps(
     Raises:
         ValueError: If a domain came, went, or has other classes or images.
     """
-    saved, current = read_json(path), label_maps(domains)
+    saved, current = read_json(path, LABEL_MAPS), label_maps(domains)
     if list(saved) != list(current):
         raise ValueError(
             f"`domains` must be those the run was started with, {', '.join(saved)}. Got {', '.join(current)}; "

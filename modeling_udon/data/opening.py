@@ -143,6 +143,8 @@ def why_not_opened(error: Exception) -> str:
         return "a Parquet file of it has no rows"
     if isinstance(error, IndexError):
         return "a split of it has no rows"
+    if isinstance(cause, UnicodeDecodeError):
+        return f"a table of it must be text in UTF-8, and is not ({reason}); save it so"
     return reason[:300] or type(cause).__name__
 
 

@@ -1,5 +1,6 @@
 """Preprocessing as published with a model: channel statistics, and image processors of transformers."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,8 @@ except ImportError:  # transformers 4.x has one class, with the plain name.
     from transformers import CLIPImageProcessor as PillowImageProcessor  # type: ignore[assignment]
 
 Channels = tuple[float, float, float]
+# Fields of image processors that seldom differ, and what they are then.
+_USUAL = {"do_rescale": True, "rescale_factor": 1 / 255, "rescale_offset": None, "do_normalize": True}
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,8 @@ class ChannelStatistics:
     std: Channels
 
     def __post_init__(self) -> None:
-        if len(self.mean) != 3 or len(self.std) != 3 or not all(value > 0 for value in self.std):
+        known = len(self.mean) == len(self.std) == 3 and all(isinstance(value, int | float) for value in self.mean)
+        if not (known and all(map(math.isfinite, (*self.mean, *self.std))) and all(value > 0 for value in self.std)):
             raise ValueError(
                 "`mean` and `std` must be three numbers each, red, green and blue, `std` above 0. "
                 f"Got {self.mean} and {self.std}; take those that the backbone was trained with."
@@ -102,10 +106,18 @@ class ProcessorTransform:
 
 
 def processor_transform(processor: Any) -> ImageTransform:
-    """Returns what an image processor does to an image's shape: `EvalTransform` where it is the same, being quicker."""
+    """Returns what an image processor does to an image's shape: `EvalTransform` where it is the same, being quicker.
+
+    Raises:
+        ValueError: If it makes images of a size that none can have.
+    """
     values = processor.to_dict()
     size, crop = dict(values.get("size") or {}), dict(values.get("crop_size") or {})
     side = size.get("shortest_edge")
+    for sides in (size, crop):
+        for name in ("height", "width", "shortest_edge"):
+            if sides.get(name) is not None:
+                check_image_size(sides[name])
     ours = {"do_resize": True, "do_center_crop": True, "do_rescale": True, "do_normalize": True, "resample": 2}
     same = all(values.get(key) == value for key, value in ours.items())
     if same and side is not None and list(size) == ["shortest_edge"] and crop == {"height": side, "width": side}:
@@ -117,7 +129,9 @@ def processor_fields(processor: Any) -> dict[str, Any]:
     """Returns the fields of an image processor that decide what it does to an image."""
     fields = ("size", "crop_size", "do_resize", "do_center_crop", "resample", "image_mean", "image_std")
     values = processor.to_dict()
-    return {field: _plain(values.get(field)) for field in fields}
+    # What is as it nearly always is stays out, so that fingerprints are the same as before these were looked at.
+    others = {name: values.get(name, usual) for name, usual in _USUAL.items() if values.get(name, usual) != usual}
+    return {field: _plain(values.get(field)) for field in fields} | others
 
 
 def _plain(value: Any) -> Any:

@@ -19,6 +19,8 @@ from modeling_udon.data.images import decode_image as decode_image
 
 # A longer side of more than this many shorter sides loses its ends before the resize, not only after it.
 MAX_ASPECT_RATIO = 32
+# Longest side that a network takes; one image of it takes 800 MB as float32.
+MOST_PIXELS = 8192
 
 # `(height, width, 3) -> (size, size, 3)`, uint8.
 ImageTransform = Callable[[np.ndarray], np.ndarray]
@@ -166,9 +168,10 @@ def _cut_long_ends(image: np.ndarray) -> np.ndarray:
 
 
 def check_image_size(image_size: int) -> None:
-    """Refuses a size that no image can have."""
-    if image_size < 1:
-        raise ValueError(f"image_size must be at least 1. Got {image_size}; the backbones here use 224.")
+    """Refuses a size that no image can have, or that takes all memory for one."""
+    if not 1 <= image_size <= MOST_PIXELS:
+        rule = "at least 1" if image_size < 1 else f"at most {MOST_PIXELS}"
+        raise ValueError(f"image_size must be {rule}. Got {image_size}; the backbones here use 224.")
 
 
 def normalize(pixels: torch.Tensor, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:

@@ -293,7 +293,7 @@ def _open_subject(source: Source, domains: Domains | None, work: Work) -> Subjec
         check_label_maps(opened, run.folder / "domains.json")
         config = run.config
         path = run.folder / "baseline.json"
-        baseline = read_json(path) if path.is_file() else {}
+        baseline = read_json(path, {str: {"mean": dict, "domains": {str: dict}}}) if path.is_file() else {}
         if is_adapted(run):
             adapted = partial(measure_run, run, encoder, embed_by)
     return Subject(embed, encoder.kind, opened, config, baseline, encoder, adapted)

@@ -1,6 +1,5 @@
 """`results.json`: what it holds, how a new measurement joins an older one, how it is written."""
 
-import json
 import os
 import platform
 from collections.abc import Mapping
@@ -10,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from modeling_udon.evaluation.protocol import Scores, SplitScores
-from modeling_udon.storage import write_json
+from modeling_udon.storage import DamagedFileError, read_json, write_json
 from modeling_udon.version import __version__
 
 RESULTS_FILE = "results.json"
+# What is read back of it.
+RESULTS = {"splits": {str: dict}, "config": dict}
 LIBRARIES = ("torch", "transformers", "datasets", "accelerate", "huggingface_hub", "faiss-cpu", "faiss-gpu", "numpy")
 # Scores of one model that were measured twice may differ by the noise of another batch size.
 _SAME_SCORE = 0.005
@@ -71,9 +72,8 @@ def read_results(folder: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        results: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        results["splits"], results["config"]
-    except (ValueError, KeyError, TypeError):
+        results: dict[str, Any] = read_json(path, RESULTS)
+    except DamagedFileError:
         raise ValueError(f"`output` must hold no damaged {RESULTS_FILE}. Got {path}; remove it.") from None
     return results
 

@@ -19,6 +19,7 @@ from modeling_udon.auto_classes import UdonModel
 from modeling_udon.backbones import open_processor
 from modeling_udon.calibration import CALIBRATION_FILE
 from modeling_udon.encoder import Encoder
+from modeling_udon.evaluation.results import RESULTS, RESULTS_FILE
 from modeling_udon.hub.card import evaluation_files, render_card
 from modeling_udon.hub.commit import MAIN_BRANCH, PushError, Target, publish, said_in_one_line
 from modeling_udon.hub.export import write_graphs
@@ -37,7 +38,6 @@ from modeling_udon.storage import damage_of, read_json
 __all__ = ["Published", "PushError", "push"]
 
 HANDLER = Path(__file__).with_name("handler.py")
-RESULTS_FILE = "results.json"
 GALLERY_FOLDER = "gallery"
 # What a push writes: what an earlier one left of these and this one has not goes with the same commit.
 OWN_FILES = (
@@ -179,7 +179,7 @@ def find_student(folder: Path) -> TrainedStudent:
         raise ValueError(f"`RUN` must hold a UDON model. Got one of type {model.model_type!r} in {best}.")
     above = best.resolve().parent
     run = above if best.resolve().name == "best" and (above / "config.yaml").is_file() else best
-    results, config_path = _read_json(run / RESULTS_FILE), run / "config.yaml"
+    results, config_path = _read_json(run / RESULTS_FILE, RESULTS), run / "config.yaml"
     if config_path.is_file():
         with damage_of(config_path, yaml.YAMLError):
             config = yaml.safe_load(config_path.read_text(encoding="utf-8"))
@@ -193,13 +193,15 @@ def find_student(folder: Path) -> TrainedStudent:
         domains = {} if results is None else results["config"]["domains"]
         config = {"model": backbone | {"embedding_dim": model.embedding_dim}, "domains": domains}
     # What a published student came from stands in its results.
-    recorded = _read_json(run / SOURCES_FILE) or (results or {}).get("sources") or {}
+    recorded = _read_json(run / SOURCES_FILE, dict) or (results or {}).get("sources") or {}
+    with damage_of(run / SOURCES_FILE):
+        sources = Sources(**recorded)
     calibration, gallery = best / CALIBRATION_FILE, run / GALLERY_FOLDER
     return TrainedStudent(
         folder=best,
         config=config,
         results=results,
-        sources=Sources(**recorded),
+        sources=sources,
         license=None if config_path.is_file() else stated_license(best),
         calibration=calibration if calibration.is_file() else None,
         gallery=gallery if gallery.is_dir() else None,
@@ -316,8 +318,8 @@ def _without_local_paths(value: Any) -> Any:
     return value
 
 
-def _read_json(path: Path) -> Any:
-    return read_json(path) if path.is_file() else None
+def _read_json(path: Path, shape: Any) -> Any:
+    return read_json(path, shape) if path.is_file() else None
 
 
 def _list_files(folder: Path) -> dict[str, Path]:

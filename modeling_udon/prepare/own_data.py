@@ -1,6 +1,7 @@
 """Pictures of your own: one folder per class, a table, or a data set, with splits whose classes are disjoint."""
 
 import hashlib
+import os
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -72,6 +73,12 @@ def read_table(
         rows = ", ".join(str(row + 1) for row in missing[:5]) + (" ..." if len(missing) > 5 else "")
         noun = "row" if len(missing) == 1 else f"{len(missing):,} rows, the first"
         raise ValueError(f"SOURCE must have a path and a class in every row. Got {noun} {rows} of {path} without.")
+    wrong = next((row for row, picture in enumerate(paths) if not isinstance(picture, str | bytes)), None)
+    if wrong is not None:
+        raise ValueError(
+            f"--path-column must hold paths. Got {type(paths[wrong]).__name__} in row {wrong + 1} of {path_column!r} "
+            f"in {path}; name another column, or let `udon prepare hub` read pictures that lie in the table."
+        )
     splits: dict[str | None, list[Picture]] = defaultdict(list)
     for row, (picture, label) in enumerate(zip(paths, labels, strict=True)):
         split = None
@@ -80,7 +87,7 @@ def read_table(
             split = split_of(str(value))
             if split is None:
                 raise ValueError(f"--split-column must hold {', '.join(SPLIT_NAMES)}. Got {value!r} in row {row + 1}.")
-        splits[split].append(Picture(str(picture), label))
+        splits[split].append(Picture(os.fsdecode(picture), label))
     return dict(splits)
 
 

@@ -3,7 +3,7 @@
 import csv
 import io
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -92,18 +92,21 @@ def open_table(path: Path, wanted: Sequence[str]) -> Table:
 def _read_csv(path: Path, wanted: Sequence[str]) -> Table:
     data = path.read_bytes()
     text = data.decode("utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
+    if "\0" in text:
+        raise csv.Error("it holds zero bytes, as UTF-16 without a mark and spreadsheets do; save it as UTF-8")
     header, _, rest = text.partition("\n")
     if header.lower().startswith("sep="):  # a line by which Excel tells itself the delimiter
         text, header = rest, rest.partition("\n")[0]
     found = [sum(name.strip(' \r"') in wanted for name in header.split(delimiter)) for delimiter in _DELIMITERS]
-    rows = csv.reader(io.StringIO(text, newline=""), delimiter=_DELIMITERS[found.index(max(found))])
+    # Strict, since a quote that is never closed would make one class of all rows after it.
+    rows = csv.reader(io.StringIO(text, newline=""), delimiter=_DELIMITERS[found.index(max(found))], strict=True)
     columns = [name.strip() for name in next(rows, [])]
     if doubled := next((name for name in wanted if columns.count(name) > 1), None):
         raise ValueError(f"SOURCE must have a column {doubled!r} once. Got {', '.join(columns)} in {path}.")
     places = {name: place for place, name in enumerate(columns) if name in wanted}
     values: dict[str, list[Any]] = {name: [] for name in places}
     num_rows = 0
-    for row in rows:
+    for row in _read_all(rows):
         if not row:
             continue
         num_rows += 1
@@ -115,3 +118,10 @@ def _read_csv(path: Path, wanted: Sequence[str]) -> Table:
         for name, place in places.items():
             values[name].append(row[place] if place < len(row) else None)
     return Table(path, columns, values, num_rows)
+
+
+def _read_all(rows: Any) -> Iterator[list[str]]:
+    try:
+        yield from rows
+    except csv.Error as error:
+        raise csv.Error(f"{error}, in line {rows.line_num}; close every quote") from None

@@ -31,6 +31,7 @@ from modeling_udon.search.shards import (
     ShardFolder,
     make_folder,
     open_embeddings,
+    opened_parts,
     read_identity,
     read_manifest,
     start_or_resume,
@@ -178,6 +179,8 @@ def _prepare(
     if start_or_resume(folder, identity, force, left_to_us):
         shards = read_manifest(folder)
         listing = folder / WORK_FOLDER / shards.listing
+        if work.accelerator.is_main_process:
+            opened_parts(shards)  # A damaged one must not count as done.
         if opened.paths is not None and work.accelerator.is_main_process:
             _check_files(opened, shards, listing)
         if shards.shard_size != shard_size:

@@ -15,8 +15,9 @@ from modeling_udon.encoder import Encoder
 from modeling_udon.search.letterbox import is_letterboxed
 from modeling_udon.search.loading import Facts, ShardSlices, make_loader
 from modeling_udon.search.runtimes import Runtime, open_runner
-from modeling_udon.search.shards import ShardFolder, embedding_table
+from modeling_udon.search.shards import ShardFolder
 from modeling_udon.search.source_spec import ImageSource
+from modeling_udon.search.vectors import check_finite, embedding_table
 
 # 128 bits of the SHA-256 of an image's bytes; exact copies share an id.
 _ID_DIGITS = 32
@@ -129,4 +130,5 @@ def _write(
     embeds = np.empty((0, work.model.dim), np.float32)
     if shard.embeds:
         embeds = torch.cat(shard.embeds).cpu().numpy()
+    check_finite(embeds, table["path"].to_pylist())
     shards.write(number, embedding_table(table, embeds.astype(work.dtype), about), skipped)

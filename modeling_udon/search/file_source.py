@@ -11,8 +11,8 @@ from pathlib import Path
 import pyarrow as pa
 
 from modeling_udon.data.files import lies_in, read_file
-from modeling_udon.search.shards import damage_of_embeddings
 from modeling_udon.search.source_spec import Box, Read, ReadImage, with_domain
+from modeling_udon.search.vectors import damage_of_embeddings
 from modeling_udon.text import as_unicode
 
 # Paths as the disk has them: bytes, which need be no UTF-8.

@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 
 from modeling_udon.search.any_index import check_dimension
 from modeling_udon.search.columns import group_numbers, places_of, plain_value
-from modeling_udon.search.index_folder import OpenedIndex, open_index, read_manifest
+from modeling_udon.search.index_folder import ABOUT_FILE, OpenedIndex, damage_of_index, open_index, read_manifest
 from modeling_udon.search.ranking import merge, pick, ranked, rescored
 from modeling_udon.search.segments import INTERNALS, PART, ROW, Chosen
 from modeling_udon.search.where import Conditions
@@ -173,7 +173,8 @@ class ImageIndex:
             if name not in INTERNALS and (thumbnail or name != "thumbnail")
         }
         part = line[PART][0].as_py()
-        root = "" if part < 0 else self.about.sources[self.manifest.parts[part]["source"]]["root"]
+        with damage_of_index(self.folder / ABOUT_FILE):
+            root = "" if part < 0 else self.about.sources[self.manifest.parts[part]["source"]]["root"]
         return located(values, root)
 
     def rows_of(self, ids: Sequence[str]) -> np.ndarray:

@@ -17,7 +17,14 @@ import pyarrow as pa
 
 from modeling_udon.backbones import Pooling
 from modeling_udon.search.segments import ROW, Segment, SegmentFiles, open_metadata, open_segment
-from modeling_udon.storage import DamagedFileError, damage_of, replaced_file, standing_folder, write_json
+from modeling_udon.storage import (
+    DamagedFileError,
+    check_shape,
+    damage_of,
+    replaced_file,
+    standing_folder,
+    write_json,
+)
 
 INDEX_FILE = "index.faiss"
 METADATA_FILE = "metadata.arrow"
@@ -26,6 +33,19 @@ ABOUT_FILE = "index.json"
 # Of the folder: 1 had neither this number nor checksums, 2 could not be changed.
 SCHEMA = 3
 # Up to here a file is read whole when it is opened, which takes a second or two.
+# Of `index.json`, as the other files cannot tell it.
+_SHAPE = {
+    "kind": str,
+    "model": str,
+    "fingerprint": str,
+    "sources": [{"folder": str, "root": str}],
+    "version": int,
+    "next_row": int,
+    "parts": [{"source": int, "digest": str}],
+    "segments": [{"faiss": str, "metadata": str, "vectors": str | None, "num_rows": int}],
+    "deleted": str | None,
+    "files": {str: dict},
+}
 _HASHED_BYTES = 2**30
 _END_BYTES = 2**20
 
@@ -133,6 +153,7 @@ def read_manifest(folder: Path) -> Manifest:
         raise ValueError(f"`index` must be a folder that udon index wrote. Got {str(folder)!r}.")
     with damage_of_index(file):
         content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        check_shape(content, dict)
         schema = content.get("schema", 1)
     if schema != SCHEMA:
         raise ValueError(
@@ -140,6 +161,7 @@ def read_manifest(folder: Path) -> Manifest:
             "it again with udon index --force."
         )
     with damage_of_index(file):
+        check_shape(content, _SHAPE)
         # A later version may have added keys under the same number; these are passed over.
         about = IndexAbout(**{key.name: content[key.name] for key in fields(IndexAbout) if key.name in content})
         others = {key.name: content[key.name] for key in fields(Manifest) if key.name not in ("about", "segments")}

@@ -18,8 +18,9 @@ from modeling_udon.data.transforms import cut_box
 from modeling_udon.encoder import Encoder
 from modeling_udon.search.any_index import AnyIndex
 from modeling_udon.search.file_source import read_list
-from modeling_udon.search.shards import METADATA_KEY, damage_of_embeddings, is_embedding_folder, open_embeddings
+from modeling_udon.search.shards import is_embedding_folder, open_embeddings
 from modeling_udon.search.source_spec import Box
+from modeling_udon.search.vectors import METADATA_KEY, damage_of_embeddings, read_numbers
 from modeling_udon.text import printable
 
 STANDARD_INPUT = "-"
@@ -164,7 +165,11 @@ class QueryReader:
                 about = (pq.read_schema(path).metadata or {}).get(METADATA_KEY)
                 table = pq.read_table(path)
                 column = table.column("embedding").combine_chunks()
-                vectors = np.array(column.to_pylist(), np.float32).reshape(len(table), -1)
+                vectors = read_numbers(column, path).astype(np.float32, copy=False)
+                norms = np.linalg.norm(vectors, axis=1, keepdims=True)
+                if not norms.all():
+                    raise ValueError("some of its embeddings are zero")
+                vectors = vectors / norms
             if about is not None:
                 self._check_fingerprint(path, str(json.loads(about)["fingerprint"]))
             blocks = iter([(vectors, table.drop_columns(["embedding"]))])

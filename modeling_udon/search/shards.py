@@ -4,7 +4,6 @@ import hashlib
 import json
 import shutil
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from modeling_udon.search.columns import unified
-from modeling_udon.storage import DamagedFileError, damage_of, replaced_file, write_json, write_text
+from modeling_udon.search.vectors import METADATA_KEY, damage_of_embeddings, read_vectors
+from modeling_udon.storage import check_shape, replaced_file, write_json, write_text
 from modeling_udon.text import printable, table_cell
 
 # What readers of Parquet folders take for data does not begin with a dot.
@@ -23,12 +23,12 @@ MANIFEST_FILE = "manifest.json"
 # No Parquet, which readers of `**/*.parquet` would take for embeddings.
 LISTING_FILE = "listing.arrow"
 SKIPPED_FILE = "_skipped.log"
-METADATA_KEY = b"udon"
 # Digest of a shard's content, by which an index knows it.
 DIGEST_KEY = b"udon_digest"
 # 2 had no updates; it is read as it is.
 SCHEMA = 3
 _READ_SCHEMAS = (2, SCHEMA)
+_MANIFEST = {"schema": object, "identity": dict, "num_images": int, "shard_size": int}
 
 
 @dataclass(frozen=True)
@@ -148,8 +148,7 @@ class Embeddings:
             for batch in file.iter_batches(batch_size=65_536, columns=None if columns else ["embedding"]):
                 places = np.setdiff1d(np.arange(start, start + len(batch)), part.deleted, assume_unique=True)
                 table = pa.Table.from_batches([batch])
-                vectors = batch.column("embedding").flatten().to_numpy().reshape(-1, self.about["dim"])
-                _check_vectors(vectors, part.path)
+                vectors = read_vectors(batch.column("embedding"), part.path)
                 if len(places) < len(batch):
                     table, vectors = table.take(pa.array(places - start)), vectors[places - start]
                 start += len(batch)
@@ -256,6 +255,9 @@ def opened_parts(shards: ShardFolder) -> tuple[list[Part], list[pa.Schema], dict
             file = pq.ParquetFile(path)
             schemas.append(file.schema_arrow)
             about = json.loads(schemas[-1].metadata[METADATA_KEY])
+            kind = schemas[-1].field("embedding").type
+            if kind not in [pa.list_(pa.float32(), about["dim"]), pa.list_(pa.float16(), about["dim"])]:
+                raise ValueError(f"its embeddings are {kind} and should be {about['dim']} numbers each")
             digest = schemas[-1].metadata.get(DIGEST_KEY)
             named = _digest_of_file(path) if digest is None else digest.decode()
             parts.append(Part(path, file.metadata.num_rows, named, removed.get(name, np.empty(0, np.int64))))
@@ -282,13 +284,6 @@ def write_removed(file: Path, removed: Mapping[str, np.ndarray]) -> None:
         writer.write_table(table)
 
 
-def embedding_table(table: pa.Table, embeds: np.ndarray, about: Mapping[str, Any]) -> pa.Table:
-    """Puts embeddings of shape `(num_rows, dim)` beside the other columns, and `about` into the schema."""
-    values = pa.array(np.ascontiguousarray(embeds).reshape(-1))
-    table = table.append_column("embedding", pa.FixedSizeListArray.from_arrays(values, about["dim"]))
-    return table.replace_schema_metadata({METADATA_KEY: json.dumps(about).encode()})
-
-
 def _check_identity(
     folder: Path, saved: Mapping[str, Any], wanted: Mapping[str, Any], may_differ: Collection[str]
 ) -> None:
@@ -307,6 +302,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     file = folder / WORK_FOLDER / MANIFEST_FILE
     with damage_of_embeddings(file):
         content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        check_shape(content, _MANIFEST)
         schema = content["schema"]
     if schema not in _READ_SCHEMAS:
         raise ValueError(
@@ -330,17 +326,3 @@ def _read_deleted(shards: ShardFolder) -> dict[str, np.ndarray]:
 def _digest_of_file(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()[:32]
-
-
-def damage_of_embeddings(file: Path) -> AbstractContextManager[None]:
-    """Turns what libraries raise of a damaged file of embeddings into one line with its name."""
-    kinds, way_out = (pa.ArrowException, OSError, LookupError), "delete it and run its udon embed again"
-    return damage_of(file, *kinds, argument="embeddings", way_out=way_out)
-
-
-def _check_vectors(vectors: np.ndarray, part: Path) -> None:
-    if not np.isfinite(vectors).all():
-        raise DamagedFileError(
-            f"`embeddings` must be finite. Got NaN or infinity in {str(part)!r}; embed the images again with --force, "
-            "in float32 or bf16."
-        )

@@ -25,8 +25,6 @@ from modeling_udon.search.shards import (
     WORK_FOLDER,
     Part,
     ShardFolder,
-    damage_of_embeddings,
-    embedding_table,
     opened_parts,
     write_manifest,
     write_part,
@@ -34,6 +32,7 @@ from modeling_udon.search.shards import (
 )
 from modeling_udon.search.source_spec import ImageSource, box_key
 from modeling_udon.search.update_plan import PENDING_FOLDER, SelectedRows
+from modeling_udon.search.vectors import damage_of_embeddings, embedding_table
 from modeling_udon.storage import sync
 from modeling_udon.text import table_cell
 

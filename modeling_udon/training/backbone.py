@@ -122,6 +122,11 @@ def check_backbone(udon: UdonModel, image_size: int) -> None:
         ) from error
     finally:
         udon.train(was_training)
+    if not torch.isfinite(first).all():
+        raise ConfigError(
+            "`model` must have a backbone whose features are finite. "
+            f"Got {backbone.model_type!r} with NaN or infinity; take other weights of it."
+        )
     if not torch.equal(first, second):
         raise ConfigError(
             "`model` must have a backbone that gives the same features twice. "

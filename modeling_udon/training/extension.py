@@ -14,7 +14,7 @@ from modeling_udon.config import ConfigError, TrainConfig
 from modeling_udon.config_file import read_initial_run
 from modeling_udon.configuration_udon import UdonConfig
 from modeling_udon.data.domains import Domain
-from modeling_udon.data.label_maps import label_maps
+from modeling_udon.data.label_maps import LABEL_MAPS, label_maps
 from modeling_udon.evaluation.protocol import METRICS, Scores, SplitScores
 from modeling_udon.modeling_udon import UdonModel
 from modeling_udon.run_record import RunRecord
@@ -53,6 +53,11 @@ def open_start(config: TrainConfig) -> Start | None:
     if config.init is None:
         return None
     run = read_initial_run(config.init.run)
+    if not (run.folder / "domains.json").is_file():
+        raise ConfigError(
+            f"`init.run` must still have its domains.json, the classes that it knows. Got {run.folder} without it; "
+            "bring it back, or give another run."
+        )
     shape = UdonConfig.from_pretrained(run.folder / "best")
     for name in _SIZES:
         theirs, ours = getattr(shape, name), getattr(config.model, name)
@@ -61,7 +66,7 @@ def open_start(config: TrainConfig) -> Start | None:
             raise ConfigError(
                 f"`model.{name}` must be that of the run in `init.run`, {theirs}. Got {ours}; leave it out."
             )
-    known = read_json(run.folder / "domains.json")
+    known = read_json(run.folder / "domains.json", LABEL_MAPS)
     return Start(run, shape, load_file(run.weights), known)
 
 

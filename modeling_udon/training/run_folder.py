@@ -214,7 +214,11 @@ class RunFolder:
             raise CheckpointError(_NOT_AS_WRITTEN.format(name, path, "is missing")) from None
         except (ValueError, yaml.YAMLError):
             values = None
-        if not isinstance(values, dict):
+        if (
+            not isinstance(values, dict)
+            or not isinstance(values.get("domains", {}), dict)
+            or (name == "config.yaml" and "domains" not in values)
+        ):
             raise CheckpointError(_NOT_AS_WRITTEN.format(name, path, "is damaged"))
         return values
 

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 
 from modeling_udon.auto_classes import UdonModel
+from modeling_udon.data.label_maps import LABEL_MAPS
 from modeling_udon.data.preprocessing import ChannelStatistics
 from modeling_udon.run_models import open_teachers
 from modeling_udon.run_record import read_run
@@ -148,7 +149,7 @@ def load_frozen_teachers(
     models: dict[Path, UdonModel] = {}
     for domain, folder in runs.items():
         run = read_run(folder)
-        known = read_json(run.folder / "domains.json")
+        known = read_json(run.folder / "domains.json", LABEL_MAPS)
         if any(known.get(domain, {}).get(what) != label_maps[domain][what] for what in ("classes", "fingerprint")):
             raise ValueError(
                 f"`teachers.{domain}` must be a run on the same images and classes of that domain. Got {folder}, whose "

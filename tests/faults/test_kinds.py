@@ -147,6 +147,34 @@ def test_cells_beyond_the_header_shift_no_column(udon: Udon, tmp_path: Path) -> 
         opened(tmp_path / "t.csv", image_column="path")
 
 
+def test_a_quote_that_is_never_closed_swallows_no_rows(udon: Udon, tmp_path: Path) -> None:
+    write(tmp_path, *(f"{row}.png" for row in range(9)))
+    lines = [f"{row}.png,{'abc'[row % 3]}" for row in range(9)]
+    for number, text in enumerate((lines[6].replace(",a", ',"a'), lines[6].replace(",a", ",a\0"))):
+        (tmp_path / "t.csv").write_text("\n".join(["path,label", *lines[:6], text, *lines[7:]]))
+        done = udon("prepare", "csv", tmp_path / "t.csv", "--out", tmp_path / "o", "--validation", 0.3, "--test", 0.3)
+        assert done.code == 2 and ("close every quote", "zero bytes")[number] in done.err and done.err.count("\n") == 1
+
+
+def test_a_column_of_paths_holds_paths(udon: Udon, tmp_path: Path) -> None:
+    names, labels = [f"{row}.png" for row in range(16)], list("aabbccddeeffgghh")
+    write(tmp_path, *names)
+    for kind, column in (("bytes", [name.encode() for name in names]), ("images", images(16))):
+        pq.write_table(pa.table({"path": column, "label": labels}), tmp_path / "t.parquet")
+        done = udon("prepare", "csv", tmp_path / "t.parquet", "--out", tmp_path / kind, "--num-workers", 0)
+        if kind == "bytes":
+            assert done.code == 0, done.err
+        else:
+            assert done.code == 2 and "--path-column must hold paths. Got dict in row 1" in done.err
+
+
+def test_a_table_of_metadata_in_another_encoding_is_told_of(udon: Udon, tmp_path: Path) -> None:
+    write(tmp_path / "p", "0.png", "1.png")
+    (tmp_path / "p" / "metadata.csv").write_text("file_name,label\n0.png,a\n1.png,b\n", encoding="utf-16")
+    with pytest.raises(ValueError, match="a table of it must be text in UTF-8"):
+        opened(tmp_path / "p")
+
+
 def test_a_picture_that_metadata_names_twice_has_one_class(tmp_path: Path) -> None:
     write(tmp_path, "0.png", "1.png")
     (tmp_path / "metadata.csv").write_text("file_name,label\n0.png,1\n1.png,2\n0.png,2\n")
@@ -354,7 +382,7 @@ def test_what_is_no_image_is_refused_by_the_encoder_and_not_embedded_in_part(
 @pytest.mark.parametrize(
     ("variables", "words"),
     [
-        ({"ACCELERATE_MIXED_PRECISION": "bf16"}, "leave the precision to --mixed-precision, which is 'no'"),
+        ({"ACCELERATE_MIXED_PRECISION": "bf16"}, "must leave the precision to --mixed-precision, which is '"),
         ({"ACCELERATE_USE_FSDP": "true"}, "must go without FSDP"),
         ({"ACCELERATE_DYNAMO_BACKEND": "nonsense"}, "Got ACCELERATE_DYNAMO_BACKEND=nonsense"),
         ({"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}, "RANK=0, WORLD_SIZE=2: "),

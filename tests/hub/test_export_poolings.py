@@ -31,6 +31,7 @@ def test_poolings_that_sentence_transformers_does_not_have_are_refused(
 def test_poolings_that_sentence_transformers_has_are_the_students(
     udon: Any, make_student: Callable[..., Path], tmp_path: Path, kind: str, pooling: str
 ) -> None:
+    pytest.importorskip("sentence_transformers", reason='the extra "export" is not installed')
     answer = udon("export", make_student(kind, pooling=pooling), "--format", SENTENCES, "--out", tmp_path / "out")
     assert answer.code == 0, answer.err
     assert "checked in sentence-transformers" in answer.out
@@ -40,6 +41,7 @@ def test_poolings_that_sentence_transformers_has_are_the_students(
 def test_an_onnx_graph_pools_as_the_student(
     udon: Any, make_student: Callable[..., Path], tmp_path: Path, pooling: str
 ) -> None:
+    pytest.importorskip("onnxscript", reason='the extra "export" is not installed')
     answer = udon("export", make_student(pooling=pooling), "--format", "onnx", "--out", tmp_path / "out")
     assert answer.code == 0, answer.err
     assert "checked in onnxruntime" in answer.out

@@ -16,7 +16,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import httpx
 import numpy as np
 import pytest
 import torch
@@ -25,9 +24,10 @@ from tiny_models import TINY_VIT
 from modeling_udon import Encoder, UdonConfig, UdonModel
 from modeling_udon.data.preprocessing import IMAGENET_STANDARD, image_processor
 
-if any(find_spec(name) is None for name in ("fastapi", "uvicorn", "prometheus_client", "openai")):
+if any(find_spec(name) is None for name in ("fastapi", "uvicorn", "prometheus_client", "openai", "httpx")):
     collect_ignore_glob = ["*"]  # the extras `serve` and `dev` are not installed
 else:
+    import httpx
     import uvicorn
 
     from modeling_udon.serving.app import Service, make_app

@@ -184,7 +184,8 @@ def test_blocks_of_stages_are_counted_through_all_stages(kind: str, blocks: int)
     names = [name for name, _ in make_model(kind).udon.backbone.named_parameters()]
     depths = block_depths(names)
     assert list(depths) == names
-    own = {name: depth for name, depth in depths.items() if "blocks." in name or "layers." in name or ".layer." in name}
+    of_blocks = ("blocks.", "layers.", ".layer.")
+    own = {name: depth for name, depth in depths.items() if any(part in f".{name}" for part in of_blocks)}
     assert max(depths.values()) >= blocks + 1 and len(set(own.values())) >= blocks
     inner = any("blocks." in name for name in own)
     ordered = [depth for name, depth in own.items() if ("blocks." in name if inner else "downsampl" not in name)]
