@@ -65,7 +65,8 @@ def arrange(pictures: Path, before: dict[str, int], now: dict[str, int]) -> None
         if before.get(name) == number:
             continue
         if number not in gone:
-            draw(file, number)
+            if name in before or not file.exists():
+                draw(file, number)
             if name in before:  # it changed, and has an older time than before
                 os.utime(file, ns=(number, number))
         elif (pictures / gone[number]).exists():
@@ -75,11 +76,13 @@ def arrange(pictures: Path, before: dict[str, int], now: dict[str, int]) -> None
 
 
 def draw(file: Path, number: int) -> None:
-    """A picture of its own for each number."""
+    """A picture of its own for each number, written atomically."""
     generator = np.random.default_rng(number)
     small = Image.fromarray(generator.integers(0, 255, (6, 8, 3), dtype=np.uint8))
     file.parent.mkdir(parents=True, exist_ok=True)
-    small.resize((64, 48), Image.Resampling.BICUBIC).save(file, "JPEG", quality=90)
+    draft = file.with_name(f".{file.name}")  # hidden files are not embedded
+    small.resize((64, 48), Image.Resampling.BICUBIC).save(draft, "JPEG", quality=90)
+    os.replace(draft, file)
 
 
 def exact(
