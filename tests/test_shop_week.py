@@ -2,16 +2,17 @@
 
 import contextlib
 import importlib.util
+import multiprocessing
 import os
 import random
 import signal
 import time
-import traceback
 from collections import Counter
 from collections.abc import Callable
+from multiprocessing.process import BaseProcess
+from multiprocessing.synchronize import Event
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import pytest
 
@@ -25,6 +26,10 @@ def example(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     for library in ("duckdb", "lancedb", "uvicorn", "prometheus_client"):
         pytest.importorskip(library)
     monkeypatch.setenv("PYTHONPATH", str(SCRIPT.parents[1]))
+    return load_example()
+
+
+def load_example() -> ModuleType:
     spec = importlib.util.spec_from_file_location("shop_week", SCRIPT)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -32,58 +37,60 @@ def example(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return module
 
 
-def start(work: Callable[[], object]) -> int:
-    """Starts a child in a process group of its own, as what it starts itself must end with it."""
-    process = os.fork()
-    if process == 0:
-        os.setsid()
-        code = 1
-        try:
-            work()
-            code = 0
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            os._exit(code)
-    return process
-
-
-def ended(process: int) -> int:
-    """Waits for a child and ends what it has left; its status."""
-    status = os.waitpid(process, 0)[1]
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process, signal.SIGKILL)
-    return status
-
-
-def live(week: Any) -> None:
+def live(folder: Path, model: str, ready: Event) -> None:
     """Lives the days that are left without comparing, since a kill there would hit nothing that is written."""
+    os.setsid()  # What it starts itself must end with it.
+    week = load_example().Week(folder, model, NUM_PICTURES)
+    ready.set()
     week.days = [(title, work, lambda: "") for title, work, _ in week.days]
     week.live(say=lambda text: None)
 
 
-def compare(week: Any) -> None:
+def compare(folder: Path, model: str, ready: Event) -> None:
     """Compares all answers: with an exact search from nothing, with LanceDB, over HTTP."""
-    for _, _, check in week.days[-3:]:
+    os.setsid()
+    ready.set()
+    for _, _, check in load_example().Week(folder, model, NUM_PICTURES).days[-3:]:
         check()
+
+
+def ended(process: BaseProcess) -> int | None:
+    """Waits for a child and ends what it has left; its exit code."""
+    process.join()
+    assert process.pid is not None
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    return process.exitcode
 
 
 def kill_at_random(example: ModuleType, model: Path, folder: Path, num_kills: int) -> Counter[str]:
     """Lives weeks of which so many processes are killed at random moments; the days on which they were."""
+    # LanceDB's threads do not outlive a fork of a process that has searched, as this one may have.
+    processes = multiprocessing.get_context("forkserver")
+    processes.set_forkserver_preload(["modeling_udon.encoder", "modeling_udon.search.catalogue"])
+
+    def start(work: Callable[[Path, str, Event], None], place: Path) -> BaseProcess:
+        ready = processes.Event()
+        process = processes.Process(target=work, args=(place, str(model), ready))
+        process.start()
+        assert ready.wait(120)
+        return process
+
     generator, hit = random.Random(2), Counter[str]()
-    began = time.perf_counter()
-    assert ended(start(lambda: live(example.Week(folder / "whole", str(model), NUM_PICTURES)))) == 0
+    whole, began = start(live, folder / "whole"), time.perf_counter()
+    assert ended(whole) == 0
     longest = time.perf_counter() - began
     while hit.total() < num_kills:
-        week = example.Week(folder / f"after-{hit.total()}", str(model), NUM_PICTURES)
+        place = folder / f"after-{hit.total()}"
+        week = example.Week(place, str(model), NUM_PICTURES)
         while week.num_done < len(week.days) and hit.total() < num_kills:
-            process = start(lambda week=week: live(week))
+            process = start(live, place)
             time.sleep(generator.random() * longest / 2)
-            os.kill(process, signal.SIGKILL)
-            if ended(process) == signal.SIGKILL:
+            process.kill()
+            if ended(process) == -signal.SIGKILL:
                 hit[week.days[min(week.num_done, len(week.days) - 1)][0].split()[0]] += 1
-        assert ended(start(lambda week=week: live(week))) == 0
-        assert week.num_done == len(week.days) and ended(start(lambda week=week: compare(week))) == 0
+        assert ended(start(live, place)) == 0
+        assert week.num_done == len(week.days) and ended(start(compare, place)) == 0
     return hit
 
 
