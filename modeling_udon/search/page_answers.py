@@ -54,8 +54,8 @@ class Side:
         """
         try:
             return replace(self, index=self.followed.newest())
-        except ValueError as error:
-            raise PageError("The index cannot be searched now.", "Its folder has gone, or holds another.") from error
+        except (ValueError, OSError) as error:
+            raise PageError("The index cannot be searched now.", "Its folder has gone, cannot be read, or holds another.") from error
 
 
 class PageError(ValueError):
