@@ -55,7 +55,9 @@ class Side:
         try:
             return replace(self, index=self.followed.newest())
         except (ValueError, OSError) as error:
-            raise PageError("The index cannot be searched now.", "Its folder has gone, cannot be read, or holds another.") from error
+            raise PageError(
+                "The index cannot be searched now.", "Its folder has gone, cannot be read, or holds another."
+            ) from error
 
 
 class PageError(ValueError):

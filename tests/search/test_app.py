@@ -504,3 +504,12 @@ def test_the_page_follows_the_commits_of_its_index(searchable, make_searchable, 
     html = answer([followed], picture, "", 4)
     assert html.startswith('<p class="udon-note"') and "The index cannot be searched now." in html
     assert "error" in answer_json([followed], upload_of(picture), "", 4)
+
+
+def test_an_index_that_cannot_be_read_any_more_is_said_so(ask, searchable, side, monkeypatch):
+    def refuse(index):
+        raise PermissionError(13, "Permission denied", str(searchable.index))
+
+    monkeypatch.setattr(type(side.index), "is_current", refuse)
+    html = ask(searchable.pictures / "tools" / "2.png")
+    assert "The index cannot be searched now." in html and str(searchable.index) not in html
