@@ -22,5 +22,5 @@ def _load(name: str) -> ModuleType:
 kinds = _load("backbone_kinds")
 table = _load("backbone_table")
 # What the oldest supported transformers does not know by name: it calls the first one `mlcd`, without its own towers.
-UNKNOWN = {"mlcd_vision_model", "metaclip_2_vision_model"} - set(CONFIG_MAPPING_NAMES)
+UNKNOWN = {"mlcd_vision_model", "metaclip_2_vision_model", "siglip2_vision_model"} - set(CONFIG_MAPPING_NAMES)
 KINDS = {kind.name: kind for kind in kinds.KINDS}

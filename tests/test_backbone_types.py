@@ -117,6 +117,8 @@ def test_two_processes_train_a_trained_backbone_as_one_does(name: str, data: Pat
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_a_backbone_without_features_of_images_is_refused_in_one_line(name: str, data: Path, tmp_path: Path) -> None:
+    if name in UNKNOWN:
+        pytest.skip("this version of transformers does not know it")
     kinds.write_backbone(KINDS[name], tmp_path / "backbone")
     with pytest.raises(ConfigError, match=REFUSED[name]) as refusal:
         table.train_here(table.values_of(KINDS[name], tmp_path / "backbone", data, tmp_path / "run"))

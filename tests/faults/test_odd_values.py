@@ -150,7 +150,7 @@ def test_pixels_that_are_scaled_otherwise_make_another_fingerprint(
     [
         (lambda v: pa.array(["x"] * len(v)), "its embeddings are string and should be 8 numbers each"),
         (lambda v: pa.array([row[:4] for row in v.tolist()], pa.list_(pa.float32(), 4)), "should be 8 numbers each"),
-        (lambda v: pa.array([None] * len(v), pa.list_(pa.float32(), 8)), "are missing"),
+        (lambda v: pa.array([[None] * 8] * len(v), pa.list_(pa.float32(), 8)), "are missing"),
         (lambda v: pa.array((100 * v).tolist(), pa.list_(pa.float32(), 8)), "not of unit norm"),
         (lambda v: None, "embedding"),
     ],
