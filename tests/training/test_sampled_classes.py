@@ -220,13 +220,18 @@ def last_weights(run):
 
 # Each image a class of its own, so that a batch of 16 has not all of them.
 MANY = {"data__targets": "images", "loss__sampled_classes": 20, "loss__chunk_size": 7}
+# Of a domain's own classes, and of the other domains' for a joint classifier.
+each_sample = pytest.mark.parametrize(
+    "many", [MANY, {"system": "centred", "data__targets": "images", "loss__sampled_classes": 20}], ids=["own", "joint"]
+)
 
 
+@each_sample
 @pytest.mark.parametrize("idle_heads", ["coast", "hold"])
 def test_a_run_on_sampled_classes_goes_on_bit_for_bit(
-    make_values: Values, run_train: Run, tmp_path: Path, idle_heads: str
+    make_values: Values, run_train: Run, tmp_path: Path, idle_heads: str, many: dict[str, Any]
 ) -> None:
-    changes = MANY | {"ablation__idle_heads": idle_heads}
+    changes = many | {"ablation__idle_heads": idle_heads}
     whole = run_train(make_values(tmp_path / "whole", **changes))
     part = run_train(make_values(tmp_path / "part", **changes))
     for folder in sorted((part / "checkpoints").glob("step-*"))[2:]:
@@ -237,12 +242,13 @@ def test_a_run_on_sampled_classes_goes_on_bit_for_bit(
     assert all(torch.equal(value, last_weights(again)[name]) for name, value in last_weights(whole).items())
 
 
+@each_sample
 def test_processes_and_parts_sample_the_same_classes(
-    make_values: Values, run_train: Run, run_two_processes: Run, tmp_path: Path
+    make_values: Values, run_train: Run, run_two_processes: Run, tmp_path: Path, many: dict[str, Any]
 ) -> None:
     steady = {"model__backbone_config__hidden_dropout_prob": 0.0, "optim__eps": 1e-4, "log__every": 1}
-    one = run_train(make_values(tmp_path / "one", **MANY, **steady))
-    two = run_two_processes(make_values(tmp_path / "two", **MANY, **steady, train__accumulation_steps=2))
+    one = run_train(make_values(tmp_path / "one", **many, **steady))
+    two = run_two_processes(make_values(tmp_path / "two", **many, **steady, train__accumulation_steps=2))
     losses = [
         [row["loss"] for row in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()) if "loss" in row]
         for run in (one, two)

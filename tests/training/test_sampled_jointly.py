@@ -1,14 +1,10 @@
 """A joint classifier that compares a batch with a sample of the classes of other domains."""
 
-import json
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch.nn import functional as F
 
 from modeling_udon.config import LossConfig, OptimConfig
@@ -17,9 +13,6 @@ from modeling_udon.training.distillation import UdonForDistillation
 from modeling_udon.training.losses import cosine_logits, logit_distillation_loss
 from modeling_udon.training.optimization import IdleHeads, learning_rates, make_optimizer, set_learning_rates
 from modeling_udon.training.sampled_classes import SampledClasses, draw_from_others
-
-Values = Callable[..., dict[str, Any]]
-Run = Callable[..., Path]
 
 BACKBONE = {"model_type": "vit", "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
 BACKBONE |= {"intermediate_size": 8, "image_size": 8, "patch_size": 8}
@@ -201,36 +194,3 @@ def test_a_step_that_is_not_applied_moves_no_row_and_no_moment(hold: bool) -> No
 
 
 # Each image a class of its own, so that other domains have many.
-MANY = {"system": "centred", "data__targets": "images", "loss__sampled_classes": 20}
-
-
-def last_weights(run: Path) -> dict[str, torch.Tensor]:
-    return load_file(run / "checkpoints" / "step-00000011" / "model.safetensors")
-
-
-@pytest.mark.parametrize("idle_heads", ["coast", "hold"])
-def test_a_run_goes_on_bit_for_bit(make_values: Values, run_train: Run, tmp_path: Path, idle_heads: str) -> None:
-    changes = MANY | {"ablation__idle_heads": idle_heads}
-    whole = run_train(make_values(tmp_path / "whole", **changes))
-    part = run_train(make_values(tmp_path / "part", **changes))
-    for folder in sorted((part / "checkpoints").glob("step-*"))[2:]:
-        for file in folder.iterdir():
-            file.unlink()
-        folder.rmdir()
-    again = run_train(make_values(tmp_path / "part", **changes), resume=True)
-    assert all(torch.equal(value, last_weights(again)[name]) for name, value in last_weights(whole).items())
-
-
-def test_processes_and_parts_draw_the_same_classes(
-    make_values: Values, run_train: Run, run_two_processes: Run, tmp_path: Path
-) -> None:
-    steady = {"model__backbone_config__hidden_dropout_prob": 0.0, "optim__eps": 1e-4, "log__every": 1}
-    one = run_train(make_values(tmp_path / "one", **MANY, **steady))
-    two = run_two_processes(make_values(tmp_path / "two", **MANY, **steady, train__accumulation_steps=2))
-    losses = [
-        [row["loss"] for row in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()) if "loss" in row]
-        for run in (one, two)
-    ]
-    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
-    for name, value in last_weights(one).items():
-        torch.testing.assert_close(last_weights(two)[name], value, rtol=1e-5, atol=1e-5)
