@@ -41,6 +41,7 @@ def live(folder: Path, model: str, ready: Event) -> None:
     """Lives the days that are left without comparing, since a kill there would hit nothing that is written."""
     os.setsid()  # What it starts itself must end with it.
     week = load_example().Week(folder, model, NUM_PICTURES)
+    importlib.import_module("lancedb")  # Else most kills would meet this on Sunday.
     ready.set()
     week.days = [(title, work, lambda: "") for title, work, _ in week.days]
     week.live(say=lambda text: None)
