@@ -20,6 +20,8 @@ from modeling_udon.search.vectors import embedding_table
 
 DIM, K, LEAST_RECALL = 64, 10, 0.95
 EFFORTS = (8, 16, 32, 64, 128, 256, 512)
+# Queries that efforts are found with.
+TUNED_ON = 200
 # Every tenth row is of the domain that is searched for.
 DOMAINS = 10
 
@@ -35,12 +37,11 @@ class Built(NamedTuple):
     filters: bool = True
 
 
-def udon(vectors: np.ndarray, place: Path, kind: str) -> Built:
-    """`udon index`, which sets the effort itself; with metadata, checksums and its measurement of recall."""
-    embedded = place / "embedded"
-    if not embedded.exists():
-        shards = ShardFolder(embedded, len(vectors), 50_000)
-        (embedded / ".embed").mkdir(parents=True)
+def embedded(vectors: np.ndarray, folder: Path) -> Path:
+    """A folder as `udon embed` writes it."""
+    if not folder.exists():
+        shards = ShardFolder(folder, len(vectors), 50_000)
+        (folder / ".embed").mkdir(parents=True)
         write_manifest(shards, {})
         names = [f"{row}.jpg" for row in range(len(vectors))]
         table = pa.table({"path": names, "domain": [f"d{row % DOMAINS}" for row in range(len(vectors))]})
@@ -49,14 +50,20 @@ def udon(vectors: np.ndarray, place: Path, kind: str) -> Built:
             rows = shards.rows(shard)
             part = embedding_table(table.slice(rows.start, len(rows)), vectors[rows.start : rows.stop], about)
             shards.write(shard, part, [])
+    return folder
+
+
+def udon(vectors: np.ndarray, some: np.ndarray, place: Path, kind: str) -> Built:
+    """`udon index`, which sets the effort itself by some queries; with metadata, checksums and that measurement."""
+    rows, asked = embedded(vectors, place / "embedded"), embedded(some, place / "asked")
     began = time.perf_counter()
-    build_index([embedded], place / kind, kind, LEAST_RECALL, force=True)
+    build_index([rows], place / kind, kind, LEAST_RECALL, force=True, recall_queries=asked)
     took = time.perf_counter() - began
     index = ImageIndex(place / kind)
     return Built(took, lambda q, _, only: index.search(q, K, domain="d0" if only else None)[1], (0,))
 
 
-def bare_faiss(vectors: np.ndarray, place: Path, kind: str) -> Built:
+def bare_faiss(vectors: np.ndarray, some: np.ndarray, place: Path, kind: str) -> Built:
     """FAISS by its factory."""
     began = time.perf_counter()
     lists = int(4 * len(vectors) ** 0.5)
@@ -77,7 +84,7 @@ def bare_faiss(vectors: np.ndarray, place: Path, kind: str) -> Built:
     return Built(took, search)
 
 
-def hnswlib_index(vectors: np.ndarray, place: Path, kind: str) -> Built:
+def hnswlib_index(vectors: np.ndarray, some: np.ndarray, place: Path, kind: str) -> Built:
     """hnswlib; its filter is a Python function, which needs one thread."""
     import hnswlib
 
@@ -96,7 +103,7 @@ def hnswlib_index(vectors: np.ndarray, place: Path, kind: str) -> Built:
     return Built(took, search)
 
 
-def usearch_index(vectors: np.ndarray, place: Path, kind: str) -> Built:
+def usearch_index(vectors: np.ndarray, some: np.ndarray, place: Path, kind: str) -> Built:
     """usearch, whose Python interface has no filter."""
     from usearch.index import Index
 
@@ -112,7 +119,7 @@ def usearch_index(vectors: np.ndarray, place: Path, kind: str) -> Built:
     return Built(took, search, filters=False)
 
 
-def lancedb_index(vectors: np.ndarray, place: Path, kind: str) -> Built:
+def lancedb_index(vectors: np.ndarray, some: np.ndarray, place: Path, kind: str) -> Built:
     """LanceDB on disk, a query at a time: its Python interface takes one vector."""
     import lancedb
 
@@ -166,7 +173,7 @@ def measure(sizes: Sizes) -> tuple[list[Row], list[Skipped]]:
             if missing := needs(work, name, module, package):
                 skipped.append(missing)
             else:
-                built[name] = make(vectors, Path(folder), kind)
+                built[name] = make(vectors, queries[:TUNED_ON], Path(folder), kind)
         rows = []
         for only in (False, True):
             title = f"{work}, a tenth of the rows allowed" if only else work
@@ -193,10 +200,10 @@ def measure(sizes: Sizes) -> tuple[list[Row], list[Skipped]]:
 
 
 def _effort(built: Built, queries: np.ndarray, exact: np.ndarray, only: bool) -> tuple[int, float]:
-    """The least effort that reaches the recall, on the first 200 queries, and the recall."""
+    """The least effort that reaches the recall, on the first queries, and the recall."""
     if only and not built.filters:
         return 0, 0.0
-    some, wanted = queries[:200], exact[:200]
+    some, wanted = queries[:TUNED_ON], exact[:TUNED_ON]
     for effort in built.efforts:
         found = built.search(some, effort, only)
         recall = float(np.mean([len(np.intersect1d(a, b)) / K for a, b in zip(found, wanted, strict=True)]))

@@ -17,6 +17,7 @@ def index(
     out: Folder,
     kind: Literal["auto", "flat", "ivf", "hnsw", "pq", "ivfpq", "sq8", "binary"] | None = None,
     recall: Share = 0.95,
+    recall_queries: Folder | None = None,
     no_vectors: bool = False,
     add: bool = False,
     update: bool = False,
@@ -34,6 +35,8 @@ def index(
         out: Folder of the index.
         kind: Kind of index; auto, the default, chooses by the number of images; of --compact it is the one before.
         recall: Target recall@10; ivf and hnsw aim at it, and any kind that misses it is told of.
+        recall_queries: Folder that udon embed wrote, of pictures such as users will ask with, which recall is measured
+            with; the index's own images by default.
         no_vectors: Keep no exact vectors beside kinds that compress; --rerank and --compact need them.
         add: Add EMBEDDINGS to the index in FOLDER.
         update: Take over what udon embed --update changed, in EMBEDDINGS or in all that the index was built of.
@@ -54,6 +57,8 @@ def index(
     given |= {"--remove-list": remove_list is not None, "--remove-where": remove_where is not None}
     asked = [name for name, is_given in given.items() if is_given]
     _check(asked, bool(embeddings), kind is not None, no_vectors, force)
+    if recall_queries is not None and asked not in ([], ["--compact"]):
+        raise ValueError(f"`--recall-queries` must be left out where `{asked[0]}` is given. Got {recall_queries!r}.")
     if not asked:
         build_index(
             embeddings,
@@ -63,6 +68,7 @@ def index(
             force=force,
             keep_vectors=not no_vectors,
             say=say,
+            recall_queries=recall_queries,
         )
         return
     catalogue = Catalogue(out, wait, say)
@@ -71,7 +77,7 @@ def index(
     elif update:
         _tell(catalogue.update(embeddings or None), catalogue)
     elif compact:
-        about = catalogue.compact(kind, recall)
+        about = catalogue.compact(kind, recall, recall_queries)
         say(f"{about.num_images:,} images, {about.bytes_per_image:,.1f} bytes per image, index in {out}")
     else:
         ids = list(remove)

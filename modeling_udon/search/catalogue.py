@@ -13,7 +13,15 @@ import pyarrow as pa
 from modeling_udon.search.commits import PlacedRows, TableRows, clean, write_delta
 from modeling_udon.search.faiss_index import choose_kind
 from modeling_udon.search.image_index import ImageIndex
-from modeling_udon.search.index import EmbeddedRows, NumberedSource, numbered, open_locked, same_model, write_base
+from modeling_udon.search.index import (
+    EmbeddedRows,
+    NumberedSource,
+    numbered,
+    open_locked,
+    read_asked,
+    same_model,
+    write_base,
+)
 from modeling_udon.search.index_folder import (
     IndexAbout,
     Manifest,
@@ -164,12 +172,18 @@ class Catalogue:
             embeddings = [source["folder"] for source in self.index.about.sources]
         return self._take_over(embeddings, new=False)
 
-    def compact(self, kind: str | None = None, target_recall: float = 0.95) -> IndexAbout:
+    def compact(
+        self,
+        kind: str | None = None,
+        target_recall: float = 0.95,
+        recall_queries: str | os.PathLike[str] | None = None,
+    ) -> IndexAbout:
         """Builds the base anew of the rows that are left; they keep their numbers.
 
         Args:
             kind: One of `KINDS`, or `"auto"`; `None` for the same.
             target_recall: See `build_index`.
+            recall_queries: See `build_index`.
 
         Raises:
             ValueError: If there are too few rows for the kind, none at all, or no exact vectors.
@@ -183,13 +197,15 @@ class Catalogue:
                     f"`index` must have its exact vectors. Got {str(self.folder)!r}, built with --no-vectors; build it "
                     "again with udon index --force."
                 )
-            about = index.about
+            about, asked = index.about, None
+            if recall_queries is not None:
+                asked = read_asked(recall_queries, str(self.folder), vars(about))
             kept = kind is None or kind == about.kind
             chosen = about.kind if kept else choose_kind(about.num_images) if kind == "auto" else str(kind)
             rows = PlacedRows(index, np.flatnonzero(index.is_live))
             manifest = index.manifest
             with replaced_folder(self.folder) as draft:
-                result = write_base(draft, [rows], replace(about, kind=chosen), target_recall, True, self._say)
+                result = write_base(draft, [rows], replace(about, kind=chosen), target_recall, True, self._say, asked)
                 write_about(draft, result, manifest.parts, manifest.next_row, manifest.version + 1)
         return result
 

@@ -22,8 +22,8 @@ NUM_SPARE_CANDIDATES = 8
 # The same for candidates by products in bfloat16, whose rounding moves scores by about 0.003.
 NUM_SPARE_HALVES = 40
 # Rows of the index and queries whose bfloat16 products are held at a time, rows that stay in the processor's cache, and
-# rows of which the best counts first.
-HALF_BLOCK, HALF_QUERIES, HALF_CACHED, HALF_GROUP = 2**17, 128, 2**13, 16
+# how many are compared by their best first, twice over.
+HALF_BLOCK, HALF_QUERIES, HALF_CACHED, HALF_GROUP = 2**17, 128, 2**13, 8
 # Products that the torch backend and the second search hold at a time: 128 MiB in float64.
 BLOCK_SIZE = 2**24
 
@@ -109,7 +109,7 @@ def exact_search(
 
 def _is_quick_in_halves(num_queries: int, num_index: int, k: int) -> bool:
     """Whether the processor multiplies in bfloat16, and there is enough to search."""
-    groups = min(num_index, HALF_BLOCK) // HALF_GROUP
+    groups = min(num_index, HALF_BLOCK) // HALF_GROUP**2
     return (
         num_queries >= HALF_QUERIES and groups >= 4 * (k + NUM_SPARE_HALVES) and torch.cpu._is_avx512_bf16_supported()
     )
@@ -138,7 +138,7 @@ def _search_in_halves(
         largest = max(largest, float(block.norm(dim=1).max()))
         lost = max(lost, float((block - place).norm(dim=1).max()))
     decided = np.zeros(len(queries), bool)
-    num_rows = -(-min(len(index), HALF_BLOCK) // HALF_GROUP) * HALF_GROUP
+    num_rows = -(-min(len(index), HALF_BLOCK) // HALF_GROUP**2) * HALF_GROUP**2
     products = torch.empty(num_rows * HALF_QUERIES, dtype=torch.bfloat16)
     for start in range(0, len(queries), HALF_QUERIES):
         chunk = slice(start, start + HALF_QUERIES)
@@ -161,28 +161,30 @@ def _half_candidates(
     """The `k` rows with the largest products in bfloat16, if those are above zero, and the products.
 
     A sort of all products would take longer than the products. So groups of `HALF_GROUP` rows are compared by their
-    best first, as integers, which have the order of positive floats: the best `k` rows lie in the best `k` groups.
-    `products` is memory for those of a block, made once.
+    best first, as integers, which have the order of positive floats, and groups of such groups before: the best `k`
+    lie in the best `k` groups. `products` is memory for those of a block, made once.
     """
     num, each = len(queries), torch.arange(len(queries))[:, None]
     best, best_ids = torch.empty(num, 0), torch.empty(num, 0, dtype=torch.int64)
     for start in range(0, len(index), HALF_BLOCK):
         block = index[start : start + HALF_BLOCK]
-        num_groups = -(-len(block) // HALF_GROUP)
-        of_block = products[: num_groups * HALF_GROUP * num].view(-1, num)
-        of_block[len(block) :] = 0
-        of_groups = of_block.view(num_groups, HALF_GROUP, num)
-        maxima = torch.empty(num_groups, num, dtype=torch.int16)
+        num_wide = -(-len(block) // HALF_GROUP**2)
+        of_rows = products[: num_wide * HALF_GROUP**2 * num].view(-1, num)
+        of_rows[len(block) :] = 0
+        of_groups = torch.empty(num_wide * HALF_GROUP, num, dtype=torch.int16)
         for row in range(0, len(block), HALF_CACHED):
             cached = block[row : row + HALF_CACHED]
-            torch.mm(cached, queries.T, out=of_block[row : row + len(cached)])  # (rows, dim) -> (rows, num)
-            group = slice(row // HALF_GROUP, (row + HALF_CACHED) // HALF_GROUP)
-            torch.amax(of_groups[group].view(torch.int16), dim=1, out=maxima[group])  # (groups, HALF_GROUP, num) ->
-        groups = maxima.T.contiguous().topk(min(k, num_groups), sorted=False).indices  # (num, groups) -> (num, k)
-        rows = (start + groups[:, :, None] * HALF_GROUP + torch.arange(HALF_GROUP)).flatten(1)
-        found, places = of_groups[groups, :, each].flatten(1).float().topk(min(k, rows.shape[1]), sorted=False)
-        best = torch.cat([best, found], dim=1)
-        best_ids = torch.cat([best_ids, rows.gather(1, places)], dim=1)
+            torch.mm(cached, queries.T, out=of_rows[row : row + len(cached)])  # (rows, dim) -> (rows, num)
+            held = of_rows[row : row + HALF_CACHED].view(torch.int16).unflatten(0, (-1, HALF_GROUP))
+            torch.amax(held, dim=1, out=of_groups[row // HALF_GROUP :][: len(held)])
+        wide = of_groups.unflatten(0, (-1, HALF_GROUP)).amax(1)  # (groups, num) -> (num_wide, num)
+        found = wide.T.contiguous().topk(min(k, num_wide), sorted=False).indices
+        for values in (of_groups, of_rows.view(torch.int16)):
+            inside = (found[:, :, None] * HALF_GROUP + torch.arange(HALF_GROUP)).flatten(1)
+            largest, places = values[inside, each].topk(min(k, inside.shape[1]), sorted=False)
+            found = inside.gather(1, places)
+        best = torch.cat([best, largest.view(torch.bfloat16).float()], dim=1)
+        best_ids = torch.cat([best_ids, start + found], dim=1)
         best, order = best.topk(min(k, best.shape[1]))
         best_ids = best_ids.gather(1, order)
     return best, best_ids.clamp(max=len(index) - 1)

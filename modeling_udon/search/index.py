@@ -16,14 +16,11 @@ import pyarrow as pa
 
 from modeling_udon.search.coarse import train_lists
 from modeling_udon.search.columns import unified
-from modeling_udon.search.exact_search import exact_search
 from modeling_udon.search.faiss_index import (
     choose_kind,
-    efforts_of,
     empty_index,
     num_training_rows,
     sample_rows,
-    search_others,
 )
 from modeling_udon.search.index_folder import (
     ABOUT_FILE,
@@ -34,29 +31,13 @@ from modeling_udon.search.index_folder import (
     write_about,
     write_metadata,
 )
+from modeling_udon.search.recall import NUM_RECALL_QUERIES, RowSource, measure_recall, read_rows, vectors_of
 from modeling_udon.search.segments import INTERNAL_FIELDS, PART, PART_ROW, ROW, is_exact
 from modeling_udon.search.shards import Embeddings, Part, open_embeddings
 from modeling_udon.storage import check_out, locked, replaced_folder, sync
 
-RECALL_AT = 10
-_NUM_RECALL_QUERIES = 500
-# Rows that tie with the last exact neighbour, so that either may be found.
-_NUM_TIES = 50
-_TIE = 1e-6
-_LEAST_GAIN = 0.002
 # What a build waits for others that change the index which it replaces.
 _PATIENCE_SECONDS = 600.0
-
-
-class RowSource(Protocol):
-    """Rows to be indexed, which can be read more than once."""
-
-    @property
-    def num_rows(self) -> int:
-        """How many there are."""
-
-    def blocks(self, columns: bool = True) -> Iterator[tuple[np.ndarray, pa.Table]]:
-        """Blocks of embeddings of shape `(num_rows, dim)`, float32, each with a table of its other columns."""
 
 
 class NumberedSource(RowSource, Protocol):
@@ -118,6 +99,7 @@ def build_index(
     force: bool = False,
     keep_vectors: bool = True,
     say: Callable[[str], None] = lambda text: None,
+    recall_queries: str | os.PathLike[str] | None = None,
 ) -> IndexAbout:
     """Builds an index over embeddings, measures its recall, and writes it with the metadata.
 
@@ -131,6 +113,8 @@ def build_index(
         keep_vectors: Whether kinds that compress keep the exact vectors beside them on the disk, to rerank with and to
             compact from.
         say: Called with lines for the user.
+        recall_queries: Folder that `udon embed` wrote, of pictures such as users will ask with; the index's own images
+            by default. Pictures unlike those of the index need more effort.
 
     Raises:
         ValueError: If folders do not hold embeddings of one model, there are too few images for the kind, or `out`
@@ -139,8 +123,9 @@ def build_index(
     check_out(Path(out), ABOUT_FILE, "that udon index wrote", "an index", force)
     with ExitStack() as held:
         opened = open_locked(embeddings, held)
+        asked = None if recall_queries is None else read_asked(recall_queries, str(opened[0].folder), opened[0].about)
         with replaced_folder(Path(out), replace=force, guard=lambda: _writers_kept_out(Path(out))) as draft:
-            result = _build(opened, draft, kind, target_recall, keep_vectors, say)
+            result = _build(opened, draft, kind, target_recall, keep_vectors, say, asked)
     tell(result, out, target_recall, say)
     return result
 
@@ -159,6 +144,24 @@ def open_locked(embeddings: Sequence[str | os.PathLike[str]], held: ExitStack) -
     return opened
 
 
+def read_asked(folder: str | os.PathLike[str], indexed: str, about: Mapping[str, Any]) -> np.ndarray:
+    """Up to 500 queries that recall is measured with, of shape `(num_queries, dim)`, float32.
+
+    Args:
+        folder: Folder that `udon embed` wrote.
+        indexed: What the index is built of.
+        about: What that says of itself.
+
+    Raises:
+        ValueError: If the folder holds no embeddings of the index's model.
+    """
+    asked = open_embeddings(Path(folder))
+    same_model([(indexed, about), (str(asked.folder), asked.about)])
+    if not asked.num_rows:
+        raise ValueError(f"`recall_queries` must hold at least one embedding. Got {str(asked.folder)!r} with none.")
+    return read_rows([asked], sample_rows(asked.num_rows, NUM_RECALL_QUERIES))
+
+
 def tell(about: IndexAbout, out: str | os.PathLike[str], target_recall: float, say: Callable[[str], None]) -> None:
     """Says how good an index is that was built."""
     if about.recall is not None and about.recall < target_recall:
@@ -174,6 +177,7 @@ def _build(
     target_recall: float,
     keep_vectors: bool,
     say: Callable[[str], None],
+    asked: np.ndarray | None,
 ) -> IndexAbout:
     rows: list[EmbeddedRows] = []
     parts: list[dict[str, Any]] = []
@@ -201,7 +205,7 @@ def _build(
         letterbox=about.get("letterbox", False),
         pooling=about.get("pooling"),
     )
-    result = write_base(draft, rows, made, target_recall, keep_vectors, say)
+    result = write_base(draft, rows, made, target_recall, keep_vectors, say, asked)
     write_about(draft, result, parts)
     return result
 
@@ -217,13 +221,17 @@ def write_base(
     target_recall: float,
     keep_vectors: bool,
     say: Callable[[str], None],
+    asked: np.ndarray | None = None,
 ) -> IndexAbout:
-    """Trains and writes the base of an index, all but its manifest; returns what it says of itself, as measured."""
+    """Trains and writes the base of an index, all but its manifest; returns what it says of itself, as measured.
+
+    `asked` are the queries that recall is measured with, of shape `(num_queries, dim)`; without, the rows themselves.
+    """
     num_images = about.num_images
     index = empty_index(about.kind, about.dim, num_images)
     if not index.is_trained:
         train_lists(index, read_rows(rows, sample_rows(num_images, num_training_rows(index))))
-    for vectors in _vectors(rows):
+    for vectors in vectors_of(rows):
         index.add(vectors)
     write_metadata(
         draft,
@@ -234,7 +242,7 @@ def write_base(
     if keep_vectors and not is_exact(index):
         write_vectors(draft / VECTORS_FILE, rows, about)
     faiss.write_index(index, str(draft / INDEX_FILE))
-    effort, recall = _measure(index, rows, num_images, target_recall, say)
+    effort, recall = measure_recall(index, rows, num_images, target_recall, say, asked)
     size = (draft / INDEX_FILE).stat().st_size
     return _with(about, effort=effort, recall=recall, bytes_per_image=size / num_images)
 
@@ -248,37 +256,12 @@ def write_vectors(file: Path, rows: Sequence[RowSource], about: IndexAbout) -> N
     shape = sum(part.num_rows for part in rows), about.dim
     written = np.lib.format.open_memmap(file, mode="w+", dtype=np.float32, shape=shape)
     start = 0
-    for vectors in _vectors(rows):
+    for vectors in vectors_of(rows):
         written[start : start + len(vectors)] = vectors
         start += len(vectors)
     written.flush()
     del written
     sync(file)
-
-
-def read_rows(opened: Sequence[RowSource], rows: np.ndarray) -> np.ndarray:
-    """The embeddings of some rows, which are in ascending order, of shape `(num_rows, dim)`; one shard at a time."""
-    found, start = [], 0
-    for vectors in _vectors(opened):
-        first, last = np.searchsorted(rows, [start, start + len(vectors)])
-        found.append(vectors[rows[first:last] - start])
-        start += len(vectors)
-    return np.concatenate(found)
-
-
-def exact_neighbours(opened: Sequence[RowSource], rows: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """Scores and rows of the `k` exact neighbours of some rows, themselves left out; one shard at a time."""
-    queries, start = read_rows(opened, rows), 0
-    scores, ids = np.empty((len(rows), 0), dtype=np.float32), np.empty((len(rows), 0), dtype=np.int64)
-    for vectors in _vectors(opened):
-        own = np.where((rows >= start) & (rows < start + len(vectors)), rows - start, -1)
-        more_scores, more_ids = exact_search(queries, vectors, k, exclude=own)
-        scores = np.concatenate([scores, more_scores], axis=1)
-        ids = np.concatenate([ids, np.where(more_ids < 0, -1, more_ids + start)], axis=1)
-        order = np.argsort(-scores, axis=1, kind="stable")[:, :k]
-        scores, ids = np.take_along_axis(scores, order, axis=1), np.take_along_axis(ids, order, axis=1)
-        start += len(vectors)
-    return scores, ids
 
 
 def same_model(found: Sequence[tuple[str, Mapping[str, Any]]]) -> None:
@@ -299,38 +282,6 @@ def same_model(found: Sequence[tuple[str, Mapping[str, Any]]]) -> None:
             )
 
 
-def _vectors(opened: Sequence[RowSource]) -> Iterator[np.ndarray]:
-    for part in opened:
-        for vectors, _ in part.blocks(columns=False):
-            yield vectors
-
-
 def _writers_kept_out(folder: Path) -> AbstractContextManager[None]:
     """Keeps those that change an index from writing into one that is just being replaced."""
     return locked(folder, wait=_PATIENCE_SECONDS) if folder.is_dir() else nullcontext()
-
-
-def _measure(
-    index: Any, opened: Sequence[RowSource], num_images: int, target: float, say: Callable[[str], None]
-) -> tuple[int, float | None]:
-    """Doubles the effort until the target is reached or it no longer helps; returns effort and recall."""
-    k = min(RECALL_AT, num_images - 1)
-    if k < 1:
-        return 0, None
-    rows = sample_rows(num_images, _NUM_RECALL_QUERIES)
-    queries = read_rows(opened, rows)
-    exact_scores, exact_rows = exact_neighbours(opened, rows, min(k + _NUM_TIES, num_images - 1))
-    right = np.where(exact_scores >= exact_scores[:, k - 1 : k] - _TIE, exact_rows, -2)
-    efforts, most = efforts_of(index)
-    best_effort, best_recall = 0, -1.0
-    for effort in efforts:
-        found = search_others(index, queries, rows, k, effort or None)[1]
-        recall = float(np.mean([np.isin(line, good).sum() / k for line, good in zip(found, right, strict=True)]))
-        what = f" looking at {effort} of {most}" if effort else ""
-        say(f"recall@{k} against exact search{what}: {100 * recall:.1f} % ({len(rows)} images as queries)")
-        if recall < best_recall + _LEAST_GAIN:
-            break
-        best_effort, best_recall = effort, recall
-        if recall >= target:
-            break
-    return best_effort, best_recall

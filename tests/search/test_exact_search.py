@@ -170,7 +170,7 @@ def quick(monkeypatch):
     """Candidates by products in bfloat16, whatever the processor and the sizes, in blocks of 96 rows."""
     monkeypatch.setattr(index_module, "_is_quick_in_halves", lambda *sizes: True)
     monkeypatch.setattr(index_module, "HALF_BLOCK", 96)
-    monkeypatch.setattr(index_module, "HALF_CACHED", 40)
+    monkeypatch.setattr(index_module, "HALF_CACHED", 32)
     monkeypatch.setattr(index_module, "HALF_GROUP", 4)
     monkeypatch.setattr(index_module, "HALF_QUERIES", 16)
     monkeypatch.setattr(index_module, "NUM_SPARE_HALVES", 6)

@@ -14,7 +14,8 @@ from packaging.version import Version
 from modeling_udon.search import index as ann
 from modeling_udon.search.faiss_index import KINDS, choose_kind
 from modeling_udon.search.image_index import ImageIndex
-from modeling_udon.search.index import build_index, exact_neighbours, read_rows
+from modeling_udon.search.index import build_index
+from modeling_udon.search.recall import exact_neighbours, read_rows
 from modeling_udon.search.shards import open_embeddings
 
 
@@ -100,9 +101,25 @@ def test_the_effort_grows_until_the_recall_is_reached(embeddings, tmp_path):
     assert low.recall >= 0.3 and high.recall == 1 and low.effort < high.effort
 
 
+def test_recall_is_measured_with_the_queries_that_users_will_ask(tmp_path, udon):
+    # Ten images each of forty things lie close together; what is asked for lies between them.
+    vectors = np.repeat(unit_vectors(0, 40), 10, axis=0) + 0.05 * unit_vectors(1, 400)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    queries = unit_vectors(3, 60)
+    embeddings, asked = write_embeddings(tmp_path / "e", vectors), write_embeddings(tmp_path / "asked", queries)
+    options = ("--recall", "0.9", "--recall-queries", asked)
+    done = udon("index", embeddings, "--out", tmp_path / "i", "--kind", "ivf", *options)
+    index = ImageIndex(tmp_path / "i")
+    recall = share(index.search(queries, 10)[1], neighbours_by_loop(queries, vectors, 10))
+    assert f"{100 * recall:.1f} % (60 queries)" in done.out and index.about.recall == pytest.approx(recall)
+    assert index.about.effort > build_index([embeddings], tmp_path / "own", kind="ivf", target_recall=0.9).effort
+    compacted = udon("index", "--compact", "--out", tmp_path / "i", *options)
+    assert compacted.code == 0 and "(60 queries)" in compacted.out
+
+
 def test_exact_neighbours_are_merged_over_shards(embeddings, vectors):
     rows = np.array([0, 149, 150, 399])
-    found = exact_neighbours([open_embeddings(embeddings)], rows, 5)[1]
+    found = exact_neighbours([open_embeddings(embeddings)], vectors[rows], rows, 5)[1]
     np.testing.assert_array_equal(found, neighbours_by_loop(vectors[rows], vectors, 6)[:, 1:])
     np.testing.assert_array_equal(read_rows([open_embeddings(embeddings)], rows), vectors[rows])
 
@@ -169,6 +186,8 @@ def test_an_index_is_replaced_only_when_forced_and_only_as_a_whole(embeddings, t
         (("{e}", "--kind", "annoy"), "invalid choice: 'annoy'"),
         (("{e}", "--recall", "1.5"), "must be a number above 0 and at most 1. Got '1.5'"),
         (("{e}", "--force", "--out", "{e}"), "or one that udon index wrote"),
+        (("{e}", "--recall-queries", "{other}"), "`embeddings` must all be by one model"),
+        (("{e}", "--add", "--recall-queries", "{e}"), "`--recall-queries` must be left out where `--add` is given"),
     ],
 )
 def test_a_wrong_argument_is_refused_in_one_line(embeddings, tmp_path, udon, arguments, complaint):
