@@ -1,16 +1,16 @@
 """Training configuration: typed, frozen, checked sections, which `config_file.py` reads."""
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import Field, field_validator, model_validator
 
 from modeling_udon.config_adaptation import AdaptationConfig
+from modeling_udon.config_data import DataConfig
+from modeling_udon.config_run import EvalConfig, InitConfig, LogConfig, PushConfig, TrainSection
 from modeling_udon.config_sections import (
     AblationConfig,
-    DataConfig,
     FrozenTeacherConfig,
     LossConfig,
     ModelConfig,
@@ -28,130 +28,6 @@ class ConfigError(ValueError):
 
     def __init__(self, message: str) -> None:
         super().__init__(printable(" ".join(message.split())))
-
-
-class TrainSection(Section):
-    """Length and shape of the run."""
-
-    num_steps: int | None = Field(None, gt=0, le=10**12)
-    """Optimiser steps."""
-    num_epochs: float | None = Field(None, gt=0, le=10**6)
-    """Passes over as many images as all domains have together, instead of `num_steps`."""
-    batch_size: int = Field(128, gt=1)
-    """Images of one optimiser step, over all processes and accumulated batches."""
-    accumulation_steps: int = Field(1, gt=0)
-    """Parts into which each process cuts its share of the batch; more parts need less memory."""
-    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
-    """Precision of the backbone's arithmetic; losses and weights stay float32."""
-    compile: bool = False
-    """Whether the backbone is compiled by torch."""
-    shard_backbone: bool = False
-    """Whether each process keeps only its part of the backbone's weights, gradients and moments (FSDP2)."""
-    shard_prototypes: bool = False
-    """Whether each process keeps only its share of the classes' prototypes, with their gradients and moments."""
-    checkpoint_every: int = Field(1000, gt=0)
-    """Steps between two checkpoints; there is always one at the end."""
-    keep_checkpoints: int = Field(2, gt=0)
-    """How many checkpoints are kept."""
-    max_nonfinite: int = Field(5, gt=0)
-    """Steps in a row whose loss or gradient is not finite, which are not applied, that end the run."""
-    keep_teachers: bool = False
-    """Whether the teacher heads go out with the student in `best/`."""
-    ema_decay: float | None = Field(None, gt=0, lt=1)
-    """Decay of a moving average of the student's weights, which is measured and published in their place; `null`: none.
-    """
-    heads_only: bool = False
-    """Whether the backbone stays as it is: its features of all training images are computed once and kept on disk."""
-    feature_views: int = Field(1, gt=0)
-    """Views of each image whose features are kept: first that of the evaluation, then random ones as in training."""
-    feature_cache: Path | None = None
-    """Folder of the features, which several runs may share; `null`: `features` in the run's folder."""
-
-    @field_validator("mixed_precision", mode="before")
-    @classmethod
-    def _no_is_a_word(cls, precision: Any) -> Any:
-        # YAML reads `no` as false.
-        return "no" if precision is False else precision
-
-    @model_validator(mode="after")
-    def _one_length(self) -> "TrainSection":
-        if (self.num_steps is None) == (self.num_epochs is None):
-            raise ValueError("give either `num_steps` or `num_epochs`, not both")
-        return self
-
-    @model_validator(mode="after")
-    def _shards_fit(self) -> "TrainSection":
-        if self.shard_backbone and (self.mixed_precision == "fp16" or self.compile):
-            raise ValueError("`shard_backbone` must go with `mixed_precision` 'no' or 'bf16' and without `compile`")
-        if self.shard_backbone and self.heads_only:
-            raise ValueError(
-                "`heads_only` must go without `shard_backbone`; a backbone at rest has nothing to share out"
-            )
-        return self
-
-
-class EvalConfig(Section):
-    """Validation on the way and the test at the end."""
-
-    every: int = Field(1000, gt=0)
-    """Steps between two validations; the start and the end are always measured."""
-    batch_size: int = Field(128, gt=0)
-    """Images of one forward pass on each process."""
-    metric: str = "R@1"
-    """What the best student is chosen by, its mean over the domains on the merged index: `R@k`, `mMP@k` or `mAP@R`."""
-    max_images: int | None = Field(None, gt=1)
-    """About so many queries of each domain at a validation: whole classes, drawn by the seed; the test is always whole.
-    `null` takes all."""
-    patience: int | None = Field(None, gt=0)
-    """Validations in a row without a better student that end the run early; `null` never does."""
-    baselines: bool = True
-    """Whether the untrained backbone and raw pixels are scored on the test split as well, before the first step."""
-
-    @field_validator("metric")
-    @classmethod
-    def _known(cls, metric: str) -> str:
-        if not re.fullmatch(r"(R|mMP)@[1-9]\d*|mAP@R", metric):
-            raise ValueError("must be `R@k` or `mMP@k` with k from 1, or `mAP@R`")
-        return metric
-
-
-class LogConfig(Section):
-    """Where progress is told."""
-
-    every: int = Field(50, gt=0)
-    """Steps between two lines of `metrics.jsonl`, the log and the trackers."""
-    trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
-    """Trackers that get the same numbers, through Accelerate."""
-    project: str = "udon"
-    """The trackers' project."""
-
-
-class PushConfig(Section):
-    """Where the student goes when the run has ended."""
-
-    repo: str | None = Field(None, pattern=r"^[\w.-]+/[\w.-]+$")
-    """Repository on the Hub, `owner/name`; `null` publishes nothing."""
-    private: bool = False
-    """Whether a repository that is made for it is private."""
-    revision: str | None = None
-    """Branch to commit to, made if need be; `null` is the main one."""
-    tag: str | None = None
-    """Tag of the commit; `null` makes one of the files' contents."""
-    gallery: bool = False
-    """Whether small pictures of the test split are published with the card."""
-    license: str | None = None
-    """Licence of the model, as the Hub calls it; `null` derives it from those of the backbone and the data."""
-
-
-class InitConfig(Section):
-    """A trained run to go on from, with more domains or the same."""
-
-    run: Path
-    """Folder of the run: its best student is where this one starts, with the teachers and prototypes it has."""
-    old_data: Literal["replay", "measure", "none"] = "replay"
-    """Data of the run's own domains: trained on as well, only to measure what is forgotten, or not available."""
-    retain: float = Field(1.0, ge=0)
-    """Weight of the term that holds the student's embeddings to those of the run's student; 0 leaves it out."""
 
 
 def check_adaptation(config: "TrainConfig") -> None:
@@ -174,6 +50,8 @@ def check_adaptation(config: "TrainConfig") -> None:
         "model.lora": config.model.lora is not None,
         "model.centre_features": config.model.centre_features,
         "data.targets": config.data.targets == "images",
+        "data.teacher_image_size": config.data.teacher_image_size is not None,
+        "data.teacher_area": config.data.teacher_area is not None,
         "init": config.init is not None,
         "frozen_teachers": len(config.frozen_teachers) > 0,
     }
@@ -306,6 +184,28 @@ class TrainConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _teachers_see_their_view(self) -> "TrainConfig":
+        if not self.data.has_teacher_view or self.adaptation is not None:
+            return self
+        key = "teacher_area" if self.data.teacher_image_size is None else "teacher_image_size"
+        if not (self.has_teacher_view or any(teacher.model == "start" for teacher in self.frozen_teachers)):
+            raise ValueError(
+                f"`data.{key}` must go with teachers that see crops: of `loss`, of `teachers`, or in `frozen_teachers` "
+                "'start', 'average' or `sees` 'crop'; leave it out"
+            )
+        if self.loss.student_classification == 0 or self.train.keep_teachers:
+            raise ValueError(
+                f"`data.{key}` must go with a student, `loss.student_classification` above 0, and without "
+                "`train.keep_teachers`, since images are prepared for the student wherever teachers are given out"
+            )
+        if key == "teacher_area" and self.train.heads_only and self.train.feature_views == 1:
+            raise ValueError(
+                "`data.teacher_area` must go with `train.feature_views` above 1 where `train.heads_only` is true: the "
+                "first view is the whole image for both"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _labels_fit(self) -> "TrainConfig":
         unlabelled = [name for name, spec in self.domains.items() if spec.labels == "none"]
         if unlabelled and self.adaptation is None and self.data.targets != "images":
@@ -334,6 +234,14 @@ class TrainConfig(Section):
                 f"`name` must be another than that of the run in `init.run`, {self.name!r}; give --name NEW"
             )
         return self
+
+    @property
+    def has_teacher_view(self) -> bool:
+        """Whether each batch comes with a second view of its images, which teachers see."""
+        reads = self.loss.needs_teachers or any(teacher.reads_batches for teacher in self.frozen_teachers)
+        if self.train.heads_only:
+            reads = reads or any(teacher.model == "start" for teacher in self.frozen_teachers)
+        return self.data.has_teacher_view and reads
 
     @property
     def teacher_runs(self) -> dict[str, Path]:

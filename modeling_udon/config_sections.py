@@ -1,4 +1,4 @@
-"""Sections of the training configuration that make up the method: model, data, loss, sampling, optimiser, ablations."""
+"""Sections of the training configuration that make up the method: model, loss, sampling, optimiser, ablations."""
 
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -100,27 +100,6 @@ class ModelConfig(Section):
         if self.centre_features and not (self.head_bias or self.head_hidden_dims):
             raise ValueError("`centre_features` must go with `head_bias`, which takes the mean up")
         return self
-
-
-class DataConfig(Section):
-    """From encoded images to batches."""
-
-    image_size: int = Field(224, gt=0, le=8192)
-    """Side of the square images that the model sees, in pixels."""
-    augmentation: Literal["crop", "strong"] = "crop"
-    """`crop`: the paper's square, crop and flip; `strong`: crops of many sizes, turned, other colours, parts erased."""
-    targets: Literal["classes", "images"] = "classes"
-    """Classes of the training: those of the data, or each image as its own class, which needs no labels."""
-    flip: bool = True
-    """Whether half of the training images are mirrored; false where left and right matter, as in letters."""
-    image_mean: tuple[float, float, float] | None = None
-    """Mean of each channel of images in 0..1; `null`: as the backbone's image processor has it."""
-    image_std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] | None = None
-    """Standard deviation of each channel; `null` as for `image_mean`."""
-    max_broken_share: float = Field(0.01, ge=0, lt=1)
-    """Share of the images drawn from a domain (of 1,000 at least) that may be broken and replaced; 0: not one."""
-    num_workers: int = Field(2, ge=0, le=1024)
-    """Processes that decode images, for each training process."""
 
 
 # What is taken from the true class's cosine, or added to its angle: beyond these no image could ever be right.
@@ -234,6 +213,11 @@ class FrozenTeacherConfig(Section):
     """Commit, tag or branch of `model` on the Hub."""
     trust_remote_code: bool = False
     """Whether code that comes with `model` may run."""
+
+    @property
+    def reads_batches(self) -> bool:
+        """Whether it embeds the images of every batch, by whatever backbone."""
+        return self.model == "average" or self.sees == "crop"
 
     @model_validator(mode="after")
     def _has_a_say(self) -> "FrozenTeacherConfig":

@@ -41,6 +41,8 @@ FLOORS = {
     f"{PACKAGE}.systems": 3,
     f"{PACKAGE}.config_sections": 2,
     f"{PACKAGE}.config_adaptation": 3,
+    f"{PACKAGE}.config_data": 3,
+    f"{PACKAGE}.config_run": 3,
     f"{PACKAGE}.config": 4,
     f"{PACKAGE}.run_record": 4,
     f"{PACKAGE}.config_file": 5,

@@ -1,7 +1,7 @@
 """Stronger augmentation than the paper's, for training from scratch on few images."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import cv2
 import numpy as np
@@ -47,6 +47,14 @@ class StrongTransform:
             top, left = rng.integers(self.image_size - height), rng.integers(self.image_size - width)
             changed[top : top + height, left : left + width] = np.round(rng.uniform(0, 255, 3))
         return changed
+
+    def for_teacher(self, image_size: int, min_area: float) -> "StrongTransform":
+        """What gives a teacher's view of the same image from the same numbers: more of it, and nothing painted over.
+
+        Position, aspect, angle, side and colours are the same shares of what there is, so that the larger crop holds
+        the smaller one but for corners of turned ones.
+        """
+        return replace(self, image_size=image_size, min_area=min_area, erase=0.0)
 
     def _shrink(self, image: np.ndarray) -> np.ndarray:
         factor = self.image_size / math.sqrt(self.min_area) / min(image.shape[:2])

@@ -53,6 +53,30 @@ class BrokenImage:
 
 
 @dataclass(frozen=True)
+class TeacherView:
+    """What teachers see of a batch's images, where it is not what the student sees.
+
+    Attributes:
+        pixels: As in `DomainBatch`, of another size.
+        slot: In a worker, the shared memory that holds them.
+    """
+
+    pixels: torch.Tensor
+    slot: torch.Tensor | None = field(default=None, repr=False)
+
+    def pin_memory(self) -> "TeacherView":
+        """Returns the view in page-locked memory."""
+        return TeacherView(self.pixels.pin_memory())
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _receive_view, (self.pixels if self.slot is None else (self.slot, self.pixels.shape),)
+
+
+def _receive_view(pixels: torch.Tensor | tuple[torch.Tensor, tuple[int, ...]]) -> TeacherView:
+    return TeacherView(_received(pixels))
+
+
+@dataclass(frozen=True)
 class DomainBatch:
     """This process's slice of a global batch.
 
@@ -64,6 +88,7 @@ class DomainBatch:
         slot: In a worker, the shared memory that holds the pixels.
         rows: Rows of the images in the domain's data, of shape `(batch_size,)`, int64.
         source: Images of a labelled domain that go with them, as many, where batches come in pairs.
+        teacher_view: What teachers see of the same images, where that is another view.
     """
 
     domain: str
@@ -73,16 +98,20 @@ class DomainBatch:
     slot: torch.Tensor | None = field(default=None, repr=False)
     rows: np.ndarray | None = None
     source: "DomainBatch | None" = None
+    teacher_view: TeacherView | None = None
 
     def pin_memory(self) -> "DomainBatch":
         """Returns the batch in page-locked memory; the DataLoader calls it where a GPU is used."""
         source = None if self.source is None else self.source.pin_memory()
-        return replace(self, pixels=self.pixels.pin_memory(), labels=self.labels.pin_memory(), source=source)
+        view = None if self.teacher_view is None else self.teacher_view.pin_memory()
+        pixels, labels = self.pixels.pin_memory(), self.labels.pin_memory()
+        return replace(self, pixels=pixels, labels=labels, source=source, teacher_view=view)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Labels travel within the message: in shared memory of their own, they would cost more than they weigh.
         pixels = self.pixels if self.slot is None else (self.slot, self.pixels.shape)
-        return _receive_batch, (self.domain, pixels, self.labels.numpy(), self.broken, self.rows, self.source)
+        others = self.broken, self.rows, self.source, self.teacher_view
+        return _receive_batch, (self.domain, pixels, self.labels.numpy(), *others)
 
 
 def _receive_batch(
@@ -92,9 +121,14 @@ def _receive_batch(
     broken: tuple[BrokenImage, ...],
     rows: np.ndarray | None,
     source: DomainBatch | None,
+    view: TeacherView | None,
 ) -> DomainBatch:
-    received = pixels if isinstance(pixels, torch.Tensor) else receive(*pixels)
-    return DomainBatch(domain, received, torch.from_numpy(labels), broken, rows=rows, source=source)
+    others = {"rows": rows, "source": source, "teacher_view": view}
+    return DomainBatch(domain, _received(pixels), torch.from_numpy(labels), broken, **others)  # type: ignore[arg-type]
+
+
+def _received(pixels: torch.Tensor | tuple[torch.Tensor, tuple[int, ...]]) -> torch.Tensor:
+    return pixels if isinstance(pixels, torch.Tensor) else receive(*pixels)
 
 
 class MultiDomainDataset(TorchDataset[DomainBatch]):
@@ -106,6 +140,8 @@ class MultiDomainDataset(TorchDataset[DomainBatch]):
         seed: Seed of the augmentation; an image's generator depends on it, the domain and the draw's position alone.
         replace_broken: Whether another image stands in for one that cannot be read. Which one depends on what the
             augmentation depends on. Without, such an image is an error.
+        teacher_transform: Makes what teachers see of the same image from the same random numbers, if it is another
+            view.
     """
 
     def __init__(
@@ -114,13 +150,14 @@ class MultiDomainDataset(TorchDataset[DomainBatch]):
         transform: RandomTransform,
         seed: int,
         replace_broken: bool = False,
+        teacher_transform: RandomTransform | None = None,
     ) -> None:
         self._domains = {name: (number, domain) for number, (name, domain) in enumerate(domains.items())}
-        self._transform = transform
+        self._transforms = (transform,) if teacher_transform is None else (transform, teacher_transform)
         self._seed = seed
         self._replace_broken = replace_broken
         self._generators = {name: PositionGenerator(seed, number) for name, (number, _) in self._domains.items()}
-        self._slots = Slots()
+        self._slots = [Slots() for _ in self._transforms]
 
     def __getitem__(self, draw: BatchDraw) -> DomainBatch:
         batch = self._read(draw)
@@ -131,8 +168,8 @@ class MultiDomainDataset(TorchDataset[DomainBatch]):
 
     def _read(self, draw: BatchDraw) -> DomainBatch:
         number, domain = self._domains[draw.domain]
-        slot, pixels = None, np.empty(0, np.uint8)
         rows, broken = draw.rows.copy(), []
+        blocks = [_Block(slots, len(rows)) for slots in self._slots]
         for place, found in enumerate(_try_images(domain.images, draw.rows, domain.name, "train")):
             position = int(draw.positions[place])
             if isinstance(found, BrokenImage):
@@ -140,14 +177,13 @@ class MultiDomainDataset(TorchDataset[DomainBatch]):
                     raise BrokenImageError(str(found))
                 broken.append(replace(found, position=position))
                 rows[place], found = self._substitute(number, domain, position, found)
-            image = self._transform(found, self._generators[draw.domain].at(position))
-            if place == 0:
-                shape = (len(rows), *image.shape)
-                slot = self._slots.take(math.prod(shape))
-                pixels = np.empty(shape, np.uint8) if slot is None else contents(slot, shape).numpy()
-            pixels[place] = image
+            for transform, block in zip(self._transforms, blocks, strict=True):
+                # From the beginning for each: the views share crop, side and colours.
+                block.put(place, transform(found, self._generators[draw.domain].at(position)))
         labels = torch.from_numpy(domain.labels[rows])
-        return DomainBatch(draw.domain, torch.from_numpy(pixels), labels, tuple(broken), slot, rows)
+        views = [TeacherView(torch.from_numpy(block.pixels), block.slot) for block in blocks]
+        own, view = views[0], views[1] if len(views) > 1 else None
+        return DomainBatch(draw.domain, own.pixels, labels, tuple(broken), own.slot, rows, teacher_view=view)
 
     def _substitute(self, number: int, domain: Domain, position: int, broken: BrokenImage) -> tuple[int, np.ndarray]:
         for row in substitutes(self._seed, number, position, len(domain.images)):
@@ -155,6 +191,29 @@ class MultiDomainDataset(TorchDataset[DomainBatch]):
             if not isinstance(found, BrokenImage):
                 return int(row), found
         raise BrokenImageError(f"{broken}; {_MAX_SUBSTITUTES} others in its place are broken too")
+
+
+class _Block:
+    """Images of one size side by side, in shared memory where a worker makes them.
+
+    Args:
+        slots: Gives the memory.
+        number: How many images.
+    """
+
+    def __init__(self, slots: Slots, number: int) -> None:
+        self._slots = slots
+        self._number = number
+        self.slot: torch.Tensor | None = None
+        self.pixels = np.empty(0, np.uint8)
+
+    def put(self, place: int, image: np.ndarray) -> None:
+        """Writes an image to its place; the first one decides the size of all."""
+        if place == 0:
+            shape = (self._number, *image.shape)
+            self.slot = self._slots.take(math.prod(shape))
+            self.pixels = np.empty(shape, np.uint8) if self.slot is None else contents(self.slot, shape).numpy()
+        self.pixels[place] = image
 
 
 class PositionGenerator:

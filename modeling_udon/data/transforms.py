@@ -61,18 +61,42 @@ class TrainTransform:
 
         From `rng` come the top row, the left column and, with `flip`, one number for the flip, in this order.
         """
-        size = self.image_size
-        side = round(size * 256 / 224) if self.resize_size is None else self.resize_size
-        top, left = int(rng.integers(side - size + 1)), int(rng.integers(side - size + 1))
-        # A side that has its length already is cut before, which gives the same pixels and spares some of the resize.
-        height, width = side, side
-        if image.shape[0] == side:
-            image, top, height = image[top : top + size], 0, size
-        if image.shape[1] == side:
-            image, left, width = image[:, left : left + size], 0, size
-        resized = cv2.resize(image, (width, height), interpolation=cv2.INTER_LINEAR)
-        crop = resized[top : top + size, left : left + size]
-        return cv2.flip(crop, 1) if self.flip and rng.random() < 0.5 else crop
+        top, left, mirrored = self.draw(rng)
+        return _resize_and_crop(image, self.side, self.image_size, top, left, mirrored)
+
+    @property
+    def side(self) -> int:
+        """Side of the square that the result is cut from."""
+        return round(self.image_size * 256 / 224) if self.resize_size is None else self.resize_size
+
+    def draw(self, rng: np.random.Generator) -> tuple[int, int, bool]:
+        """Draws the top row, the left column and whether the result is mirrored."""
+        room = self.side - self.image_size + 1
+        top, left = int(rng.integers(room)), int(rng.integers(room))
+        return top, left, self.flip and bool(rng.random() < 0.5)
+
+
+@dataclass(frozen=True)
+class TeacherCrop:
+    """What `TrainTransform` cuts out, with more pixels or with more of the image around it, from the same numbers.
+
+    Args:
+        student: The transform whose crop lies within this one.
+        image_size: Side of the result.
+        resize_size: Side of the square that it is cut from.
+    """
+
+    student: TrainTransform
+    image_size: int
+    resize_size: int
+
+    def __call__(self, image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+        """`(H, W, 3)` -> `(image_size, image_size, 3)`, uint8; `rng` stands where it did for the student."""
+        top, left, mirrored = self.student.draw(rng)
+        # At the same share of the room that there is, a larger crop holds the smaller one.
+        share = (self.resize_size - self.image_size) / max(1, self.student.side - self.student.image_size)
+        place = round(top * share), round(left * share)
+        return _resize_and_crop(image, self.resize_size, self.image_size, *place, mirrored)
 
 
 @dataclass(frozen=True)
@@ -135,6 +159,19 @@ class Letterbox:
         top, left = (side - height) // 2, (side - width) // 2
         padded[top : top + height, left : left + width] = image
         return self.transform(padded)
+
+
+def _resize_and_crop(image: np.ndarray, side: int, size: int, top: int, left: int, mirrored: bool) -> np.ndarray:
+    """Resizes to a square of `side` and cuts a square of `size` out of it."""
+    # A side that has its length already is cut before, which gives the same pixels and spares some of the resize.
+    height, width = side, side
+    if image.shape[0] == side:
+        image, top, height = image[top : top + size], 0, size
+    if image.shape[1] == side:
+        image, left, width = image[:, left : left + size], 0, size
+    resized = cv2.resize(image, (width, height), interpolation=cv2.INTER_LINEAR)
+    crop = resized[top : top + size, left : left + size]
+    return cv2.flip(crop, 1) if mirrored else crop
 
 
 def cut_box(image: np.ndarray, box: Sequence[float]) -> np.ndarray:

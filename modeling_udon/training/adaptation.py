@@ -108,6 +108,7 @@ class UdonForAdaptation(UdonForDistillation):
         distillation_share: float = 1.0,
         sampled_classes: torch.Tensor | None = None,
         targets: Sequence[torch.Tensor] = (),
+        view: torch.Tensor | None = None,
     ) -> DistillationOutput:
         """Computes the loss of a batch.
 
@@ -119,6 +120,7 @@ class UdonForAdaptation(UdonForDistillation):
             distillation_share: Not used.
             sampled_classes: Not used.
             targets: Not used.
+            view: Not used.
         """
         outputs = self.udon(pixel_values, output_hidden_states=self._reads_tokens or None)
         losses: dict[str, torch.Tensor] = {}

@@ -50,7 +50,7 @@ class StudentAverage:
         """Embeds a batch by the averaged student, as a teacher of the one that learns (arXiv 1703.01780).
 
         Args:
-            inputs: What the training model takes.
+            inputs: What the training model takes, or the teachers' view of it.
 
         Returns:
             Shape `(batch_size, embedding_dim)`, unit norm.
@@ -64,7 +64,8 @@ class StudentAverage:
             own = {name.removeprefix(prefix): value for name, value in averages.items() if name.startswith(prefix)}
             embeds: torch.Tensor = functional_call(udon.student_head, own, (inputs,))
         else:
-            embeds = functional_call(udon, averages, (inputs,)).image_embeds
+            options = {"interpolate_pos_encoding": self._model.view_interpolates}
+            embeds = functional_call(udon, averages, (inputs,), options).image_embeds
         udon.train(was_training)
         return embeds
 

@@ -90,8 +90,16 @@ def open_trained(model: ModelConfig, image_size: int) -> tuple[PreTrainedModel, 
     return opened, bool(values.get("do_flip_channel_order"))
 
 
-def check_backbone(udon: UdonModel, image_size: int) -> None:
+def check_backbone(
+    udon: UdonModel, image_size: int, key: str = "data.image_size", interpolate: bool | None = None
+) -> None:
     """Refuses a backbone that does not take the run's images, or whose features differ from pass to pass.
+
+    Args:
+        udon: The model.
+        image_size: Side of the images in pixels.
+        key: Key of the config that it is the value of.
+        interpolate: Whether the backbone is told to interpolate its positions; `None`: as its configuration says.
 
     Raises:
         ConfigError: If the images have another number of channels or a size that is no multiple of the patch, a pass
@@ -104,9 +112,7 @@ def check_backbone(udon: UdonModel, image_size: int) -> None:
     # Hiera's patches overlap; its pairs are no sides that an image must be a multiple of.
     patch_size = own if isinstance(own, int) else 1 if backbone.model_type == "hiera" else max(own)
     if image_size % patch_size:
-        raise ConfigError(
-            f"`data.image_size` must be a multiple of the backbone's patch size, {patch_size}. Got {image_size}."
-        )
+        raise ConfigError(f"`{key}` must be a multiple of the backbone's patch size, {patch_size}. Got {image_size}.")
     device = next(udon.parameters()).device
     was_training = udon.training
     udon.eval()
@@ -114,11 +120,12 @@ def check_backbone(udon: UdonModel, image_size: int) -> None:
         # A generator of its own: the run's random numbers must not depend on the check.
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             pixels = torch.linspace(-1, 1, 3 * image_size**2, device=device).sin().reshape(1, 3, image_size, image_size)
-            first, second = (udon(pixels).backbone_embeds for _ in range(2))
+            options = {"interpolate_pos_encoding": interpolate}
+            first, second = (udon(pixels, **options).backbone_embeds for _ in range(2))
     except Exception as error:  # Of a size that does not fit, backbones raise nearly every type there is.
         reason = " ".join(str(error).split())[:300]
         raise ConfigError(
-            f"`model` must take images of `data.image_size`. Got {image_size} with {backbone.model_type!r}: {reason}"
+            f"`model` must take images of `{key}`. Got {image_size} with {backbone.model_type!r}: {reason}"
         ) from error
     finally:
         udon.train(was_training)
@@ -179,8 +186,13 @@ def _flip_first_convolution(backbone: PreTrainedModel) -> None:
     first.weight.copy_(first.weight.flip(1))
 
 
-def needs_interpolation(backbone: PretrainedConfig, image_size: int) -> bool:
+def needs_interpolation(backbone: PretrainedConfig, image_size: int, key: str = "data.image_size") -> bool:
     """Whether position embeddings must be interpolated on request.
+
+    Args:
+        backbone: Configuration of the backbone.
+        image_size: Side of the images in pixels.
+        key: Key of the config that it is the value of.
 
     Raises:
         ValueError: If the images have another size than the backbone's and it cannot interpolate.
@@ -191,7 +203,7 @@ def needs_interpolation(backbone: PretrainedConfig, image_size: int) -> bool:
         return False
     if facts.sizes == "request":
         return True
-    raise ValueError(f"`data.image_size` must be the backbone's, {max(sides)}. Got {image_size}.")
+    raise ValueError(f"`{key}` must be the backbone's, {max(sides)}. Got {image_size}.")
 
 
 def _known_values(values: dict[str, object]) -> dict[str, object]:

@@ -12,8 +12,8 @@ from modeling_udon.training.adaptive_scale import AdaptiveScales
 from modeling_udon.training.feature_teachers import FeatureTeachers
 from modeling_udon.training.gates import open_gates, running_means
 from modeling_udon.training.losses import retention_loss, squared_distance
-from modeling_udon.training.parts import Cosines, DistillationOutput, Embeddings, Peers, RelationalBank, make_prototypes
-from modeling_udon.training.teachers import FrozenTeachers, OldStudent
+from modeling_udon.training.parts import Cosines, DistillationOutput, Embeddings, Peers, RelationalBank, prototypes_of
+from modeling_udon.training.teachers import FrozenTeachers, OldStudent, starting_weights
 from modeling_udon.training.terms import Terms, frozen_weights
 
 TERMS = ("student_classification", "teacher_classification", "logit_distillation", "relational_distillation")
@@ -47,6 +47,8 @@ class UdonForDistillation(nn.Module):
     progress = 0.0
     # Images that come with each label: a target's beside a source's in `UdonForAdaptation`.
     images_per_label = 1
+    # Whether the backbone is told to interpolate its positions for the teachers' view; `None`: as for the student's.
+    view_interpolates: bool | None = None
 
     def __init__(
         self,
@@ -72,10 +74,10 @@ class UdonForDistillation(nn.Module):
         self.peers = peers
         self._distill_through_backbone = distill_through_backbone
         self.udon = udon or UdonModel(config)
-        self.student_prototypes = _make_prototypes(self.num_classes, config.embedding_dim, self.objective)
-        self.teacher_prototypes = _make_prototypes(config.domains, config.teacher_dim, self.objective)
+        self.student_prototypes = prototypes_of(self.num_classes, config.embedding_dim, self.objective)
+        self.teacher_prototypes = prototypes_of(config.domains, config.teacher_dim, self.objective)
         self._terms = Terms(self.objective)
-        self._start = _with_copies(self.udon.backbone) if self.objective.retention > 0 else []
+        self._start = starting_weights(self.udon.backbone) if self.objective.retention > 0 else []
         self._make_step_state()
 
     @property
@@ -93,7 +95,13 @@ class UdonForDistillation(nn.Module):
             self.feature_teachers.to(device)
         self._start = [(parameter, start.to(device)) for parameter, start in self._start]
 
-    def embed(self, inputs: torch.Tensor, domain: str, targets: Sequence[torch.Tensor] = ()) -> Embeddings:
+    def embed(
+        self,
+        inputs: torch.Tensor,
+        domain: str,
+        targets: Sequence[torch.Tensor] = (),
+        view: torch.Tensor | None = None,
+    ) -> Embeddings:
         """Embeds a batch of one domain by student and teacher, if any.
 
         Args:
@@ -101,6 +109,7 @@ class UdonForDistillation(nn.Module):
                 unit-norm features of the backbone of shape `(batch_size, hidden_size)`.
             domain: Name of the domain.
             targets: Features that frozen teachers have of these images, as `FeatureTeachers.targets` gives them.
+            view: What teachers see of the same images, of another size, or features of it; `None`: `inputs`.
 
         Raises:
             ValueError: If the model does not know the domain.
@@ -109,14 +118,18 @@ class UdonForDistillation(nn.Module):
             raise ValueError(f"`domain` must be one of {', '.join(self.num_classes)}. Got {domain!r}.")
         taught = domain in self.config.domains
         opened = self.feature_teachers is not None and self.feature_teachers.is_open
-        frozen = self.feature_teachers(inputs, targets) if self.feature_teachers is not None and opened else ()
+        seen = inputs if view is None else view
+        frozen = self.feature_teachers(seen, targets) if self.feature_teachers is not None and opened else ()
         if self.takes_features:
-            teacher = self.udon.teacher_heads[domain](inputs) if taught else None
+            teacher = self.udon.teacher_heads[domain](seen) if taught else None
             return Embeddings(self.udon.student_head(inputs), inputs, teacher, frozen)
-        output = self.udon(inputs, domain=domain if taught else None)
+        output = self.udon(inputs, domain=domain if taught and view is None else None)
         teacher = output.teacher_embeds
         if self.frozen_teachers is not None:
-            teacher = self.frozen_teachers(inputs, domain)
+            teacher = self.frozen_teachers(seen, domain)
+        elif taught and view is not None:
+            # A second pass of the same backbone: the teacher's own loss trains it by what the teacher sees.
+            teacher = self.udon(view, domain=domain, interpolate_pos_encoding=self.view_interpolates).teacher_embeds
         return Embeddings(output.image_embeds, output.backbone_embeds, teacher, frozen)
 
     def forward(
@@ -128,6 +141,7 @@ class UdonForDistillation(nn.Module):
         distillation_share: float = 1.0,
         sampled_classes: torch.Tensor | None = None,
         targets: Sequence[torch.Tensor] = (),
+        view: torch.Tensor | None = None,
     ) -> DistillationOutput:
         """Computes the loss of a batch.
 
@@ -141,8 +155,9 @@ class UdonForDistillation(nn.Module):
             sampled_classes: Classes, ascending, of shape `(num_sampled,)`, that the domain is cut down to while its
                 prototypes hold these rows alone (see `sampled_classes.py`); `None` for all its classes.
             targets: As in `embed`.
+            view: As in `embed`.
         """
-        embeds = self.embed(pixel_values, domain, targets)
+        embeds = self.embed(pixel_values, domain, targets, view)
         old = None if self.old_student is None else self.old_student(pixel_values, self.takes_features)
         if sampled_classes is not None:
             labels = torch.searchsorted(sampled_classes, labels)
@@ -164,7 +179,8 @@ class UdonForDistillation(nn.Module):
             if self.objective.needs_teachers:
                 prototypes = self._teacher_prototypes(domain, sampled_classes)
                 scale = None if scales is None else scales.teacher[number]
-                teacher = self._terms.cosines(_given(embeds.teacher), prototypes, scale)
+                assert embeds.teacher is not None, "the config gives every domain a teacher where one is needed"
+                teacher = self._terms.cosines(embeds.teacher, prototypes, scale)
                 gates, confidences = self._gates(own, teacher, labels, domain)
                 losses |= self._teach(distilled, teacher, labels, gates, bank)
             if embeds.frozen:
@@ -332,18 +348,3 @@ class UdonForDistillation(nn.Module):
         if self.objective.classifier == "separate":
             return labels
         return labels + self._first_class(domain)
-
-
-def _with_copies(backbone: nn.Module) -> list[tuple[nn.Parameter, torch.Tensor]]:
-    # No buffers that a checkpoint would hold: the start is at hand whenever a run goes on.
-    trained = (parameter for parameter in backbone.parameters() if parameter.requires_grad)
-    return [(parameter, parameter.detach().clone()) for parameter in trained]
-
-
-def _given(teacher_embeds: torch.Tensor | None) -> torch.Tensor:
-    assert teacher_embeds is not None, "the config gives every domain a teacher where one is needed"
-    return teacher_embeds
-
-
-def _make_prototypes(domains: Mapping[str, int], dim: int, objective: LossConfig) -> nn.ParameterDict:
-    return nn.ParameterDict({name: make_prototypes(number, dim, objective) for name, number in domains.items()})

@@ -20,6 +20,7 @@ from modeling_udon.data.preprocessing import ChannelStatistics
 from modeling_udon.data.transforms import EvalTransform
 from modeling_udon.encoder import Encoder
 from modeling_udon.modeling_udon import UdonModel
+from modeling_udon.training.backbone import needs_interpolation
 from modeling_udon.training.teachers import prepared
 from modeling_udon.training.text_teachers import TEXT_PREFIX
 
@@ -136,7 +137,7 @@ class FeatureTeachers:
         """Gives each teacher's embeddings of a batch, of shape `(batch_size, dim)`, unit norm.
 
         Args:
-            inputs: What the student takes: normalised images, or features of a frozen backbone.
+            inputs: What teachers take: normalised images, or features of a frozen backbone.
             targets: What `targets` has looked up.
         """
         looked_up = iter(targets)
@@ -176,10 +177,7 @@ def open_feature_teachers(
     for number, spec in enumerate(config.frozen_teachers):
         if spec.model == START:
             comes_in = config.train.heads_only
-            start = None if comes_in else copy.deepcopy(udon.student()).requires_grad_(False).eval()
-            plain = EvalTransform(config.data.image_size)
-            encoder = start and Encoder.of_student(start, statistics, plain, START).backbone()
-            opened.append(FeatureTeacher(spec, encoder, comes_in))
+            opened.append(FeatureTeacher(spec, None if comes_in else _open_start(config, udon, statistics), comes_in))
         elif spec.model == AVERAGE or spec.model.startswith(TEXT_PREFIX):
             opened.append(FeatureTeacher(spec))
         elif all((Path(spec.model) / f"{name}.npy").is_file() for name in domains):
@@ -196,6 +194,16 @@ def open_feature_teachers(
             except (ValueError, ImportError) as error:
                 raise ConfigError(f"`frozen_teachers.{number}.model` must open. {error}") from error
     return FeatureTeachers(opened, statistics) if opened else None
+
+
+def _open_start(config: TrainConfig, udon: UdonModel, statistics: ChannelStatistics) -> Encoder:
+    """A copy of the backbone before training, for images of the size that teachers see."""
+    start = copy.deepcopy(udon.student()).requires_grad_(False).eval()
+    if config.data.teacher_image_size is not None:
+        start.config.interpolate_pos_encoding = needs_interpolation(
+            start.config.backbone_config, config.data.teacher_size
+        )
+    return Encoder.of_student(start, statistics, EvalTransform(config.data.teacher_size), START).backbone()
 
 
 def read_features(folder: Path, domains: Mapping[str, Domain]) -> dict[str, np.ndarray]:

@@ -29,6 +29,7 @@ from modeling_udon.data.dataset import (
     DomainBatch,
     EvaluationDataset,
     MultiDomainDataset,
+    TeacherView,
     collate_images,
     substitutes,
 )
@@ -51,15 +52,22 @@ class FeatureDataset(TorchDataset[DomainBatch]):
             that could not be read.
         seed: Seed of what stands in for those.
         replace_broken: Whether another image stands in for one of those; without, it is an error.
+        teacher_features: Features of what teachers see of the same views, of the same shapes, if that is another view.
     """
 
     def __init__(
-        self, domains: Mapping[str, Domain], features: Mapping[str, np.ndarray], seed: int, replace_broken: bool
+        self,
+        domains: Mapping[str, Domain],
+        features: Mapping[str, np.ndarray],
+        seed: int,
+        replace_broken: bool,
+        teacher_features: Mapping[str, np.ndarray] | None = None,
     ) -> None:
         self._domains = {name: (number, domain) for number, (name, domain) in enumerate(domains.items())}
         self._features = features
         self._seed = seed
         self._replace_broken = replace_broken
+        self._teacher_features = teacher_features or {}
 
     def __getitem__(self, draw: BatchDraw) -> DomainBatch:
         """Gives the features in `pixels`; each pass over the images takes their next view."""
@@ -77,8 +85,11 @@ class FeatureDataset(TorchDataset[DomainBatch]):
             first = views[place] * num_images
             rows[place] = self._substitute(number, features[first : first + num_images], position, image)
             values[place] = features[first + rows[place]]
-        labels = torch.from_numpy(domain.labels[rows])
-        return DomainBatch(draw.domain, torch.from_numpy(values), labels, tuple(broken), rows=rows)
+        labels, view = torch.from_numpy(domain.labels[rows]), None
+        if draw.domain in self._teacher_features:
+            of_teachers = self._teacher_features[draw.domain][views * num_images + rows]
+            view = TeacherView(torch.from_numpy(of_teachers))
+        return DomainBatch(draw.domain, torch.from_numpy(values), labels, tuple(broken), rows=rows, teacher_view=view)
 
     def _substitute(self, number: int, view: np.ndarray, position: int, image: BrokenImage) -> int:
         for row in substitutes(self._seed, number, position, len(view)):
@@ -104,8 +115,14 @@ class FeatureSource:
     settings: Mapping[str, Any]
 
 
-def backbone_source(model: UdonModel, statistics: ChannelStatistics) -> FeatureSource:
-    """The backbone of a model, whose inputs are normalised by `statistics`."""
+def backbone_source(model: UdonModel, statistics: ChannelStatistics, interpolate: bool | None = None) -> FeatureSource:
+    """The backbone of a model, whose inputs are normalised by `statistics`.
+
+    Args:
+        model: The model.
+        statistics: Channel statistics of its inputs.
+        interpolate: As in `UdonModel.forward`; it follows from the images' size, which is part of a file's name.
+    """
     digest = hashlib.sha256()
     for name, value in sorted(model.backbone.state_dict().items()):
         digest.update(name.encode())
@@ -118,7 +135,8 @@ def backbone_source(model: UdonModel, statistics: ChannelStatistics) -> FeatureS
     }
 
     def embed(pixels: torch.Tensor) -> torch.Tensor:
-        features: torch.Tensor = model(statistics.normalize(pixels)).backbone_embeds
+        inputs = statistics.normalize(pixels)
+        features: torch.Tensor = model(inputs, interpolate_pos_encoding=interpolate).backbone_embeds
         return features
 
     return FeatureSource(model, embed, model.feature_dim, settings)

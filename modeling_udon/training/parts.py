@@ -1,6 +1,6 @@
 """Values that the training model works with: embeddings, cosines, what a batch gives, what other processes hold."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -137,6 +137,11 @@ class RelationalBank:
         teacher = None if embeds.teacher is None else gather(embeds.teacher.detach())
         frozen = tuple(gather(one) for one in embeds.frozen)
         return cls(gather(embeds.student.detach()), teacher, position, frozen)
+
+
+def prototypes_of(domains: Mapping[str, int], dim: int, objective: LossConfig) -> nn.ParameterDict:
+    """Makes classifier weights of each domain, by its number of classes."""
+    return nn.ParameterDict({name: make_prototypes(number, dim, objective) for name, number in domains.items()})
 
 
 def make_prototypes(num_classes: int, dim: int, objective: LossConfig) -> nn.Parameter:

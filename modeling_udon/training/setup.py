@@ -15,13 +15,14 @@ from transformers.utils import logging as transformers_logging
 
 from modeling_udon.auto_classes import UdonModel
 from modeling_udon.config import ConfigError, DataConfig, ModelConfig, TrainConfig
+from modeling_udon.config_data import LEAST_AREA
 from modeling_udon.configuration_udon import UdonConfig
 from modeling_udon.data.augment import StrongTransform
 from modeling_udon.data.domains import Domain
 from modeling_udon.data.label_maps import label_maps
 from modeling_udon.data.preprocessing import ChannelStatistics
 from modeling_udon.data.sampling import DomainBatchSampler
-from modeling_udon.data.transforms import RandomTransform, TrainTransform
+from modeling_udon.data.transforms import RandomTransform, TeacherCrop, TrainTransform
 from modeling_udon.search.processes import start_accelerator
 from modeling_udon.training.backbone import build_udon, channel_statistics, check_backbone, needs_interpolation
 from modeling_udon.training.centring import add_centre
@@ -173,6 +174,7 @@ def build_model(
     if config.train.heads_only:
         udon.backbone.requires_grad_(False)
     statistics = channel_statistics(config, udon.config.backbone_config)[0]
+    view_interpolates = _check_teacher_size(udon, config.data)
     model = UdonForDistillation(
         udon.config,
         config.loss,
@@ -185,6 +187,7 @@ def build_model(
         distill_through_backbone=config.ablation.distill_through_backbone,
         peers=make_peers(accelerator),
     )
+    model.view_interpolates = view_interpolates
     if start is not None:
         load_start(model, start, domains)
     if config.model.lora is not None:
@@ -227,8 +230,22 @@ def open_udon(
 def training_transform(data: DataConfig) -> RandomTransform:
     """The augmentation that the config asks for."""
     if data.augmentation == "strong":
-        return StrongTransform(data.image_size, data.flip)
+        return StrongTransform(data.image_size, data.flip, LEAST_AREA["strong"])
     return TrainTransform(data.image_size, flip=data.flip)
+
+
+def teacher_transform(data: DataConfig) -> RandomTransform:
+    """The view of the same image that teachers have, from the same random numbers.
+
+    Flip, turn and colours are the student's, since a student follows a teacher best on the same view (Beyer et al.,
+    arXiv 2106.05237); the crop may be larger (as in DINO, arXiv 2104.14294) but holds the student's.
+    """
+    size, area = data.teacher_size, data.teacher_area or LEAST_AREA[data.augmentation]
+    own = training_transform(data)
+    if isinstance(own, StrongTransform):
+        return own.for_teacher(size, area)
+    assert isinstance(own, TrainTransform), "there are two"
+    return TeacherCrop(own, size, round(size / math.sqrt(area)))
 
 
 def make_sampler(
@@ -274,6 +291,23 @@ def make_sampler(
         )
     except ValueError as error:
         raise ConfigError(str(error)) from None
+
+
+def _check_teacher_size(udon: UdonModel, data: DataConfig) -> bool | None:
+    """Whether the backbone has to interpolate for the teachers' view; `None`: as for the student's.
+
+    Raises:
+        ConfigError: If it does not take images of that size.
+    """
+    if data.teacher_image_size is None:
+        return None
+    key = "data.teacher_image_size"
+    try:
+        interpolates = needs_interpolation(udon.config.backbone_config, data.teacher_image_size, key)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    check_backbone(udon, data.teacher_image_size, key, interpolates)
+    return interpolates
 
 
 def _frozen_teachers(

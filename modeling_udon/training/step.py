@@ -51,6 +51,23 @@ class StepLosses:
 
 
 @dataclass(frozen=True)
+class _Part:
+    """A part of this process's share of a batch, on the device.
+
+    Attributes:
+        inputs: What the student takes: images, or features of a frozen backbone.
+        labels: Their classes.
+        targets: Features that frozen teachers keep of them.
+        view: What teachers take of the same images, if it is another view.
+    """
+
+    inputs: torch.Tensor
+    labels: torch.Tensor
+    targets: tuple[torch.Tensor, ...]
+    view: torch.Tensor | None
+
+
+@dataclass(frozen=True)
 class _Seen:
     """What the parts of a batch have shown of its cosines, for gates and scales of the steps to come."""
 
@@ -66,15 +83,8 @@ def take_step(run: Run, batch: DomainBatch) -> StepResult:
     run.idle_heads.catch_up(domain, step)
     set_learning_rates(run.optimizer, learning_rates(config.optim, step, run.num_steps))
     run.model.progress = step / run.num_steps
-    # The images of a source, whose labels are read, come before those of the target.
-    parts = (batch,) if batch.source is None else (batch.source, batch)
-    inputs = torch.cat([part.pixels.to(run.accelerator.device, non_blocking=True) for part in parts])
-    if not run.model.takes_features:
-        inputs = run.statistics.normalize(inputs)
-    labels = parts[0].labels.to(run.accelerator.device, non_blocking=True)
     classes = run.sampled_classes.take(domain, batch.labels, step, run.accelerator.device)
-    targets = _targets(run, batch)
-    loss, losses, seen = _backward(run, inputs, labels, domain, classes, targets)
+    loss, losses, seen = _backward(run, _parts(run, batch), domain, classes)
     centred = CentredStep(run.model) if config.model.centre_features else None
     judgement = _judge(run, domain, torch.stack([loss, *losses.values()]))
     # AdamW reads on the device whether it may move, see `StepGuard`.
@@ -119,35 +129,44 @@ def fetch_losses(results: Sequence[StepResult], accelerator: Accelerator) -> lis
     ]
 
 
+def _parts(run: Run, batch: DomainBatch) -> list[_Part]:
+    """Brings a batch to the device, normalised, and cuts it into the parts whose gradients are added up."""
+    device, number = run.accelerator.device, run.config.train.accumulation_steps
+    # The images of a source, whose labels are read, come before those of the target.
+    sides = (batch,) if batch.source is None else (batch.source, batch)
+    inputs = _normalised(run, torch.cat([side.pixels.to(device, non_blocking=True) for side in sides]))
+    labels = sides[0].labels.to(device, non_blocking=True)
+    # (B, D) of each teacher -> (B / number, D) of each teacher, for each part
+    targets = list(zip(*(target.chunk(number) for target in _targets(run, batch)), strict=True)) or [()] * number
+    views: Sequence[torch.Tensor | None] = [None] * number
+    if batch.teacher_view is not None:
+        views = _normalised(run, batch.teacher_view.pixels.to(device, non_blocking=True)).chunk(number)
+    return [_Part(*part) for part in zip(inputs.chunk(number), labels.chunk(number), targets, views, strict=True)]
+
+
+def _normalised(run: Run, inputs: torch.Tensor) -> torch.Tensor:
+    return inputs if run.model.takes_features else run.statistics.normalize(inputs)
+
+
 def _backward(
-    run: Run,
-    inputs: torch.Tensor,
-    labels: torch.Tensor,
-    domain: str,
-    classes: torch.Tensor | None,
-    targets: Sequence[torch.Tensor],
+    run: Run, parts: Sequence[_Part], domain: str, classes: torch.Tensor | None
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor], _Seen]:
     """Adds up the gradients of the batch's parts; returns loss and terms, averaged over them, and what was seen."""
-    parts = run.config.train.accumulation_steps
-    input_parts, label_parts = inputs.chunk(parts), labels.chunk(parts)
-    # (B, D) of each teacher -> (B / parts, D) of each teacher, for each part
-    target_parts = list(zip(*(target.chunk(parts) for target in targets), strict=True)) or [()] * parts
-    banks = _relational_banks(run, input_parts, target_parts, domain)
+    banks = _relational_banks(run, parts, domain)
     ramp = run.config.ablation.distillation_ramp_steps
     share = min(1.0, (run.step + 1) / ramp) if ramp else 1.0
-    loss = torch.zeros((), device=inputs.device)
-    losses = {name: torch.zeros((), device=inputs.device) for name in run.model.terms}
+    loss = torch.zeros((), device=run.accelerator.device)
+    losses = {name: torch.zeros_like(loss) for name in run.model.terms}
     seen = _Seen([], [])
-    of_parts = zip(input_parts, label_parts, banks, target_parts, strict=True)
-    for number, (part, part_labels, bank, part_targets) in enumerate(of_parts):
-        values = {"distillation_share": share, "sampled_classes": classes, "targets": part_targets}
+    for number, (part, bank) in enumerate(zip(parts, banks, strict=True)):
+        values = {"distillation_share": share, "sampled_classes": classes, "targets": part.targets, "view": part.view}
         # Gradients cross processes once, with the last part.
-        with nullcontext() if number == parts - 1 else run.accelerator.no_sync(run.wrapped):
-            output = run.wrapped(part, part_labels, domain, bank, **values)
-            run.accelerator.backward(output.loss / parts)
-        loss += output.loss.detach().float() / parts
+        with nullcontext() if number == len(parts) - 1 else run.accelerator.no_sync(run.wrapped):
+            output = run.wrapped(part.inputs, part.labels, domain, bank, **values)
+            run.accelerator.backward(output.loss / len(parts))
+        loss += output.loss.detach().float() / len(parts)
         for name, value in output.losses.items():
-            losses[name] += value.detach().float() / parts
+            losses[name] += value.detach().float() / len(parts)
         if output.confidences is not None:
             seen.confidences.append(output.confidences)
         if output.hardness is not None:
@@ -178,22 +197,18 @@ def _targets(run: Run, batch: DomainBatch) -> list[torch.Tensor]:
     return teachers.targets(batch.domain, batch.rows, run.accelerator.device)
 
 
-def _relational_banks(
-    run: Run, input_parts: Sequence[torch.Tensor], target_parts: Sequence[Sequence[torch.Tensor]], domain: str
-) -> list[RelationalBank | None]:
+def _relational_banks(run: Run, parts: Sequence[_Part], domain: str) -> list[RelationalBank | None]:
     """Embeds the global batch once more without gradient, so that each accumulated part sees all others' pairs."""
     teachers = run.model.feature_teachers
     is_relational = run.config.loss.relational_distillation > 0 or teachers is not None
-    if len(input_parts) == 1 or not is_relational:
-        return [None] * len(input_parts)
+    if len(parts) == 1 or not is_relational:
+        return [None] * len(parts)
     with torch.no_grad(), run.accelerator.autocast():
-        of_parts = [
-            run.model.embed(part, domain, targets) for part, targets in zip(input_parts, target_parts, strict=True)
-        ]
-    size = len(input_parts[0])
-    start = run.accelerator.process_index * size * len(input_parts)
+        of_parts = [run.model.embed(part.inputs, domain, part.targets, part.view) for part in parts]
+    size = len(parts[0].inputs)
+    start = run.accelerator.process_index * size * len(parts)
     whole = RelationalBank.gathered(run.accelerator.gather, Embeddings.joined(of_parts), start)
-    return [replace(whole, position=start + number * size) for number in range(len(input_parts))]
+    return [replace(whole, position=start + number * size) for number in range(len(parts))]
 
 
 def _clip_gradients(run: Run, max_norm: float) -> torch.Tensor:

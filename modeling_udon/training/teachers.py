@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
+from torch import nn
 from torch.nn import functional as F
 
 from modeling_udon.auto_classes import UdonModel
@@ -15,6 +16,7 @@ from modeling_udon.data.preprocessing import ChannelStatistics
 from modeling_udon.run_models import open_teachers
 from modeling_udon.run_record import read_run
 from modeling_udon.storage import damage_of, read_json
+from modeling_udon.training.backbone import needs_interpolation
 
 
 @dataclass(frozen=True)
@@ -132,6 +134,13 @@ class OldStudent:
         return embeds
 
 
+def starting_weights(backbone: nn.Module) -> list[tuple[nn.Parameter, torch.Tensor]]:
+    """The weights that are trained, each with a copy of it as it is before training."""
+    # No buffers that a checkpoint would hold: the start is at hand whenever a run goes on.
+    trained = (parameter for parameter in backbone.parameters() if parameter.requires_grad)
+    return [(parameter, parameter.detach().clone()) for parameter in trained]
+
+
 def load_frozen_teachers(
     runs: Mapping[str, Path], label_maps: Mapping[str, Mapping[str, Any]], statistics: ChannelStatistics
 ) -> FrozenTeachers:
@@ -158,6 +167,10 @@ def load_frozen_teachers(
         if folder not in models:
             models[folder] = open_teachers(run)
         weights = load_file(run.weights)
+        size = _teacher_size(run.config["data"])
+        if size != run.config["data"]["image_size"]:
+            own = models[folder].config  # As its student needs it.
+            own.interpolate_pos_encoding = needs_interpolation(own.backbone_config, size)
         file = run.folder / "best" / "preprocessor_config.json"
         processor = read_json(file)
         with damage_of(file):
@@ -166,6 +179,12 @@ def load_frozen_teachers(
             models[folder],
             weights[f"teacher_prototypes.{domain}"],
             theirs,
-            run.config["data"]["image_size"],
+            size,
         )
     return FrozenTeachers(teachers, statistics)
+
+
+def _teacher_size(data: Mapping[str, Any]) -> int:
+    """Side of the images that the teachers of a run saw; runs of older versions knew no other than the student's."""
+    size: int = data.get("teacher_image_size") or data["image_size"]
+    return size

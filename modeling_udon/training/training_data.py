@@ -11,7 +11,7 @@ from datasets import Dataset, Features, Image
 from modeling_udon.config import ConfigError
 from modeling_udon.data.dataset import MultiDomainDataset
 from modeling_udon.data.domains import Domain
-from modeling_udon.data.transforms import EvalTransform
+from modeling_udon.data.transforms import EvalTransform, RandomTransform
 from modeling_udon.encoder import Encoder
 from modeling_udon.evaluation.embedder import ImageEmbedder
 from modeling_udon.modeling_udon import UdonModel
@@ -20,7 +20,7 @@ from modeling_udon.training.feature_teachers import START, FeatureTeacher, read_
 from modeling_udon.training.features import FeatureDataset, backbone_source, encoder_source, make_feature_cache
 from modeling_udon.training.processes import on_main
 from modeling_udon.training.run import Run
-from modeling_udon.training.setup import training_transform
+from modeling_udon.training.setup import teacher_transform, training_transform
 from modeling_udon.training.text_teachers import TEXT_PREFIX, text_features
 
 
@@ -33,20 +33,40 @@ def training_data(run: Run, say: Callable[[str], None]) -> MultiDomainDataset | 
     """
     config, transform = run.config, training_transform(run.config.data)
     replace_broken = config.data.max_broken_share > 0
-    plain, names = EvalTransform(config.data.image_size), run.sampler.names
+    of_teachers = teacher_transform(config.data) if config.has_teacher_view else None
     features: dict[str, np.ndarray] = {}
+    teacher_features: dict[str, np.ndarray] = {}
     with run.signals.interruptible():
         if config.train.heads_only:
-            cache = make_feature_cache(config, transform, plain, config.train.feature_views)
-            source = backbone_source(run.model.udon, run.statistics)
-            features = cache.open(run.domains, names, source, run.accelerator, config.data.num_workers, say)
-        _open_feature_teachers(run, features, say)
+            features = _own_features(run, transform, config.data.image_size, None, say)
+            if of_teachers is not None:
+                interpolates = run.model.view_interpolates
+                teacher_features = _own_features(run, of_teachers, config.data.teacher_size, interpolates, say)
+        _open_feature_teachers(run, teacher_features or features, say)
         # Later the backbone may have moved, and the checkpoint has the centre.
         if config.model.centre_features and run.step == 0:
             set_centre(run.model, _centre(run, features), trained=config.init is not None)
     if config.train.heads_only:
-        return FeatureDataset(run.domains, features, config.seed, replace_broken)
-    return MultiDomainDataset(run.domains, transform, config.seed, replace_broken)
+        return FeatureDataset(run.domains, features, config.seed, replace_broken, teacher_features)
+    return MultiDomainDataset(run.domains, transform, config.seed, replace_broken, of_teachers)
+
+
+def _own_features(
+    run: Run, transform: RandomTransform, image_size: int, interpolate: bool | None, say: Callable[[str], None]
+) -> dict[str, np.ndarray]:
+    """Features of the run's frozen backbone, of the student's view or of the teachers'.
+
+    Args:
+        run: The run.
+        transform: Makes random views.
+        image_size: Side of the images in pixels.
+        interpolate: As in `backbone_source`.
+        say: Takes lines for the user.
+    """
+    config, plain = run.config, EvalTransform(image_size)
+    cache = make_feature_cache(config, transform, plain, config.train.feature_views)
+    source = backbone_source(run.model.udon, run.statistics, interpolate)
+    return cache.open(run.domains, run.sampler.names, source, run.accelerator, config.data.num_workers, say)
 
 
 def _open_feature_teachers(run: Run, own: Mapping[str, np.ndarray], say: Callable[[str], None]) -> None:
@@ -54,7 +74,7 @@ def _open_feature_teachers(run: Run, own: Mapping[str, np.ndarray], say: Callabl
 
     Args:
         run: The run.
-        own: Features of a backbone that is frozen, of each domain.
+        own: Features that teachers see of a backbone that is frozen, of each domain.
         say: Takes lines for the user.
     """
     config, teachers = run.config, run.model.feature_teachers

@@ -86,3 +86,26 @@ def test_a_rectangle_is_erased_as_often_as_said() -> None:
 def test_a_size_that_no_image_has_is_refused() -> None:
     with pytest.raises(ValueError, match="image_size must be at least 1. Got 0"):
         StrongTransform(0)
+
+
+def test_a_teachers_view_has_the_students_colours_side_and_turn() -> None:
+    student, image = StrongTransform(32, erase=0.0), ramp(60, 80)
+    same, larger = student.for_teacher(32, student.min_area), student.for_teacher(64, student.min_area)
+    for seed in range(10):
+        small, again, large = (one(image, np.random.default_rng(seed)) for one in (student, same, larger))
+        assert np.array_equal(small, again)
+        halved = large.reshape(32, 2, 32, 2, 3).mean((1, 3))
+        assert np.abs(halved - small).max() < 4
+
+
+def test_a_teachers_view_of_more_of_the_image_holds_the_students_and_nothing_is_painted_over() -> None:
+    student = StrongTransform(32, max_rotation=0.0, colour=0.0, erase=1.0)
+    teacher = student.for_teacher(32, 0.9)
+    for seed in range(20):
+        large = teacher(ramp(60, 80), np.random.default_rng(seed)).astype(int)
+        small = StrongTransform(32, max_rotation=0.0, colour=0.0, erase=0.0)(ramp(60, 80), np.random.default_rng(seed))
+        for channel in (0, 1):
+            assert large[..., channel].min() <= small[..., channel].min() + 1
+            assert small[..., channel].max() <= large[..., channel].max() + 1
+        # Smooth: a rectangle of one colour would have edges.
+        assert max(np.abs(np.diff(large, axis=axis)).max() for axis in (0, 1)) < 16

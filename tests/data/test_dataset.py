@@ -19,7 +19,7 @@ from modeling_udon.data.dataset import (
 from modeling_udon.data.domains import Domain, open_domain
 from modeling_udon.data.images import decode_image
 from modeling_udon.data.sampling import BatchDraw, DomainBatchSampler
-from modeling_udon.data.transforms import EvalTransform, TrainTransform
+from modeling_udon.data.transforms import EvalTransform, TeacherCrop, TrainTransform
 from modeling_udon.domain_spec import DomainSpec
 
 
@@ -91,6 +91,25 @@ def test_batches_that_are_kept_are_not_written_over(domains: dict[str, Domain]) 
     expected = [dataset[draw].pixels[number % 3 == 0 :] for number, draw in enumerate(sampler) if number % 4]
     assert len(kept) == 30
     assert all(torch.equal(*pair) for pair in zip(kept, expected, strict=True))
+
+
+LARGER = TeacherCrop(TrainTransform(16), 24, 24)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_teachers_view_is_of_the_same_images_from_the_same_numbers_and_leaves_the_students_alone(
+    domains: dict[str, Domain], num_workers: int
+) -> None:
+    sizes = {name: len(domain.images) for name, domain in domains.items()}
+    both = MultiDomainDataset(domains, TrainTransform(16), 5, teacher_transform=LARGER)
+    alone, of_teachers = MultiDomainDataset(domains, TrainTransform(16), 5), MultiDomainDataset(domains, LARGER, 5)
+    sampler = DomainBatchSampler(sizes, num_steps=30, batch_size=4)
+    loader = DataLoader(both, batch_size=None, sampler=sampler, num_workers=num_workers, collate_fn=lambda batch: batch)
+    # All are kept: more than the memory that workers use again.
+    for batch, draw in zip(list(loader), sampler, strict=True):
+        assert torch.equal(batch.pixels, alone[draw].pixels) and alone[draw].teacher_view is None
+        assert batch.teacher_view.pixels.shape == (4, 24, 24, 3)
+        assert torch.equal(batch.teacher_view.pixels, of_teachers[draw].pixels)
 
 
 def test_evaluation_items_are_the_rows_asked_for(domains: dict[str, Domain]) -> None:

@@ -17,7 +17,7 @@ from transformers import AutoImageProcessor, image_utils
 from modeling_udon.data import preprocessing
 from modeling_udon.data.images import MAX_IMAGE_PIXELS, decode_image, encode_array, use_one_thread
 from modeling_udon.data.preprocessing import OPENAI_CLIP, image_processor
-from modeling_udon.data.transforms import EvalTransform, TrainTransform, normalize
+from modeling_udon.data.transforms import EvalTransform, TeacherCrop, TrainTransform, normalize
 
 CLIP = (OPENAI_CLIP.mean, OPENAI_CLIP.std)
 
@@ -385,6 +385,29 @@ def test_what_the_crop_leaves_out_changes_nothing_when_it_is_cut_before_the_resi
         top, left = draws.integers(5), draws.integers(5)
         result = transform(image, np.random.default_rng(seed))
         np.testing.assert_array_equal(result, square[top : top + 24, left : left + 24])
+
+
+@pytest.mark.parametrize("size", [(50, 31), (56, 56)])
+def test_a_teachers_crop_is_the_students_with_more_pixels(size):
+    image, student = picture(*size), TrainTransform(24, resize_size=28)
+    square = bilinear(image, 56, 56)
+    for seed in range(6):
+        draws = np.random.default_rng(seed)
+        top, left, flipped = 2 * draws.integers(5), 2 * draws.integers(5), draws.random() < 0.5
+        expected = square[top : top + 48, left : left + 48]
+        result = TeacherCrop(student, 48, 56)(image, np.random.default_rng(seed))
+        assert np.abs(result - (expected[:, ::-1] if flipped else expected)).max() <= 1
+
+
+@pytest.mark.parametrize("resize_size", [16, 17, 18])
+def test_a_teachers_crop_of_more_of_the_image_holds_the_students(resize_size):
+    student = TrainTransform(8, resize_size=10)
+    teacher = TeacherCrop(student, 16, resize_size)
+    for seed in range(30):
+        small, large = (one(positions(), np.random.default_rng(seed)).astype(int) for one in (student, teacher))
+        for axis in (0, 1):
+            assert large[..., axis].min() <= small[..., axis].min() <= small[..., axis].max() <= large[..., axis].max()
+        assert np.sign(np.diff(small[0, :, 1]).sum()) == np.sign(np.diff(large[0, :, 1]).sum())
 
 
 def positions() -> np.ndarray:
