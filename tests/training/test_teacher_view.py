@@ -275,7 +275,7 @@ def test_a_view_that_nobody_reads_or_that_does_not_fit_is_refused(
             "`data.teacher_image_size` must be a multiple of the backbone's patch size, 8. Got 20.",
         ),
         (
-            LARGER | {"model__backbone_config": TINY_VIT | {"model_type": "mlcd_vision_model"}},
+            LARGER | {"model__backbone_config": TINY_VIT | {"model_type": "aimv2_vision_model"}},
             "`data.teacher_image_size` must be the backbone's, 16. Got 32.",
         ),
     ],
