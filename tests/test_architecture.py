@@ -36,6 +36,7 @@ FLOORS = {
     f"{PACKAGE}.storage": 2,
     f"{PACKAGE}.text": 1,
     f"{PACKAGE}.faults": 1,
+    f"{PACKAGE}.proxies": 1,
     f"{PACKAGE}.domain_spec": 3,
     f"{PACKAGE}.strict_yaml": 3,
     f"{PACKAGE}.systems": 3,

@@ -7,9 +7,6 @@ from typing import Any, Literal
 from modeling_udon.cli.options import File, Folder, Name, Natural, Share
 from modeling_udon.cli.terminal import say
 
-# From here on a compacted index is noticeably quicker.
-_MOST_UNSETTLED = 0.3
-
 
 def index(
     embeddings: Sequence[str] = (),
@@ -100,14 +97,12 @@ def _check(asked: Sequence[str], has_embeddings: bool, has_kind: bool, no_vector
 
 
 def _tell(done: Any, catalogue: Any) -> None:
+    from modeling_udon.search.commits import way_to_be_quick
+
     index = catalogue.index
     say(
         f"{done.num_added:,} images added, {done.num_removed:,} removed in {done.seconds:.1f} s; the index holds "
         f"{index.about.num_images:,}, version {index.version}"
     )
-    share = index.unsettled_share
-    if share > _MOST_UNSETTLED:
-        say(
-            f"{100 * share:.0f} % of its rows were added or removed since it was built; udon index --compact --out "
-            f"{index.folder} makes it as quick as a new one"
-        )
+    if advice := way_to_be_quick(index):
+        say(advice)

@@ -26,6 +26,7 @@ from modeling_udon.cli.serve import serve
 from modeling_udon.cli.terminal import ReaderGoneError, use_escapes, warn
 from modeling_udon.cli.train_verb import main as train
 from modeling_udon.faults import explain, first_line
+from modeling_udon.proxies import go_past_proxies
 
 # What a shell gives for a program that wrote into a closed pipe.
 _READER_GONE = 141
@@ -38,6 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     With `UDON_TRACEBACK=1` in the environment, the traceback of a fault is printed before its line.
     """
     use_escapes()
+    go_past_proxies()
     words = sys.argv[1:] if argv is None else list(argv)
     if words[:1] == ["train"]:
         # It takes every key of the config as an option, which only the config knows; and it has signals of its own.

@@ -4,7 +4,7 @@ import csv
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -180,13 +180,16 @@ def check_csv_columns(file: str, columns: Sequence[str]) -> None:
     """Refuses a CSV of which pandas would take another column, or other cells, than its header names.
 
     Raises:
-        ValueError: If one of the columns is there twice, or a row has more cells than the header.
+        ValueError: If one of the columns is there twice, a row has more cells than the header, or is the header again.
     """
     if file.startswith("hf://") or not os.path.isfile(file):
         return
     with open(file, encoding="utf-8-sig", errors="replace", newline="") as opened:
         rows = csv.reader(opened)
         header, first = next(rows, []), next(rows, [])
+        opened.seek(0)
+        if again := header_again(opened):
+            raise ValueError(f"{file} must have its header once. Got it again in line {again}; take that line out")
     for column in columns:
         if header.count(column) > 1:
             raise ValueError(f"{file} must have a column {column!r} once. Got {', '.join(header)}")
@@ -195,6 +198,13 @@ def check_csv_columns(file: str, columns: Sequence[str]) -> None:
             f"{file} must have a name for each cell of a row. Got {len(first)} cells below {len(header)} names; "
             "quote cells that hold commas, and leave none at the end"
         )
+
+
+def header_again(lines: Iterable[str]) -> int | None:
+    """The number of the line of a table that is its header once more, as joined files have it; `None` for none."""
+    bare = (line.strip("\ufeff \t\r\n") for line in lines)
+    header = next(bare, "")
+    return next((number for number, line in enumerate(bare, 2) if line == header and header), None)
 
 
 def _of_file(spec: DomainSpec) -> DomainSpec:

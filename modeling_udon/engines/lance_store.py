@@ -2,7 +2,9 @@
 
 import json
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +15,7 @@ from modeling_udon.engines.lance_address import LanceAddress, fit_name, table_na
 from modeling_udon.engines.parity import exact_answers
 from modeling_udon.engines.store import Place, fitted, one_of_both, padded, said_in_one_line
 from modeling_udon.faults import require
+from modeling_udon.storage import locked
 
 METADATA_KEY = b"udon"
 EFFORT_KEY = b"udon:nprobes"
@@ -29,8 +32,12 @@ class LanceStore:
     """A Lance table that `lance_index.LanceIndex` searches."""
 
     def __init__(self, place: Place) -> None:
-        self._place = place
+        self._place, self._held = place, ExitStack()
         self._address = LanceAddress(one_of_both(place, "lancedb"), place.table, {})
+        if place.out is not None:
+            folder = Path(place.out)
+            folder.mkdir(parents=True, exist_ok=True)
+            self._held.enter_context(locked(folder))
         with self._guarded():
             self._database = self._address.connect("the export to LanceDB needs")
         self._table: Any = None
@@ -83,7 +90,8 @@ class LanceStore:
                 yield from zip(batch[ROW].to_pylist(), ids, strict=True)
 
     def close(self) -> None:
-        """There is nothing to end."""
+        """Lets others write to the folder."""
+        self._held.close()
 
     def _make_index(self, columns: Columns, num_rows: int) -> None:
         """Builds lists over the vectors; as many of them are searched as reach the target on a sample."""

@@ -16,6 +16,7 @@ from huggingface_hub.errors import HfHubHTTPError, HTTPError
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from huggingface_hub.utils import logging as hub_logging
 
+from modeling_udon.faults import explain
 from modeling_udon.hub.errors import reason_of, status_of
 
 MAIN_BRANCH = "main"
@@ -212,6 +213,8 @@ def said_in_one_line(repo: str, folder: Path, command: str) -> Iterator[None]:
         cause = error.__cause__ if isinstance(error, RuntimeError) else error
         if not isinstance(cause, OSError | HTTPError):
             raise
+        if isinstance(cause, OSError) and explain(cause) is not None:  # a full disk is no matter of the network
+            raise cause from error
         reason = reason_of(cause, repo, MAX_TRIES)
         raise PushError(
             f"nothing was published to {repo}: {reason}; {folder} is as it was, to try again: {command}"

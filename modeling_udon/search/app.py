@@ -7,6 +7,7 @@ from typing import Any
 
 import gradio as gr
 
+from modeling_udon.proxies import go_past_proxies
 from modeling_udon.search.examples import MAX_FILE_MEGABYTES
 from modeling_udon.search.limits import Middleware, NoAddresses, RateLimit
 from modeling_udon.search.page_answers import (
@@ -130,6 +131,8 @@ def start(
     limits.append(Middleware(NoAddresses, (), {}))
     # The server would believe what any program on this machine, a tunnel among them, says of its client's address.
     os.environ.setdefault("FORWARDED_ALLOW_IPS", "")
+    # Gradio asks its own server whether it is there.
+    go_past_proxies(*([host] if host else []))
     try:
         _, local, public = page.launch(
             server_name=host,

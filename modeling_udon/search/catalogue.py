@@ -136,8 +136,8 @@ class Catalogue:
                         f"{min(unknown)!r}; nothing was removed."
                     )
             elif rows is not None:
-                gone = np.unique(np.asarray(rows, np.int64))
-                index.check_rows(gone)
+                index.check_rows(np.array(rows))
+                gone = np.unique(np.array(rows, np.int64))
             else:
                 gone = index.select(where=where)
             if len(gone):

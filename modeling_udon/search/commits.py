@@ -8,6 +8,7 @@ import faiss
 import numpy as np
 import pyarrow as pa
 
+from modeling_udon.search.any_index import AnyIndex
 from modeling_udon.search.columns import unified
 from modeling_udon.search.faiss_index import empty_like
 from modeling_udon.search.image_index import ImageIndex
@@ -15,6 +16,10 @@ from modeling_udon.search.index import NumberedSource
 from modeling_udon.search.index_folder import Manifest, write_metadata
 from modeling_udon.search.segments import SegmentFiles, is_exact
 from modeling_udon.storage import replaced_file
+
+# From here on a compacted index is noticeably quicker, and one of so many rows is searched in no time either way.
+_MOST_UNSETTLED = 0.3
+MANY_ROWS = 50_000
 
 
 @dataclass(frozen=True)
@@ -61,6 +66,22 @@ class PlacedRows:
         for start in range(0, len(self.places), 65_536):
             some = self.places[start : start + 65_536]
             yield self.index.vectors_at(some), self.index.table.take(pa.array(some)) if columns else self.index.table
+
+
+def way_to_be_quick(index: AnyIndex, least: int = 0) -> str | None:
+    """A line on an index that changes have made slower than a new one, with what helps; `None` for another.
+
+    Args:
+        index: The index.
+        least: Rows from which it is told of.
+    """
+    if not isinstance(index, ImageIndex) or len(index.rows) < least or index.unsettled_share <= _MOST_UNSETTLED:
+        return None
+    how = f"udon index --compact --out {index.folder} makes"
+    if not all(segment.has_exact_vectors for segment in index.segments):
+        how = "udon index --force, of its embeddings, makes"
+    share = f"{100 * index.unsettled_share:.0f} % of its rows were added or removed since it was built"
+    return f"{share}; {how} it as quick as a new one"
 
 
 def write_delta(folder: Path, version: int, rows: Sequence[NumberedSource], index: ImageIndex) -> SegmentFiles:

@@ -255,7 +255,10 @@ def _update(
     say: Callable[[str], None],
 ) -> tuple[ShardFolder, int, int]:
     """Embeds what has changed; returns the folder, how many images that were, and this process's share of them."""
-    is_main, shards, found = work.accelerator.is_main_process, read_manifest(folder), None
+    is_main, before, found = work.accelerator.is_main_process, read_manifest(folder), None
+    shards = before.without_lost()
+    if num_lost := len(before.parts or ()) - len(shards.parts or ()):
+        say(f"{num_lost:,} shards are not there any more; their images are embedded again")
     with work.accelerator.main_process_first():
         if is_main:
             found = _plan(shards, opened, spec, say)

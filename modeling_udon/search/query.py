@@ -11,6 +11,7 @@ import numpy as np
 from modeling_udon.calibration import Calibration
 from modeling_udon.encoder import Encoder, fastest_device
 from modeling_udon.search.any_index import AnyIndex
+from modeling_udon.search.commits import MANY_ROWS, way_to_be_quick
 from modeling_udon.search.found import FoundImage, QueryResult, SearchResults
 from modeling_udon.search.image_index import ImageIndex
 from modeling_udon.search.letterbox import letterboxed
@@ -194,7 +195,8 @@ def search_images(
         batch_size: Images of one forward pass.
         num_workers: Processes that decode; `None`: the cores but one, and no more than there are batches.
         thumbnails: Whether neighbours come with the thumbnails that were kept.
-        warn: Called with a line for each query that cannot be read, and for each folder with what was passed over.
+        warn: Called with a line for each query that cannot be read, for each folder with what was passed over, and
+            for an index that changes have made slow.
         where: Search among the images for which this SQL condition on the columns is true.
         group_by: A column of whose values each is found once.
         rerank: So many candidates get their exact scores, in kinds that compress; 0 for none.
@@ -220,6 +222,8 @@ def search_images(
         (results.append if on_result is None else on_result)(result)
     if not num_results:
         raise ValueError(f"`queries` must hold an image that can be read. Got none in {len(names)} file(s).")
+    if advice := way_to_be_quick(search.index, MANY_ROWS):
+        warn(f"{index}: {advice}")
     about, title = search.index.about, search.index.about.model if model is None else search.model.name
     calibration = None if model is None else search.model.calibration
     return SearchResults(results, str(index), about.kind, about.num_images, title, domain, calibration)

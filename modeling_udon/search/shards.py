@@ -4,7 +4,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 
 from modeling_udon.search.columns import unified
 from modeling_udon.search.vectors import METADATA_KEY, damage_of_embeddings, read_vectors
-from modeling_udon.storage import check_shape, replaced_file, write_json, write_text
+from modeling_udon.storage import check_shape, damage_of, replaced_file, write_json, write_text
 from modeling_udon.text import printable, table_cell
 
 # What readers of Parquet folders take for data does not begin with a dot.
@@ -69,6 +69,13 @@ class ShardFolder:
         if self.parts is not None:
             return []
         return [shard for shard in range(self.num_shards) if not self.part(shard).is_file()]
+
+    def without_lost(self) -> "ShardFolder":
+        """The folder without what was deleted by hand since its last update, the next of which makes that again."""
+        if self.parts is None:
+            return self
+        deleted = self.deleted if self.deleted and (self.folder / WORK_FOLDER / self.deleted).is_file() else None
+        return replace(self, parts=[name for name in self.parts if (self.folder / name).is_file()], deleted=deleted)
 
     def write(self, shard: int, table: pa.Table, skipped: Sequence[tuple[str, str]]) -> None:
         """Writes a shard atomically, and before it the paths it skips, with the reasons."""
@@ -300,7 +307,8 @@ def _check_identity(
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
     file = folder / WORK_FOLDER / MANIFEST_FILE
-    with damage_of_embeddings(file):
+    # Deleted, it would leave a folder that nobody knows any more.
+    with damage_of(file, OSError, argument="embeddings", way_out="embed the images again with --force"):
         content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         check_shape(content, _MANIFEST)
         schema = content["schema"]

@@ -78,5 +78,8 @@ def read_numbers(column: pa.Array, part: Path) -> np.ndarray:
 
 def damage_of_embeddings(file: Path) -> AbstractContextManager[None]:
     """Turns what libraries raise of a damaged file of embeddings into one line with its name."""
-    kinds, way_out = (pa.ArrowException, OSError, LookupError), "delete it and run its udon embed again"
-    return damage_of(file, *kinds, argument="embeddings", way_out=way_out)
+    # An update numbers its listing. Shards that it named, and a listing that is lost, only another one makes again.
+    is_updated = any(path for folder in file.parents[:3] for path in folder.glob(".embed/listing-*.arrow"))
+    way_out = "delete it and run its udon embed again"
+    way_out += " with --update" if is_updated or file.name.startswith("listing") else ""
+    return damage_of(file, pa.ArrowException, OSError, LookupError, argument="embeddings", way_out=way_out)

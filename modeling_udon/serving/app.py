@@ -186,12 +186,15 @@ async def remove(body: RemoveBody, service: Used) -> dict[str, Any]:
     return await _index(service).remove(body)
 
 
+@_routes.head("/health/live", include_in_schema=False)
 @_routes.get("/health/live")
 async def live() -> dict[str, bool]:
     """Whether the server answers."""
     return {"live": True}
 
 
+@_routes.head("/health", include_in_schema=False)
+@_routes.head("/health/ready", include_in_schema=False)
 @_routes.get("/health")
 @_routes.get("/health/ready")
 async def ready(service: Used) -> JSONResponse:
@@ -240,6 +243,10 @@ async def _answer_error(request: Request, error: Exception) -> JSONResponse:
 
 async def _answer_wrong_body(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)
+    kind = request.headers.get("content-type", "")
+    if not re.match(r"application/(.+\+)?json\b", kind, re.IGNORECASE):
+        rule = f"`Content-Type` must be application/json. Got {kind[:100] or 'none'}; send the body as JSON."
+        return await _answer_error(request, refusal(rule, "Content-Type"))
     # Of a value that fits none of several types, the deepest place says most.
     found = max(error.errors(), key=lambda one: len(one["loc"]))
     param = _param(found["loc"])
@@ -257,6 +264,9 @@ def _param(place: Sequence[str | int]) -> str | None:
 
 async def _answer_status(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, StarletteHTTPException)
+    if error.status_code == 400:
+        rule = "the request's body must be JSON in UTF-8, and not nested deeply. Got another; change it."
+        return await _answer_error(request, refusal(rule))
     message = f"{request.method} {request.url.path[:200]} must be a request that /openapi.json lists: {error.detail}."
     return await _answer_error(request, ServiceError(error.status_code, message, code="unknown_url"))
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import logging
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -15,6 +16,7 @@ import pyarrow as pa
 from modeling_udon.encoder import Encoder
 from modeling_udon.search.any_index import AnyIndex
 from modeling_udon.search.catalogue import Catalogue, Changed
+from modeling_udon.search.commits import MANY_ROWS, way_to_be_quick
 from modeling_udon.search.followed import FollowedIndex
 from modeling_udon.search.found import FoundImage, QueryResult
 from modeling_udon.search.image_index import OWN_COLUMNS
@@ -37,6 +39,8 @@ _ID_DIGITS = 32
 _TYPES = {"num_bytes": pa.int64(), "mtime": pa.int64(), "thumbnail": pa.binary()}
 
 Answer = TypeVar("Answer")
+
+_log = logging.getLogger(__name__)
 
 
 class IndexService:
@@ -69,6 +73,7 @@ class IndexService:
         self._encoder = self._followed.model
         self._limits = limits
         self._metrics = metrics
+        self._version_seen, self._has_advised = -1, False
         self._snapshot()
         self._searchers = ThreadPoolExecutor(_NUM_SEARCHERS, "searcher")
         # One, since a commit locks the index.
@@ -166,6 +171,11 @@ class IndexService:
     def _snapshot(self) -> AnyIndex:
         index = self._followed.newest()
         self._metrics.index_images.set(index.about.num_images)
+        if index.version != self._version_seen and not self._has_advised:
+            self._version_seen = index.version
+            if advice := way_to_be_quick(index, MANY_ROWS):
+                self._has_advised = True
+                _log.warning("%s: %s", self.name, advice)
         return index
 
     def _search(self, query: np.ndarray | None, body: SearchBody) -> dict[str, Any]:
@@ -196,7 +206,7 @@ class IndexService:
             query = query[:dim] / np.linalg.norm(query[:dim])
         if len(query) != dim:
             raise refusal(f"`vector` must have {dim} numbers. Got {len(query)}; embed it with this service.", "vector")
-        norm = float(np.linalg.norm(query))
+        norm = float(np.linalg.norm(query.astype(np.float64)))
         if abs(norm - 1) > _NORM_TOLERANCE:
             raise refusal(f"`vector` must have unit norm. Got {norm:.3g}; divide it by its norm.", "vector")
         return query

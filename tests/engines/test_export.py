@@ -3,6 +3,9 @@
 import datetime
 import importlib
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +22,7 @@ from modeling_udon.engines.store import EngineError, Place
 from modeling_udon.search.catalogue import Catalogue
 from modeling_udon.search.index import build_index
 
+ROOT = Path(__file__).parents[2]
 # Engine: the libraries that it needs, and where in a folder it writes to.
 EMBEDDED = {
     "lancedb": (("lancedb",), "lance"),
@@ -181,3 +185,27 @@ def test_a_folder_with_other_files_is_left_alone(shop, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="`out` must be a new folder"):
         export_index(shop, "parquet", out=str(tmp_path), force=True)
     assert (tmp_path / "mine.txt").read_text() == "mine"
+
+
+def test_a_second_export_to_one_folder_at_once_is_refused_and_the_first_is_whole(
+    engine, shop, index, tmp_path, monkeypatch
+) -> None:
+    out, whole, refused = str(tmp_path / EMBEDDED[engine][1]), Columns.blocks, []
+
+    def meeting(self: Columns, size: int):
+        for block in whole(self, 100):
+            if not refused:
+                refused.append(subprocess.run(second, env=environment, capture_output=True, text=True))
+            yield block
+
+    second = [sys.executable, "-m", "modeling_udon.cli", "export-index", "--index", str(shop), "--to", engine]
+    second += ["--out", out, "--force"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    monkeypatch.setattr(Columns, "blocks", meeting)
+    done = export_index(shop, engine, out=out, force=True)
+    assert done.num_rows == 300 and done.recall == 1.0
+    if engine == "parquet":  # each has a draft of its own, and the last one stays
+        assert refused[0].returncode == 0, refused[0].stderr
+    else:
+        assert refused[0].returncode in (1, 2) and refused[0].stderr.count("\n") == 1, refused[0].stderr
+        assert "another" in refused[0].stderr or "in use" in refused[0].stderr, refused[0].stderr

@@ -175,6 +175,26 @@ def test_a_table_of_metadata_in_another_encoding_is_told_of(udon: Udon, tmp_path
         opened(tmp_path / "p")
 
 
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+@pytest.mark.parametrize("place", [1, 7, 13])
+def test_a_header_that_comes_again_is_no_picture_of_a_class(
+    udon: Udon, tmp_path: Path, place: int, end: str, mark: str
+) -> None:
+    write(tmp_path, *(f"{row}.png" for row in range(12)))
+    lines = ["file_name,label", *(f"{row}.png,{'abc'[row % 3]}" for row in range(12))]
+    lines.insert(place, mark + lines[0])
+    for name in ("metadata.csv", "t.csv"):
+        (tmp_path / name).write_text(end.join([*lines, ""]), encoding="utf-8-sig", newline="")
+    again = f"must have its header once. Got it again in line {place + 1}"
+    with pytest.raises(ValueError, match=again):
+        opened(tmp_path / "t.csv", image_column="file_name")
+    with pytest.raises(ValueError, match=again):
+        opened(tmp_path)
+    done = udon("prepare", "csv", tmp_path / "t.csv", "--path-column", "file_name", "--out", tmp_path / "o")
+    assert done.code == 2 and again in done.err and done.err.count("\n") == 1
+
+
 def test_a_picture_that_metadata_names_twice_has_one_class(tmp_path: Path) -> None:
     write(tmp_path, "0.png", "1.png")
     (tmp_path / "metadata.csv").write_text("file_name,label\n0.png,1\n1.png,2\n0.png,2\n")

@@ -398,3 +398,21 @@ def test_grouping_by_what_is_no_column_or_cannot_be_compared_is_refused(tmp_path
     ):
         with pytest.raises(ValueError, match=complaint):
             ImageIndex(tmp_path / "i").search(unit_vectors(1, 1), 2, group_by=column)
+
+
+def test_a_search_of_many_changed_rows_names_the_way_to_be_quick(tmp_path, udon, monkeypatch, capsys):
+    make(tmp_path)
+    catalogue, query = Catalogue(tmp_path / "i"), "row:1"
+    search = ("search", "--index", tmp_path / "i", "--like", query)
+    monkeypatch.setattr("modeling_udon.search.query.MANY_ROWS", 10)
+    assert udon(*search).err == ""
+    catalogue.add(unit_vectors(5, 400), rows_table([f"n{row}" for row in range(400)], [0] * 400))
+    done = udon(*search)
+    assert done.code == 0 and done.err.count("\n") == 1
+    assert f"added or removed since it was built; udon index --compact --out {tmp_path / 'i'} makes it" in done.err
+    monkeypatch.setattr("modeling_udon.search.query.MANY_ROWS", 10**6)
+    assert udon(*search).err == ""
+    monkeypatch.undo()
+    assert udon("index", "--compact", "--out", tmp_path / "i").code == 0
+    monkeypatch.setattr("modeling_udon.search.query.MANY_ROWS", 10)
+    assert udon(*search).err == ""

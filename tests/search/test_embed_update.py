@@ -259,6 +259,59 @@ def test_embeddings_are_whole_after_thirty_kills_at_random_moments(folder, png, 
     kill_at_random(folder, png, encoder, tmp_path, 30)
 
 
+def cut(file):
+    os.truncate(file, file.stat().st_size // 2)
+
+
+def replace_by_noise(file):
+    file.write_bytes(b"no longer whole" * 9)
+
+
+@pytest.mark.parametrize("damage", [cut, replace_by_noise])
+@pytest.mark.parametrize("kind", ["part-*.parquet", ".embed/deleted-*.arrow", ".embed/listing*.arrow"])
+@pytest.mark.parametrize("updated", [True, False])
+def test_the_way_out_of_a_damaged_file_embeds_what_is_lost_alone(
+    folder, png, udon, student, encoder, tmp_path, kind, damage, updated, counted
+):
+    out, command = tmp_path / "e", ("embed", folder, "--model", student, "--out", tmp_path / "e", "--num-workers", 0)
+    assert udon(*command, "--shard-size", 4).code == 0
+    if updated:
+        (folder / "03.png").unlink()
+        (folder / "12.png").write_bytes(png(12))
+        assert udon(*command, "--update").code == 0
+    files = sorted(out.glob(kind))
+    if not files:
+        pytest.skip("there are tombstones after an update only")
+    damage(files[0])
+    for more in ([], ["--update"]):
+        done = udon(*command, *more)
+        if done.code == 0 or kind.endswith("listing*.arrow"):
+            continue
+        assert done.code == 2 and done.err.count("\n") == 1 and str(files[0]) in done.err, done.err
+        if updated:
+            assert "delete it and run its udon embed again with --update" in done.err
+    # What it says, is done.
+    files[0].unlink()
+    counted.clear()
+    more = ["--update"] if updated or "listing" in kind else []
+    done = udon(*command, *more)
+    assert done.code == 0, done.err
+    num_pictures = sum(len(pixels.unique()) > 1 for pixels in counted)  # and not the grey one of the probe
+    assert num_pictures <= (4 if "part" in kind else 0)
+    assert_as_from_nothing(folder, out, encoder, tmp_path)
+    assert "nothing left to do" in udon(*command).out
+
+
+def test_a_damaged_manifest_of_embeddings_is_not_to_be_deleted(folder, udon, student, tmp_path):
+    out, command = tmp_path / "e", ("embed", folder, "--model", student, "--out", tmp_path / "e", "--num-workers", 0)
+    assert udon(*command).code == 0
+    replace_by_noise(out / ".embed" / "manifest.json")
+    for more in ([], ["--update"]):
+        done = udon(*command, *more)
+        assert done.code == 2 and "which is damaged" in done.err and "embed the images again with --force" in done.err
+    assert udon(*command, "--force").code == 0
+
+
 def test_a_second_update_at_once_is_refused_and_another_model_too(folder, udon, student, make_student, tmp_path):
     out = tmp_path / "e"
     arguments = ("embed", folder, "--out", out, "--num-workers", 0, "--update", "--model")
