@@ -11,7 +11,9 @@ def go_past_proxies(*hosts: str) -> None:
     Args:
         hosts: Further names or addresses of this machine.
     """
-    if not any(name.lower().endswith("_proxy") and name.lower() != "no_proxy" and os.environ[name] for name in os.environ):
+    if not any(
+        name.lower().endswith("_proxy") and name.lower() != "no_proxy" and os.environ[name] for name in os.environ
+    ):
         return
     # Of the two spellings, the libraries read the lower one where both are there.
     known = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""

@@ -23,13 +23,11 @@ from modeling_udon.cli.push_space import push_space
 from modeling_udon.cli.report import report
 from modeling_udon.cli.search import search
 from modeling_udon.cli.serve import serve
-from modeling_udon.cli.terminal import ReaderGoneError, use_escapes, warn
+from modeling_udon.cli.terminal import READER_GONE, ReaderGoneError, use_escapes, warn
 from modeling_udon.cli.train_verb import main as train
 from modeling_udon.faults import explain, first_line
 from modeling_udon.proxies import go_past_proxies
 
-# What a shell gives for a program that wrote into a closed pipe.
-_READER_GONE = 141
 _INTERRUPTED = 130
 
 
@@ -49,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         run_verb(arguments)
     except ReaderGoneError:
-        return _READER_GONE
+        return READER_GONE
     except KeyboardInterrupt:
         return _complain(arguments.verb, "interrupted", _INTERRUPTED)
     except Exception as error:

@@ -3,8 +3,12 @@
 import io
 import os
 import sys
+from contextlib import suppress
 
 from modeling_udon.text import printable
+
+# What a shell gives for a program that wrote into a closed pipe.
+READER_GONE = 141
 
 
 class ReaderGoneError(Exception):
@@ -12,7 +16,14 @@ class ReaderGoneError(Exception):
 
 
 def use_escapes() -> None:
-    """Lets a terminal that cannot show a character print its escape instead of failing."""
+    """Lets a terminal that cannot show a character print its escape, and no output at all be none, instead of failing.
+
+    Where the shell has closed a stream (`2>&-`), the next file that is opened would take its place.
+    """
+    while (opened := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(opened)
+    sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
@@ -26,15 +37,22 @@ def say(text: str) -> None:
     """
     try:
         print(_safe(text), flush=True)
-    except BrokenPipeError:
-        # Python flushes once more when it ends, and would complain then.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise ReaderGoneError from None
+    except OSError as error:
+        give_up_output()
+        if isinstance(error, BrokenPipeError):
+            raise ReaderGoneError from None
+        raise
+
+
+def give_up_output() -> None:
+    """Lets go of a standard output that takes nothing any more: Python would complain when it flushes it at its end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def warn(text: str) -> None:
-    """Prints what is no part of the answer."""
-    print(_safe(text), file=sys.stderr, flush=True)
+    """Prints what is no part of the answer, so that nothing ends where it cannot be printed."""
+    with suppress(OSError):
+        print(_safe(text), file=sys.stderr, flush=True)
 
 
 def hide_bars_in_logs() -> None:

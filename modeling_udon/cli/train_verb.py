@@ -1,12 +1,14 @@
 """`udon train` and `train_udon.py`: parses the command line, trains and publishes; any fault ends with one line."""
 
 import argparse
+import io
 import os
+import select
 import sys
 from collections.abc import Sequence
 
 from modeling_udon.cli.options import Parser
-from modeling_udon.cli.terminal import use_escapes
+from modeling_udon.cli.terminal import READER_GONE, give_up_output, use_escapes, warn
 
 
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
@@ -35,12 +37,29 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
             sys.stderr.write(f"stopped by {stop}; go on with:\n  {resume_command()}\n")
         return stop.code
     except Exception as error:
+        if isinstance(error, OSError) and not _is_output_taken():
+            give_up_output()
+            warn(f"{start}error: the output is not taken any more ({error.strerror}); go on with:")
+            warn(f"  {resume_command()}")
+            return READER_GONE
         line = explain(error)
         if line is None:
             raise
         sys.stderr.write(f"{start}error: {line}\n")
         return 1
     return 0
+
+
+def _is_output_taken() -> bool:
+    try:
+        print(end="", flush=True)
+        states = select.poll()
+        states.register(sys.stdout.fileno(), 0)
+        return not states.poll(0)  # of a pipe without a reader, its error
+    except io.UnsupportedOperation:
+        return True
+    except OSError:
+        return False
 
 
 def make_parser(prog: str | None = None) -> argparse.ArgumentParser:

@@ -1,6 +1,7 @@
 """Image files in a folder: one list of endings and one walk for all verbs, with counts of what was passed over."""
 
 import os
+import shlex
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from itertools import islice
@@ -35,6 +36,10 @@ SYSTEM_NAMES = frozenset(
         "thumbs.db",
     }
 )
+# What unpacks an archive into a folder, by its ending.
+_UNPACKED_BY = {".zip": "unzip {file} -d {folder}"}
+_UNPACKED_BY |= dict.fromkeys((".tar", ".tgz", ".tar.gz", ".tar.bz2", ".tar.xz"), "tar -xf {file} -C {folder}")
+_UNPACKED_BY |= {".7z": "7z x {file} -o{folder}", ".rar": "unrar x {file} {folder}/"}
 # Names of one folder that are sorted at a time: memory is bounded, and a larger folder comes in sorted stretches.
 _NUM_SORTED_NAMES = 2**17
 
@@ -42,6 +47,28 @@ _NUM_SORTED_NAMES = 2**17
 def is_image_name(name: str | os.PathLike[str]) -> bool:
     """Whether a file's ending is that of an image format that can be read."""
     return PurePath(name).suffix.lower() in IMAGE_SUFFIXES
+
+
+def refuse_archive(path: str | os.PathLike[str], argument: str) -> None:
+    """Refuses an archive: its pictures could not be shown, nor their changes be noticed.
+
+    Args:
+        path: A path of the user's.
+        argument: What it was given as.
+
+    Raises:
+        ValueError: If it is a file that is named like one.
+    """
+    name = os.path.basename(path)
+    ending = next((ending for ending in _UNPACKED_BY if name.lower().endswith(ending)), None)
+    if ending is None or not os.path.isfile(path):
+        return
+    folder = name[: -len(ending)] or "pictures"
+    command = "mkdir {folder} && " + _UNPACKED_BY[ending]
+    command = command.format(file=shlex.quote(os.fspath(path)), folder=shlex.quote(folder))
+    raise ValueError(
+        f"{argument} must be unpacked. Got the archive {os.fspath(path)!r}; run `{command}` and name that folder."
+    )
 
 
 def why_passed_over(name: str) -> str | None:

@@ -13,7 +13,7 @@ from datasets import ClassLabel, Dataset, Features, Image
 
 from modeling_udon.data.class_folders import class_name
 from modeling_udon.data.labels import Label, Labels
-from modeling_udon.data.opening import check_csv_columns, is_plain_number
+from modeling_udon.data.opening import is_plain_number
 from modeling_udon.data.streaming import ParquetSplit, of_all, read_parquet
 from modeling_udon.domain_spec import DomainSpec
 
@@ -212,7 +212,6 @@ def _text_labels(spec: DomainSpec, tables: Sequence[str], rows: Dataset | Parque
         return None
     texts: dict[str, str] = {}
     for table in tables:
-        check_csv_columns(table, ["file_name", spec.label_column])
         with open(table, encoding="utf-8-sig", newline="") as file:
             for row in csv.DictReader(file):
                 if "file_name" in row and row.get(spec.label_column) is not None:

@@ -1,16 +1,17 @@
 """Opens what a domain's specification names, and records what that was."""
 
-import csv
 import os
 import re
+import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import pyarrow as pa
+import pyarrow.compute as pc
 from datasets import (
     ClassLabel,
     Dataset,
@@ -24,12 +25,14 @@ from datasets import (
 from datasets import logging as datasets_logging
 from datasets.exceptions import DatasetsError
 from datasets.packaged_modules.folder_based_builder.folder_based_builder import FolderBasedBuilder
+from datasets.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
 from modeling_udon.data.class_folders import ClassFolderError, ClassFolders, read_class_folders
 from modeling_udon.data.demo import build_demo_domain
 from modeling_udon.data.files import read_file
-from modeling_udon.data.folders import is_image_name, walk_images
+from modeling_udon.data.folders import is_image_name, refuse_archive, walk_images
 from modeling_udon.data.streaming import ParquetSplit, open_parquet_splits
+from modeling_udon.data.table_checks import check_csv
 from modeling_udon.domain_spec import DomainSpec
 from modeling_udon.text import as_unicode
 
@@ -40,6 +43,7 @@ Splits: TypeAlias = Mapping[str, Dataset] | Mapping[str, ParquetSplit]
 # What reads a single file, by its ending.
 _BUILDERS = {".parquet": "parquet", ".csv": "csv", ".json": "json", ".jsonl": "json", ".arrow": "arrow"}
 _ARCHIVES = (".zip", ".tar", ".tgz", ".gz", ".7z", ".rar")
+_METADATA = "metadata.csv"
 _HUB_FILE = re.compile(r"hf://datasets/(?P<id>[^/@]+/[^/@]+)(@(?P<revision>[^/]+))?/")
 
 
@@ -82,7 +86,7 @@ class OpenedData:
     def metadata_tables(self) -> list[str]:
         """The local files `metadata.csv` of all splits, from which `datasets` takes columns of image folders."""
         every = [file for of_split in self.files.values() for file in of_split if not file.startswith("hf://")]
-        return [file for file in every if os.path.basename(file) == "metadata.csv"]
+        return [file for file in every if os.path.basename(file) == _METADATA]
 
 
 def open_data(spec: DomainSpec, seed: int = 0, labels: Sequence[str] | None = None) -> OpenedData:
@@ -121,9 +125,11 @@ def open_data(spec: DomainSpec, seed: int = 0, labels: Sequence[str] | None = No
             as_text = dict.fromkeys(labels, str)
             builder = load_dataset_builder(spec.path, **asked, converters=as_text, keep_default_na=False)
         files = {str(split): tuple(map(str, found)) for split, found in (builder.config.data_files or {}).items()}
-        for file in (file for of_split in files.values() for file in of_split if is_csv):
-            check_csv_columns(file, labels)
+        for file in {file for of_split in files.values() for file in of_split}:
+            if is_csv or os.path.basename(file) == _METADATA:
+                check_csv(file, labels, names_pictures=not is_csv)
         passed_over: Mapping[str, int] = {}
+        doubt = None
         is_folder = isinstance(builder, FolderBasedBuilder)
         if is_folder:
             passed_over = _check_all_pictures_are_used(spec, files, builder.EXTENSIONS)
@@ -131,8 +137,8 @@ def open_data(spec: DomainSpec, seed: int = 0, labels: Sequence[str] | None = No
         for column in labels if is_csv else ():
             splits = _with_whole_numbers(splits, column)
         if is_folder:
-            passed_over = _with_unnamed_pictures(passed_over, files, splits, builder.EXTENSIONS)
-        return OpenedData(splits, _opened_from(spec, builder.name, files), files, passed_over)
+            passed_over, doubt = _compare_with_metadata(passed_over, files, splits, builder.EXTENSIONS)
+        return OpenedData(splits, _opened_from(spec, builder.name, files), files, passed_over, doubt)
 
 
 def why_not_opened(error: Exception) -> str:
@@ -176,47 +182,14 @@ def _opened_from(spec: DomainSpec, builder: str, files: Mapping[str, tuple[str, 
     return OpenedFrom(builder, None if "/" not in spec.path else spec.path, spec.revision)
 
 
-def check_csv_columns(file: str, columns: Sequence[str]) -> None:
-    """Refuses a CSV of which pandas would take another column, or other cells, than its header names.
-
-    Raises:
-        ValueError: If one of the columns is there twice, a row has more cells than the header, or is the header again.
-    """
-    if file.startswith("hf://") or not os.path.isfile(file):
-        return
-    with open(file, encoding="utf-8-sig", errors="replace", newline="") as opened:
-        rows = csv.reader(opened)
-        header, first = next(rows, []), next(rows, [])
-        opened.seek(0)
-        if again := header_again(opened):
-            raise ValueError(f"{file} must have its header once. Got it again in line {again}; take that line out")
-    for column in columns:
-        if header.count(column) > 1:
-            raise ValueError(f"{file} must have a column {column!r} once. Got {', '.join(header)}")
-    if len(first) > len(header):
-        raise ValueError(
-            f"{file} must have a name for each cell of a row. Got {len(first)} cells below {len(header)} names; "
-            "quote cells that hold commas, and leave none at the end"
-        )
-
-
-def header_again(lines: Iterable[str]) -> int | None:
-    """The number of the line of a table that is its header once more, as joined files have it; `None` for none."""
-    bare = (line.strip("\ufeff \t\r\n") for line in lines)
-    header = next(bare, "")
-    return next((number for number, line in enumerate(bare, 2) if line == header and header), None)
-
-
 def _of_file(spec: DomainSpec) -> DomainSpec:
     """The specification with the builder that reads the one file it names."""
     if not os.path.isfile(spec.path):
         return spec
     suffix = Path(spec.path).suffix.lower()
+    refuse_archive(spec.path, "it")
     if suffix not in _BUILDERS:
-        raise ValueError(
-            f"a file must end in {', '.join(_BUILDERS)}; unpack an archive and name the folder, and let `udon prepare "
-            "csv` read another table"
-        )
+        raise ValueError(f"a file must end in {', '.join(_BUILDERS)}; let `udon prepare csv` read another table")
     return spec.model_copy(update={"path": _BUILDERS[suffix], "data_files": spec.path})
 
 
@@ -305,21 +278,36 @@ def _check_all_pictures_are_used(
     return passed_over
 
 
-def _with_unnamed_pictures(
+def _compare_with_metadata(
     passed_over: Mapping[str, int], files: Mapping[str, tuple[str, ...]], splits: Any, endings: Sequence[str]
-) -> Mapping[str, int]:
-    """The counts with the pictures that no metadata names, which `datasets` leaves out."""
-    there = sum(Path(file).suffix.lower() in endings for of_split in files.values() for file in of_split)
-    left_out = there - sum(map(len, splits.values()))
-    return Counter(passed_over) + Counter({"picture file that no metadata names": max(left_out, 0)})
+) -> tuple[Mapping[str, int], str | None]:
+    """The counts with the pictures that no metadata names, and a line on those that it names and that are not there."""
+    every = [file for of_split in files.values() for file in of_split]
+    there = {os.path.normpath(file) for file in every if Path(file).suffix.lower() in endings}
+    left_out, doubt = len(there) - sum(map(len, splits.values())), None
+    if there and not any(file.startswith("hf://") for file in every):
+        images = [rows.with_format("arrow")[:]["image"].combine_chunks() for rows in splits.values()]
+        paths = [path for of_split in images for path in pc.struct_field(of_split, "path").to_pylist()]
+        if nameless := sum(path is None for path in paths):
+            raise ValueError(f"its metadata must name a picture in every row. Got {nameless:,} without; take them out")
+        named = list(map(os.path.normpath, paths))
+        left_out = len(there - set(named))
+        if missing := [path for path in named if path not in there and not os.path.exists(path)]:
+            share = f"{len(missing):,} of {len(named):,}"
+            doubt = f"{share} pictures that its metadata names are not there, such as {missing[0]}"
+    return Counter(passed_over) + Counter({"picture file that no metadata names": max(left_out, 0)}), doubt
 
 
 @contextmanager
 def _without_log() -> Iterator[None]:
-    # What `datasets` logs of a damaged file, it raises as well.
-    verbosity = datasets_logging.get_verbosity()
+    # What `datasets` logs of a damaged file, it raises as well. A bar belongs on a terminal only.
+    verbosity, has_bars = datasets_logging.get_verbosity(), not are_progress_bars_disabled()
     datasets_logging.set_verbosity(datasets_logging.CRITICAL)
+    if has_bars and not sys.stderr.isatty():
+        disable_progress_bars()
     try:
         yield
     finally:
         datasets_logging.set_verbosity(verbosity)
+        if has_bars:
+            enable_progress_bars()

@@ -11,7 +11,7 @@ import yaml
 from tqdm import tqdm
 
 from modeling_udon.data.doubts import doubts_of_images, rows_to_look_at
-from modeling_udon.data.folders import describe_passed_over
+from modeling_udon.data.folders import describe_passed_over, refuse_archive
 from modeling_udon.domain_spec import RESERVED_NAMES, check_domain_name
 from modeling_udon.prepare.own_data import (
     below,
@@ -46,6 +46,7 @@ Pictures = tuple[dict[str | None, list[Picture]], Read]
 
 def pictures_of_folder(source: Path, say: Say = lambda text: None) -> Pictures:
     """Finds the pictures of a folder with one subfolder per class; see `read_folder`."""
+    refuse_archive(source, "SOURCE")
     if not source.is_dir():
         raise ValueError(f"SOURCE must be a folder that is there. Got {source}.")
     found, read = read_folder(source)
@@ -75,6 +76,7 @@ def pictures_of_table(
         label_column: Column of the classes.
         split_column: Column of the splits, if the table has it.
     """
+    refuse_archive(source, "SOURCE")
     if not source.is_file():
         raise ValueError(f"SOURCE must be a table that is there. Got {source}.")
     folder = images or source.parent

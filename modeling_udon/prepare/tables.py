@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from modeling_udon.data.class_folders import class_name
-from modeling_udon.data.opening import header_again
+from modeling_udon.data.table_checks import wrong_line
 
 _DELIMITERS = (",", ";", "\t", "|")
 
@@ -98,8 +98,8 @@ def _read_csv(path: Path, wanted: Sequence[str]) -> Table:
     header, _, rest = text.partition("\n")
     if header.lower().startswith("sep="):  # a line by which Excel tells itself the delimiter
         text, header = rest, rest.partition("\n")[0]
-    if again := header_again(text.splitlines()):
-        raise ValueError(f"SOURCE must have its header once. Got it again in line {again} of {path}; take that line out.")
+    if reason := wrong_line(text.splitlines()):
+        raise ValueError(f"SOURCE must {reason}. It is {path}.")
     found = [sum(name.strip(' \r"') in wanted for name in header.split(delimiter)) for delimiter in _DELIMITERS]
     # Strict, since a quote that is never closed would make one class of all rows after it.
     rows = csv.reader(io.StringIO(text, newline=""), delimiter=_DELIMITERS[found.index(max(found))], strict=True)

@@ -200,7 +200,7 @@ class ImageIndex:
         Raises:
             ValueError: If there is no such row.
         """
-        return self.vectors_at(self.places(np.asarray(rows)))
+        return self.vectors_at(self.places(rows))
 
     def blocks(self, size: int = 65_536, columns: Sequence[str] | None = None) -> Iterator[IndexBlock]:
         """All rows that a search can find, so many at a time.
@@ -311,12 +311,15 @@ class ImageIndex:
         Raises:
             ValueError: If a row is not there, or was removed.
         """
+        rows = np.asarray(rows)
         found = np.searchsorted(self.rows, rows, sorter=self._order)
         places = self._order[np.minimum(found, len(self.rows) - 1)]
         # FAISS would read what lies beside its memory, so no number may pass that is none of a row.
         wrong = (self.rows[places] != rows) | ~self.is_live[places]
         if wrong.any():
-            raise ValueError(f"`rows` must be of the index. Got {rows[wrong][0]}, which is not there or was removed.")
+            raise ValueError(
+                f"`rows` must be of the index. Got {int(rows[wrong][0])}, which is not there or was removed."
+            )
         return places
 
     def vectors_at(self, places: np.ndarray) -> np.ndarray:

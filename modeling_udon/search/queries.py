@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from modeling_udon.data.files import read_file
-from modeling_udon.data.folders import describe_passed_over, is_image_name, walk_images
+from modeling_udon.data.folders import describe_passed_over, is_image_name, refuse_archive, walk_images
 from modeling_udon.data.images import decode_image, num_cores
 from modeling_udon.data.transforms import cut_box
 from modeling_udon.encoder import Encoder
@@ -100,6 +100,7 @@ class QueryReader:
             ValueError: If there is one.
         """
         for query in queries:
+            refuse_archive(query, "`queries`")
             if query != STANDARD_INPUT and not Path(query).exists():
                 raise ValueError(f"`queries` must be images or folders of images. Got {query!r}, which is not there.")
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from modeling_udon.data.folders import ImageWalk, is_image_name, walk_images
+from modeling_udon.data.folders import ImageWalk, is_image_name, refuse_archive, walk_images
 from modeling_udon.search.dataset_source import DatasetSource, is_dataset_folder, open_dataset
 from modeling_udon.search.file_source import read_list
 from modeling_udon.search.source_spec import SourceSpec
@@ -39,6 +39,7 @@ def open_source(spec: SourceSpec) -> OpenedSource:
         ValueError: If there is no such source, it holds no such split or column, or an option does not fit its kind.
     """
     path = Path(spec.source)
+    refuse_archive(path, "`source`")
     is_image_folder = path.is_dir() and not is_dataset_folder(path) and not spec.names_dataset
     is_file = path.is_file() and path.suffix.lower() != ".parquet"
     if not is_image_folder and not is_file:

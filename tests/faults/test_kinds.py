@@ -195,6 +195,45 @@ def test_a_header_that_comes_again_is_no_picture_of_a_class(
     assert done.code == 2 and again in done.err and done.err.count("\n") == 1
 
 
+TABLE = "file_name,label\n" + "".join(f"{row}.png,{'abc'[row % 3]}\n" for row in range(12))
+
+
+@pytest.mark.parametrize(
+    ("table", "words"),
+    [
+        (TABLE.replace(",", ";"), "Got 'file_name;label'; change it, or let `udon prepare csv` read it"),
+        (TABLE.replace(",", "\t"), r"Got 'file_name\\tlabel'; change it"),
+        ("sep=;\n" + TABLE.replace(",", ";"), "Got 'sep=;'; change it"),
+        (TABLE.replace("file_name", "File_Name"), "Got 'File_Name,label'; change it"),
+        ("# by me\n" + TABLE, "Got '# by me'; change it"),
+        (TABLE.replace(",", ", "), "no blanks around the name of a column. Got ' label'"),
+        (TABLE.replace("file_name", " file_name "), "no blanks around the name of a column. Got ' file_name '"),
+        (TABLE.replace(",a", ",a\0"), "must hold no zero bytes, as UTF-16 without a mark does. Got some in line 2"),
+        ("".join(letter + "\0" for letter in TABLE), "must hold no zero bytes, .* Got some in line 1"),
+        (TABLE + ",a\n", "must name a picture in every row. Got 1 without"),
+    ],
+)
+def test_a_table_of_metadata_that_would_be_read_otherwise_is_refused_in_one_line(
+    udon: Udon, tmp_path: Path, student: Path, table: str, words: str
+) -> None:
+    write(tmp_path / "p", *(f"{row}.png" for row in range(12)))
+    (tmp_path / "p" / "metadata.csv").write_text(table)
+    with pytest.raises(ValueError, match=words):
+        opened(tmp_path / "p")
+    done = udon("embed", tmp_path / "p", "--model", student, "--out", tmp_path / "e", "--columns", "label")
+    assert done.code == 2 and re.search(words, done.err) and done.err.count("\n") == 1
+
+
+@pytest.mark.parametrize("more", ["string,string\n", "99.png,a\n", "0.PNG,a\n"])
+def test_pictures_that_metadata_names_and_that_are_not_there_are_told(tmp_path: Path, more: str) -> None:
+    write(tmp_path, *(f"{row}.png" for row in range(12)))
+    (tmp_path / "metadata.csv").write_text(TABLE.replace("5.png,c\n", "") + more)
+    domain = opened(tmp_path)
+    line, *_ = find_doubts(domain)
+    assert "1 of 12 pictures that its metadata names are not there, such as " + str(tmp_path) in line
+    assert domain.passed_over["picture file that no metadata names"] == 1
+
+
 def test_a_picture_that_metadata_names_twice_has_one_class(tmp_path: Path) -> None:
     write(tmp_path, "0.png", "1.png")
     (tmp_path / "metadata.csv").write_text("file_name,label\n0.png,1\n1.png,2\n0.png,2\n")
@@ -423,3 +462,27 @@ def test_what_a_launch_left_in_the_environment_is_obeyed_or_refused_in_one_line(
     with pytest.raises(ValueError, match=re.escape(words)):
         evaluate(str(student), {"p": DomainSpec(path=str(folder), validation_split=None, test_split="train")})
     AcceleratorState._reset_state(True)
+
+
+@pytest.mark.parametrize("ending", [".zip", ".tar", ".tar.gz", ".7z"])
+def test_an_archive_is_refused_by_every_verb_with_what_unpacks_it(
+    udon: Udon, tmp_path: Path, searchable: Any, tiny_config: Callable[..., Path], ending: str
+) -> None:
+    (tmp_path / "x").mkdir()
+    archive = tmp_path / "x" / f"my shop{ending}"
+    with zipfile.ZipFile(archive, "w") as file:
+        file.writestr("a/0.png", draw(0))
+    config = tiny_config(domains={"shop": {"path": str(archive)}})
+    out, model = ("--out", tmp_path / "o"), ("--model", searchable.model)
+    for command in (
+        ("train", "--config", config),
+        ("prepare", "folder", archive, *out),
+        ("prepare", "csv", archive, *out),
+        ("prepare", "hub", archive, *out),
+        ("embed", archive, *model, *out),
+        ("search", archive, "--index", searchable.index, *model),
+    ):
+        done = udon(*command)
+        assert done.code == 2 and done.err.count("\n") == 1, done.err
+        assert f"must be unpacked. Got the archive '{archive}'; run `mkdir 'my shop' && " in done.err, done.err
+        assert "name that folder" in done.err and not (tmp_path / "o").exists()

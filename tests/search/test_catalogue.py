@@ -416,3 +416,17 @@ def test_a_search_of_many_changed_rows_names_the_way_to_be_quick(tmp_path, udon,
     assert udon("index", "--compact", "--out", tmp_path / "i").code == 0
     monkeypatch.setattr("modeling_udon.search.query.MANY_ROWS", 10)
     assert udon(*search).err == ""
+
+
+@pytest.mark.parametrize("row", [-1, -2, -(2**31), -(2**63), 340, 2**62, 2**63, 10**30])
+def test_the_number_of_no_row_reads_no_memory(tmp_path, udon, row):
+    make(tmp_path)
+    index = ImageIndex(tmp_path / "i")
+    calls = [lambda: index.describe(row), lambda: index.vectors([row]), lambda: index.check_rows([0, row])]
+    calls.append(lambda: Catalogue(tmp_path / "i").remove(rows=[3, row]))
+    for call in calls:
+        with pytest.raises(ValueError, match=f"`rows` must be of the index. Got {row}, which is not there"):
+            call()
+    done = udon("search", "--index", tmp_path / "i", "--like", f"row:{row}")
+    assert done.code == 2 and done.err.count("\n") == 1 and "which is not there" in done.err
+    assert ImageIndex(tmp_path / "i").about.num_images == 340

@@ -161,6 +161,21 @@ def test_a_bad_request_is_answered_with_its_reason(running, kind):
 
 
 @pytest.mark.parametrize(
+    ("content", "kind", "words"),
+    [
+        (b'{"model": "model", "input": "x"}', "text/plain", "`Content-Type` must be application/json. Got text/plain"),
+        (b'{"model": "model", "input": "x"}', "", "`Content-Type` must be application/json. Got none"),
+        (b"\xff\xd8\xff\xe0", "image/jpeg", "`Content-Type` must be application/json. Got image/jpeg"),
+        (b'{"model": "\xe9"}', "application/json", "the request's body must be JSON in UTF-8"),
+        (b"[" * 100_000, "application/json", "the request's body must be JSON in UTF-8, and not nested deeply"),
+    ],
+)
+def test_a_body_of_another_kind_is_told_what_it_must_be(running, content, kind, words):
+    answer = running.client.post("/v1/embeddings", content=content, headers={"content-type": kind} if kind else {})
+    assert answer.status_code == 400 and words in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
     ("change", "words"),
     [
         ({"domain": "birds"}, "`domain` must be one of the index"),
@@ -287,6 +302,7 @@ def test_health_and_metrics_tell_of_the_service(running, searchable, expected):
     assert value(after, "udon_index_images") == 12 and value(after, "udon_waiting_images") == 0
     assert 'udon_requests_total{path="/v1/embeddings",status="200"}' in after
     assert running.client.get("/health").json() == {"live": True, "ready": True}
+    assert [running.client.head(f"/health{path}").status_code for path in ("", "/live", "/ready")] == [200] * 3
 
 
 def test_no_answer_tells_where_things_lie(running, searchable):
