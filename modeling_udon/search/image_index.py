@@ -317,9 +317,8 @@ class ImageIndex:
         # FAISS would read what lies beside its memory, so no number may pass that is none of a row.
         wrong = (self.rows[places] != rows) | ~self.is_live[places]
         if wrong.any():
-            raise ValueError(
-                f"`rows` must be of the index. Got {int(rows[wrong][0])}, which is not there or was removed."
-            )
+            first = int(rows[wrong][0])
+            raise ValueError(f"`rows` must be of the index. Got {first}, which is not there or was removed.")
         return places
 
     def vectors_at(self, places: np.ndarray) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Outputs that take nothing: closed by the shell, full, or left by their reader. A line or nothing, and no traceback."""
+"""Outputs that take nothing, since the shell closed them, they are full, or their reader left: no traceback."""
 
 import os
 import subprocess
@@ -11,11 +11,13 @@ import pytest
 import yaml
 
 ROOT = Path(__file__).parents[2]
+# Without these, as a user has it, there must be none in a log either.
+BARS = ("HF_DATASETS_DISABLE_PROGRESS_BARS", "HF_HUB_DISABLE_PROGRESS_BARS")
 
 
 @pytest.fixture
 def shell(searchable: Any, make_values: Callable[..., dict[str, Any]], tmp_path: Path) -> Callable[..., Any]:
-    """Runs `udon` from a shell: takes its words and what follows them there; gives codes of the pipe and what was said."""
+    """Runs `udon` from a shell: takes its words and what follows; gives the codes of the pipe and what was said."""
     config = tmp_path / "c.yaml"
     config.write_text(yaml.safe_dump(make_values(tmp_path / "runs")))
     places = {"index": searchable.index, "model": searchable.model, "pictures": searchable.pictures, "config": config}
@@ -23,10 +25,9 @@ def shell(searchable: Any, make_values: Callable[..., dict[str, Any]], tmp_path:
     def run(words: str, after: str) -> tuple[list[int], str, str]:
         command = f"{sys.executable} -m modeling_udon.cli {words.format(**places)} {after}; echo ${{PIPESTATUS[@]}} >&9"
         codes = tmp_path / "codes"
-        variables = {"PYTHONPATH": str(ROOT), "HF_DATASETS_DISABLE_PROGRESS_BARS": "0"}
         done = subprocess.run(
             ["bash", "-c", f"exec 9>{codes}; {command}"],
-            env=os.environ | variables,
+            env={name: value for name, value in os.environ.items() if name not in BARS} | {"PYTHONPATH": str(ROOT)},
             capture_output=True,
             text=True,
             timeout=240,
