@@ -2,9 +2,7 @@
 
 import json
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,9 +11,8 @@ import pyarrow as pa
 from modeling_udon.engines.columns import ID, ROW, VECTOR, Columns, fit_names
 from modeling_udon.engines.lance_address import LanceAddress, fit_name, table_names
 from modeling_udon.engines.parity import exact_answers
-from modeling_udon.engines.store import Place, fitted, one_of_both, padded, said_in_one_line
+from modeling_udon.engines.store import Place, fitted, held_alone, one_of_both, padded, said_in_one_line
 from modeling_udon.faults import require
-from modeling_udon.storage import locked
 
 METADATA_KEY = b"udon"
 EFFORT_KEY = b"udon:nprobes"
@@ -32,12 +29,9 @@ class LanceStore:
     """A Lance table that `lance_index.LanceIndex` searches."""
 
     def __init__(self, place: Place) -> None:
-        self._place, self._held = place, ExitStack()
+        self._place = place
         self._address = LanceAddress(one_of_both(place, "lancedb"), place.table, {})
-        if place.out is not None:
-            folder = Path(place.out)
-            folder.mkdir(parents=True, exist_ok=True)
-            self._held.enter_context(locked(folder))
+        self._held = held_alone(place.out)
         with self._guarded():
             self._database = self._address.connect("the export to LanceDB needs")
         self._table: Any = None

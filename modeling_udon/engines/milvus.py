@@ -9,7 +9,16 @@ import numpy as np
 import pyarrow as pa
 
 from modeling_udon.engines.columns import ID, ROW, VECTOR, Columns, fit_names
-from modeling_udon.engines.store import Place, draft_name, fitted, is_draft, one_of_both, padded, said_in_one_line
+from modeling_udon.engines.store import (
+    Place,
+    draft_name,
+    fitted,
+    held_alone,
+    is_draft,
+    one_of_both,
+    padded,
+    said_in_one_line,
+)
 from modeling_udon.faults import require
 from modeling_udon.search.found import json_value
 
@@ -38,6 +47,7 @@ class MilvusStore:
         self._library = require("pymilvus", "milvus", "the export to Milvus needs")
         if place.out is not None:
             require("milvus_lite", "milvus", "the export to a file needs")
+        self._held = held_alone(place.out)
         with self._guarded():
             self._client = self._library.MilvusClient(where, token=os.environ.get("MILVUS_TOKEN", ""))
 
@@ -97,6 +107,7 @@ class MilvusStore:
     def close(self) -> None:
         """Ends the connection."""
         self._client.close()
+        self._held.close()
 
     def _new_draft(self) -> str:
         """A name for a collection that is being filled; drops what killed exports have left."""

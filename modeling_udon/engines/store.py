@@ -3,8 +3,9 @@
 import re
 import secrets
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -12,6 +13,7 @@ import pyarrow as pa
 
 from modeling_udon.engines.columns import Columns
 from modeling_udon.faults import OneLineError, first_line
+from modeling_udon.storage import locked
 
 
 class EngineError(OneLineError, OSError):
@@ -70,6 +72,19 @@ def only_out(place: Place, engine: str) -> str:
     if place.out is None or place.url is not None:
         raise ValueError(f"`out` must be given for {engine}, and no `url`. Got out {place.out!r}, url {place.shown!r}.")
     return place.out
+
+
+def held_alone(out: str | None) -> ExitStack:
+    """Keeps other exports out of a folder, which is made if need be, until what is given is closed.
+
+    Raises:
+        InUseError: If another one is at work there.
+    """
+    held = ExitStack()
+    if out is not None:
+        Path(out).mkdir(parents=True, exist_ok=True)
+        held.enter_context(locked(Path(out)))
+    return held
 
 
 def one_of_both(place: Place, engine: str) -> str:
