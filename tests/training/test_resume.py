@@ -83,7 +83,9 @@ def test_a_run_goes_on_that_was_started_before_a_key_of_its_config_existed(
     saved = yaml.safe_load((run / "config.yaml").read_text())
     for name in ("metric", "max_images", "patience", "baselines"):
         del saved["eval"][name]
-    del saved["data"]["max_broken_share"], saved["train"]["compile"], saved["ablation"]
+    for name in ("max_broken_share", "teacher_image_size", "teacher_area"):
+        del saved["data"][name]
+    del saved["train"]["compile"], saved["ablation"]
     for spec in saved["domains"].values():
         del spec["streaming"]
     (run / "config.yaml").write_text(yaml.safe_dump(saved))
