@@ -19,6 +19,7 @@ from torch.profiler import ProfilerActivity, profile
 from modeling_udon.config import LossConfig, OptimConfig
 from modeling_udon.configuration_udon import UdonConfig
 from modeling_udon.training.distillation import UdonForDistillation
+from modeling_udon.training.inputs import FEATURES
 from modeling_udon.training.memory import estimate_prototypes
 from modeling_udon.training.optimization import IdleHeads, learning_rates, make_optimizer, set_learning_rates
 from modeling_udon.training.sampled_classes import SampledClasses
@@ -45,7 +46,7 @@ class Step:
         backbone = {"model_type": "vit", "hidden_size": WIDTH, "num_hidden_layers": 1, "num_attention_heads": 3}
         config = UdonConfig(backbone, domains={"many": num_classes})
         loss, optim = LossConfig(**objective), OptimConfig()
-        self._model = UdonForDistillation(config, loss, takes_features=True)
+        self._model = UdonForDistillation(config, loss, inputs=FEATURES)
         self._model.udon.backbone.requires_grad_(False)
         self._optim = optim
         self._optimizer = make_optimizer(self._model, optim)

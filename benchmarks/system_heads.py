@@ -1,12 +1,14 @@
-"""Training of heads on cached features in this process, and what a frozen start gives without training."""
+"""Training on what is cached of a frozen start, in this process, and what the start gives without training."""
 
 import json
+import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from accelerate.state import AcceleratorState
+from safetensors.torch import load_file, save_file
 
 from modeling_udon.config_file import load_config
 from modeling_udon.data.transforms import EvalTransform
@@ -18,21 +20,31 @@ from modeling_udon.training.run_folder import RunFolder
 from modeling_udon.training.signals import StopSignals
 from modeling_udon.training.trainer import Trainer
 
+_HEADS = "heads.safetensors"
 
-def train_heads(words: Sequence[str], folder: Path) -> None:
-    """Trains heads by the trainer's own steps and scores the last student; writes `results.json` and `cost.json`.
+
+def train_cached(
+    words: Sequence[str], folder: Path, start: Path | None = None, keep: bool = False, beat: float = -1
+) -> None:
+    """Trains by the trainer's own steps and scores the last student; writes `results.json` and `cost.json`.
 
     A run is over in seconds: there are no checkpoints, and no validation on the way to choose among.
 
     Args:
         words: Command line of the run, its config first.
         folder: The run's folder.
+        start: Folder of a run whose heads, prototypes and centre this one begins with; it has kept them.
+        keep: Whether this one keeps its own.
+        beat: R@1 on the validation up to which the test split is not read.
     """
 
     def train(run: Run) -> None:
         trainer = Trainer(run)
         batches = trainer.batches()
         first = next(batches)
+        if start is not None:
+            # Not before, since opening the data sets the centre.
+            run.model.load_state_dict(load_file(start / _HEADS), strict=False)
         # Opening the features is the same for all; the steps are what a system costs.
         wall, processor = time.perf_counter(), time.process_time()
         trainer.count_step(first, trainer.train_step(first))
@@ -51,11 +63,13 @@ def train_heads(words: Sequence[str], folder: Path) -> None:
         # What a run gives out is the average of the weights, where it keeps one.
         with run.average.shown():
             embedder, encoder = make_embedder(run, lambda line: None), _encoder(run)
-            splits = {
-                split: search_model(encoder, domains_with(run.domains, split), split, embedder).scores().as_dict()
-                for split in ("validation", "test")
-                if domains_with(run.domains, split)
-            }
+            splits: dict[str, dict[str, Any]] = {}
+            for split in ("validation", "test"):
+                if (found := domains_with(run.domains, split)) and _quality(splits) > beat:
+                    splits[split] = search_model(encoder, found, split, embedder).scores().as_dict()
+        if keep:
+            weights = run.model.state_dict().items()
+            save_file({name: value for name, value in weights if ".backbone." not in name}, folder / _HEADS)
         steps = run.sampler.steps_by_domain
         (folder / "cost.json").write_text(json.dumps(cost), encoding="utf-8")
         results = json.dumps({"splits": splits, "steps_by_domain": steps})
@@ -87,6 +101,11 @@ def measure_baselines(words: Sequence[str], say: Callable[[str], None]) -> dict[
 
     _with_run(words, measure)
     return found
+
+
+def _quality(splits: Mapping[str, Any]) -> float:
+    quality: float = splits["validation"]["merged"]["mean"]["R@1"] if "validation" in splits else math.inf
+    return quality
 
 
 def _with_run(words: Sequence[str], use: Callable[[Run], None]) -> None:

@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -38,8 +38,25 @@ BUDGETS: dict[str, dict[str, list[str]]] = {
         + ["--log.every", "100000"],
         "joint": [],
     },
+    # Heads as above at the best rate there, then the last two layers of the start with them, on cached tokens; the rate
+    # of the layers is the best of `LAYER_RATES` on the validation split.
+    "layers": {
+        "pretrain": [],
+        "systems": ["--train.trained_layers", "2", "--train.num_steps", "150", "--train.batch_size", "32"]
+        + ["--optim.warmup_steps", "15", "--optim.frozen_fraction", "0"]
+        + ["--data.num_workers", "0", "--eval.every", "100000", "--train.checkpoint_every", "100000"]
+        + ["--log.every", "100000"],
+        "joint": [],
+    },
 }
 RATES = ("3e-3", "1e-2", "3e-2")
+LAYER_RATES = ("1e-5", "3e-5", "1e-4")
+# The best of `RATES` for heads on features of MiniUnED (docs/benchmarks/heads.md), and what these heads then have while
+# layers learn, a tenth of it.
+HEAD_RATES = {
+    **dict.fromkeys(("uscrr", "uscrr_256d", "uscrr_dynamic", "ujcds", "udon", "udon_round_robin"), ("3e-3", "3e-4")),
+    **dict.fromkeys(("uscds", "ujcrr", "anchor", "specialist", "centred", "centred_separate"), ("1e-2", "1e-3")),
+}
 
 JOINT = ("ujcrr", "ujcds")
 CORE = ("uscrr", "uscds", *JOINT, "specialists", "separate_teachers", "separate_student", "udon")
@@ -77,9 +94,9 @@ class Settings:
         return DOMAINS[self.benchmark]
 
     @property
-    def on_features(self) -> bool:
-        """Whether heads alone are trained, on cached features."""
-        return self.budget == "heads"
+    def in_process(self) -> bool:
+        """Whether runs train in this process, on what is cached of a frozen start."""
+        return self.budget in ("heads", "layers")
 
     @property
     def start_is_trained(self) -> bool:
@@ -129,6 +146,30 @@ def runs_of(settings: Settings, row: str) -> list[str]:
     return [f"specialist-{domain}" for domain in settings.domains] if row == "specialists" else [row]
 
 
+def rates_of(settings: Settings) -> tuple[str, ...]:
+    """Learning rates that are tried for a row."""
+    return LAYER_RATES if settings.budget == "layers" else RATES
+
+
+def heads_of(settings: Settings, seed: int, run: str) -> tuple[list[str], Path]:
+    """Command line and folder of the heads that a run of the last layers starts from.
+
+    Raises:
+        SystemExit: If their learning rate was never chosen.
+    """
+    row = run.partition("-")[0]
+    if row not in HEAD_RATES:
+        raise SystemExit(f"`--systems` must be rows of HEAD_RATES with --budget layers. Got {row}; add its rate there.")
+    pairs = zip(settings.options[::2], settings.options[1::2], strict=True)
+    # What is said of the layers' training says nothing of theirs, but for the precision of the features.
+    others = ("--train.mixed_precision", "--data.", "--model.", "--sampling.")
+    kept = [word for pair in pairs if pair[0].startswith(others) for word in pair]
+    heads = replace(settings, budget="heads", options=tuple(kept))
+    folder = settings.run_dir(seed, run) / "heads"
+    words = words_of(heads, seed, run, HEAD_RATES[row][0])
+    return [*words, "--name", folder.name, "--output_dir", str(folder.parent)], folder
+
+
 def words_of(settings: Settings, seed: int, run: str, rate: str | None = None) -> list[str]:
     """Command line of one run, its config first."""
     config, *domain = run.split("-")
@@ -138,12 +179,15 @@ def words_of(settings: Settings, seed: int, run: str, rate: str | None = None) -
     words += domain_words(settings, domain or settings.domains)
     if not settings.start_is_trained:
         words += ["--data.image_size", str(_image_size(settings))]
-    if settings.on_features:
+    if settings.in_process:
         words += ["--train.feature_cache", str(settings.features or settings.out / "features")]
     words += BUDGETS[settings.budget]["systems"]
     words += BUDGETS[settings.budget]["joint"] if run in JOINT else []
     words += settings.options
-    words += [] if rate is None else ["--optim.lr", rate]
+    if settings.budget == "layers":
+        words += ["--optim.lr", HEAD_RATES[config][1]]
+    if rate is not None:
+        words += ["--optim.backbone_lr" if settings.budget == "layers" else "--optim.lr", rate]
     if domain:
         words += ["--train.num_steps", str(num_steps(settings) // len(settings.domains))]
     if config == "separate_teachers":

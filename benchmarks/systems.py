@@ -1,11 +1,14 @@
 """Every system of the papers, and ours, on one benchmark, in one table.
 
     python benchmarks/systems.py --data DIR --start FOLDER [--benchmark glyphs] [--seeds 0 1 2] [--systems udon ...]
+    python benchmarks/systems.py --data DIR --start FOLDER --fine-tune --budget layers [--seeds 0 1 2]
     python benchmarks/systems.py --data DIR --fine-tune [--start pretrain] [--budget cpu|gpu] [--jobs N]
 
 Without `--fine-tune`, heads are trained on cached features of the frozen start, each run in seconds: the learning rate
 of every row is the best of the same three on the validation split of the first seed, and the test split is read for
-the table alone. With it, whole models are trained through `train_udon.py`. All systems see the same number of images;
+the table alone. With it and `--budget layers`, the last two layers of the start follow, with these heads, on cached
+tokens, each run in minutes; their learning rate is chosen in the same way. With it alone, whole models are trained
+through `train_udon.py`. All systems see the same number of images;
 specialists share it equally, and what trained teachers saw comes on top and is counted in the cost. Goes on where it
 was stopped, and refuses finished runs of another start, data, budget or option. Writes `systems.md`, `systems.json` and
 `systems.png` into `--out`.
@@ -24,18 +27,19 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
-from system_heads import measure_baselines, train_heads
+from system_heads import measure_baselines, train_cached
 from system_rows import (
     BUDGETS,
     CONFIGS,
     CORE,
     DOMAINS,
-    RATES,
     ROOT,
     TEACHERS,
     Settings,
     asked_of,
     check_asked,
+    heads_of,
+    rates_of,
     rows,
     runs_of,
     starts,
@@ -44,7 +48,7 @@ from system_rows import (
 from system_tables import draw, format_tables, read_row, read_scores
 
 
-def train(settings: Settings, seed: int, run: str, rate: str | None = None) -> None:
+def train(settings: Settings, seed: int, run: str, rate: str | None = None, beat: float = -1) -> None:
     """Trains one run unless it is done, and adds what it took to its `cost.json`.
 
     Raises:
@@ -55,20 +59,36 @@ def train(settings: Settings, seed: int, run: str, rate: str | None = None) -> N
     if (folder / "results.json").is_file():
         check_asked(folder, asked)
         return
-    if settings.on_features:
-        train_heads(words, folder)
+    if settings.in_process:
+        start = train_start_heads(settings, seed, run) if settings.budget == "layers" else None
+        train_cached(words, folder, start, beat=beat)
         say(f"{folder}: done")
     else:
         launch(settings, folder, words)
     (folder / "asked.json").write_text(json.dumps(asked), encoding="utf-8")
 
 
+def train_start_heads(settings: Settings, seed: int, run: str) -> Path:
+    """Trains the heads that the last layers begin with, unless it is done, and returns their folder."""
+    words, folder = heads_of(settings, seed, run)
+    asked = asked_of(settings, words)
+    if (folder / "results.json").is_file():
+        check_asked(folder, asked)
+    else:
+        train_cached(words, folder, keep=True)
+        (folder / "asked.json").write_text(json.dumps(asked), encoding="utf-8")
+    return folder
+
+
 def tune(settings: Settings, seed: int, row: str) -> str:
     """Trains a row at every learning rate and returns the one with the best mean R@1 on the validation split."""
-    scores = {}
-    for rate in RATES:
-        for run in runs_of(settings, row):
-            train(settings, seed, run, rate)
+    scores: dict[str, float] = {}
+    for rate in rates_of(settings):
+        runs = runs_of(settings, row)
+        # A rate that is not chosen needs no test; of several models for a row none is chosen by itself.
+        beat = max(scores.values(), default=-1.0) if len(runs) == 1 else -1.0
+        for run in runs:
+            train(settings, seed, run, rate, beat)
         folders = [settings.run_dir(seed, run, rate) for run in runs_of(settings, row)]
         scores[rate] = read_scores(folders, "validation")["merged"]["R@1"]["mean"]
     return max(scores, key=lambda rate: scores[rate])
@@ -169,7 +189,7 @@ def read_baselines(settings: Settings, row: str, seed: int) -> dict[str, Any]:
 def make_table(settings: Settings, systems: Sequence[str], seeds: Sequence[int]) -> dict[str, Any]:
     """Trains what is missing and reads all rows."""
     rates: dict[str, str | None] = dict.fromkeys(systems)
-    if settings.on_features:
+    if settings.in_process:
         for row in systems:
             rates[row] = tune(settings, seeds[0], row)
             for seed in seeds[1:]:
@@ -202,7 +222,7 @@ def main(words: Sequence[str] | None = None) -> None:
         "--start", default=start or "pretrain", help=f"folder of a trained backbone, or one of {', '.join(starts())}"
     )
     parser.add_argument("--fine-tune", action="store_true", help="train whole models instead of heads on features")
-    parser.add_argument("--budget", choices=["cpu", "gpu"], default="cpu", help="of --fine-tune")
+    parser.add_argument("--budget", choices=["cpu", "gpu", "layers"], default="cpu", help="of --fine-tune")
     parser.add_argument("--features", type=Path, help="folder of cached features; default: one in --out")
     parser.add_argument("--out", type=Path, default=Path("runs/systems"))
     parser.add_argument("--jobs", type=int, default=1, help="whole models trained at the same time; default: 1")
@@ -218,9 +238,13 @@ def main(words: Sequence[str] | None = None) -> None:
         arguments.benchmark,
         None if arguments.features is None else arguments.features.resolve(),
     )
-    systems = arguments.systems or [row for row in CORE if not (settings.on_features and row in TEACHERS)]
-    if settings.on_features and (seeing := [row for row in systems if row in TEACHERS]):
-        parser.error(f"--systems {' '.join(seeing)} learn from teachers that see images; add --fine-tune")
+    systems = arguments.systems or [row for row in CORE if not (settings.in_process and row in TEACHERS)]
+    if settings.in_process and (seeing := [row for row in systems if row in TEACHERS]):
+        parser.error(
+            f"--systems {' '.join(seeing)} learn from teachers that see images; add --fine-tune for whole models"
+        )
+    if settings.budget == "layers" and not settings.start_is_trained:
+        parser.error("--budget layers needs a trained backbone; name its folder with --start")
     train_start(settings)
     table = make_table(settings, systems, arguments.seeds)
     (settings.out / "systems.json").write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")

@@ -168,18 +168,32 @@ def cut_layers(config: PretrainedConfig, keep_layers: int | None) -> PretrainedC
     if name is not None:
         setattr(config, name, cut_layers(getattr(config, name), keep_layers))
         return config
-    own = getattr(config, "num_hidden_layers", None)
-    if not isinstance(own, int) or not 0 < keep_layers <= own or getattr(config, "depths", None) is not None:
-        what = f"{own} layers" if isinstance(own, int) and not hasattr(config, "depths") else "stages of layers"
-        raise ValueError(
-            f"`model.keep_layers` must be from 1 to the backbone's number of layers. Got {keep_layers} for "
-            f"{config.model_type!r}, which has {what}; name a number that it has, or leave it out."
-        )
+    check_layer_count(config, keep_layers, "model.keep_layers")
     values = config.to_dict()
     # Names of stages go by the number of layers.
     for derived in ("stage_names", "out_features", "out_indices", "_out_features", "_out_indices", "layer_types"):
         values.pop(derived, None)
     return type(config).from_dict(values | {"num_hidden_layers": keep_layers})
+
+
+def check_layer_count(config: PretrainedConfig, wanted: int, key: str) -> None:
+    """Refuses a number of layers that a backbone does not have.
+
+    Args:
+        config: A vision encoder's.
+        wanted: The number.
+        key: The user's argument that gave it.
+
+    Raises:
+        ValueError: If it has fewer, or counts its layers otherwise.
+    """
+    own = getattr(config, "num_hidden_layers", None)
+    if not isinstance(own, int) or not 0 < wanted <= own or getattr(config, "depths", None) is not None:
+        what = f"{own} layers" if isinstance(own, int) and not hasattr(config, "depths") else "stages of layers"
+        raise ValueError(
+            f"`{key}` must be from 1 to the backbone's number of layers. Got {wanted} for "
+            f"{config.model_type!r}, which has {what}; name a number that it has, or leave it out."
+        )
 
 
 @contextmanager

@@ -45,6 +45,7 @@ def check_adaptation(config: "TrainConfig") -> None:
         "loss.retention": config.loss.retention > 0,
         "loss.student_classification": config.loss.student_classification == 0,
         "train.heads_only": config.train.heads_only,
+        "train.trained_layers": config.train.trained_layers is not None,
         "train.shard_backbone": config.train.shard_backbone,
         "train.accumulation_steps": config.train.accumulation_steps > 1,
         "model.lora": config.model.lora is not None,
@@ -158,8 +159,8 @@ class TrainConfig(Section):
 
     @model_validator(mode="after")
     def _features_suffice(self) -> "TrainConfig":
-        if self.train.heads_only and self.teachers is not None:
-            raise ValueError("`train.heads_only` must go without `teachers`, which have to see the images")
+        if self.train.cached_by is not None and self.teachers is not None:
+            raise ValueError(f"`{self.train.cached_by}` must go without `teachers`, which have to see the images")
         return self
 
     @model_validator(mode="after")
@@ -171,9 +172,12 @@ class TrainConfig(Section):
                 raise ValueError(
                     f"`frozen_teachers.{number}.model` 'average' must go with `train.ema_decay`, such as 0.99"
                 )
-            if self.train.heads_only and teacher.sees == "crop" and teacher.model not in ("start", "average"):
+            # Of features, the start sees what the student does; the average always does.
+            alike = ("start", "average") if self.train.heads_only else ("average",)
+            if self.train.cached_by is not None and teacher.sees == "crop" and teacher.model not in alike:
                 raise ValueError(
-                    f"`frozen_teachers.{number}.sees` must be 'image' with `train.heads_only`, which sees no crops"
+                    f"`frozen_teachers.{number}.sees` must be 'image' with `{self.train.cached_by}`, which sees no "
+                    "crops"
                 )
         rests = self.train.heads_only or self.model.lora is not None
         if self.loss.retention and (rests or self.train.shard_backbone):
@@ -193,6 +197,8 @@ class TrainConfig(Section):
                 f"`data.{key}` must go with teachers that see crops: of `loss`, of `teachers`, or in `frozen_teachers` "
                 "'start', 'average' or `sees` 'crop'; leave it out"
             )
+        if self.train.trained_layers is not None:
+            raise ValueError(f"`data.{key}` must go without `train.trained_layers`, whose tokens are of one view")
         if self.loss.student_classification == 0 or self.train.keep_teachers:
             raise ValueError(
                 f"`data.{key}` must go with a student, `loss.student_classification` above 0, and without "

@@ -41,10 +41,14 @@ class TrainSection(Section):
     """
     heads_only: bool = False
     """Whether the backbone stays as it is: its features of all training images are computed once and kept on disk."""
+    trained_layers: int | None = Field(None, gt=0)
+    """Last layers of a plain transformer that learn, with the norm after them; all before them stays as it is, and what
+    it makes of every image is computed once and kept on disk. `null`: all layers learn."""
     feature_views: int = Field(1, gt=0)
-    """Views of each image whose features are kept: first that of the evaluation, then random ones as in training."""
+    """Views of each image whose features or tokens are kept: first that of the evaluation, then random ones as in
+    training."""
     feature_cache: Path | None = None
-    """Folder of the features, which several runs may share; `null`: `features` in the run's folder."""
+    """Folder of the features or tokens, which several runs may share; `null`: `features` in the run's folder."""
 
     @field_validator("mixed_precision", mode="before")
     @classmethod
@@ -67,6 +71,20 @@ class TrainSection(Section):
                 "`heads_only` must go without `shard_backbone`; a backbone at rest has nothing to share out"
             )
         return self
+
+    @model_validator(mode="after")
+    def _part_of_the_backbone(self) -> "TrainSection":
+        others = ("heads_only", "shard_backbone", "compile")
+        if self.trained_layers is not None and (found := [f"`{name}`" for name in others if getattr(self, name)]):
+            raise ValueError(f"`trained_layers` must go without {', '.join(found)}; leave one of them out")
+        return self
+
+    @property
+    def cached_by(self) -> str | None:
+        """The key by which a part of the backbone stays as it is, so that steps see no images; `None` without one."""
+        if self.heads_only:
+            return "train.heads_only"
+        return None if self.trained_layers is None else "train.trained_layers"
 
 
 class EvalConfig(Section):

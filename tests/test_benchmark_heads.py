@@ -1,5 +1,6 @@
 """Benchmarks that train heads on cached features: what is scored, and domains that heads have not seen."""
 
+import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +14,7 @@ from tiny_models import TINY_VIT
 from transformers import ViTConfig, ViTModel
 
 ROOT = Path(__file__).parent.parent
-NAMES = ("system_heads", "system_rows", "held_out")
+NAMES = ("system_heads", "system_rows", "system_tables", "systems", "held_out")
 TINY = ["--train.num_steps", "4", "--train.batch_size", "8", "--sampling.update_every", "4", "--data.image_size", "16"]
 WIDTH = ["--model.embedding_dim", "6"]
 
@@ -59,7 +60,7 @@ def test_heads_are_scored_by_the_average_where_a_run_keeps_one(
     monkeypatch.setattr(heads, "search_model", seen)
     for folder, options in (("plain", ()), ("averaged", ("--train.ema_decay", "0.9"))):
         settings = rows.Settings(data, tmp_path / folder, str(data / "start"), "heads", 1, (*TINY, *options))
-        heads.train_heads(rows.words_of(settings, 0, "centred", "1e-2"), settings.run_dir(0, "centred", "1e-2"))
+        heads.train_cached(rows.words_of(settings, 0, "centred", "1e-2"), settings.run_dir(0, "centred", "1e-2"))
     plain, averaged = scored[-3], scored[-1]
     assert len(scored) == 4 and all((plain[name] != averaged[name]).any() for name in plain)
 
@@ -86,3 +87,36 @@ def test_all_domains_of_another_benchmark_are_measured_over_seeds(
     benchmarks["held_out"].main([*words, "--other", "glyphs", str(data), "--seeds", "0", "1"])
     *_, heads, line, row = capsys.readouterr().out.strip().splitlines()
     assert row.startswith("| c |") and row.count("±") == 2 and set(line) == set("|-")
+
+
+def test_last_layers_go_on_from_the_heads_and_their_rate_alone_is_chosen(
+    benchmarks: dict[str, ModuleType], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows, systems = benchmarks["system_rows"], benchmarks["systems"]
+    for budget, layers in (("heads", []), ("layers", ["--train.trained_layers", "1"])):
+        own = {**rows.BUDGETS[budget], "systems": [*rows.BUDGETS[budget]["systems"], *TINY, *layers]}
+        monkeypatch.setitem(rows.BUDGETS, budget, own)
+    monkeypatch.setattr(rows, "LAYER_RATES", ("0", "1e-1"))
+    monkeypatch.setitem(rows.HEAD_RATES, "centred", ("1e-1", "0"))
+    words = ["--data", str(data), "--start", str(data / "start"), "--out", str(tmp_path), "--fine-tune"]
+    words += ["--budget", "layers", "--seeds", "0", "1", "--systems", "centred", *WIDTH]
+    systems.main(words)
+    folder = tmp_path / "seed-0" / "centred"
+    heads, still, moved = (
+        json.loads((folder / name / "results.json").read_text())["splits"] for name in ("heads", "lr-0", "lr-1e-1")
+    )
+    assert heads == still, "nothing learns at a rate of 0: it begins where the heads ended"
+    assert moved["validation"] != still["validation"]
+    row = json.loads((tmp_path / "systems.json").read_text())["rows"]["centred"]
+    best = max((still, moved), key=lambda splits: splits["validation"]["merged"]["mean"]["R@1"])
+    assert row["rate"] == ("0" if best is still else "1e-1")
+    assert ("test" in moved) == (best is moved), "the test of a rate that lost is not read"
+    seeds = row["merged"]["R@1"]["mean"]["seeds"]
+    assert len(seeds) == 2 and seeds[0] == pytest.approx(best["test"]["merged"]["mean"]["R@1"])
+    written = (folder / "lr-0" / "results.json").stat().st_mtime_ns
+    systems.main(words)
+    assert (folder / "lr-0" / "results.json").stat().st_mtime_ns == written, "what is done is not trained again"
+    with pytest.raises(SystemExit, match="must be rows of HEAD_RATES with --budget layers. Got udon_mlp"):
+        rows.heads_of(rows.Settings(data, tmp_path, str(data / "start"), "layers", 1), 0, "udon_mlp")
+    with pytest.raises(SystemExit):
+        systems.main([*words, "--start", "pretrain"])

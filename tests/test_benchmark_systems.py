@@ -142,7 +142,8 @@ def test_heads_on_features_take_the_best_rate_of_the_validation(
 ) -> None:
     systems.main(["--fine-tune", "--out", str(tmp_path / "whole"), "--seeds", "0", "--systems", "uscrr"])
     in_process.clear()
-    monkeypatch.setattr(systems, "RATES", ("3e-3", "1e-1"))
+    rates = ("3e-3", "1e-1")
+    monkeypatch.setattr(sys.modules["system_rows"], "RATES", rates)
     start = tmp_path / "whole" / "pretrain" / "best"
     words = ["--start", str(start), "--out", str(tmp_path / "heads"), "--seeds", "0", "1", *TINY]
     words += ["--data.image_size", "64", "--systems", "uscrr", "centred", "specialists"]
@@ -155,7 +156,7 @@ def test_heads_on_features_take_the_best_rate_of_the_validation(
         return json.loads(path.read_text())["splits"][split]["merged"]["mean"]["R@1"]
 
     row = table["rows"]["centred"]
-    assert recall(0, row["rate"], "validation") == max(recall(0, rate, "validation") for rate in systems.RATES)
+    assert recall(0, row["rate"], "validation") == max(recall(0, rate, "validation") for rate in rates)
     tested = [recall(seed, row["rate"], "test") for seed in (0, 1)]
     assert row["merged"]["R@1"]["mean"]["seeds"] == pytest.approx(tested)
     half = 12.706 * np.std(tested, ddof=1) / np.sqrt(2)

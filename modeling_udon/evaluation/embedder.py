@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,8 @@ from modeling_udon.data.dataset import BrokenImage, EvaluationDataset, collate_i
 from modeling_udon.data.domains import Images
 from modeling_udon.data.loader import WorkerLoader
 from modeling_udon.encoder import Encoder
+
+Embed = Callable[[torch.Tensor], dict[str, torch.Tensor]]
 
 
 @dataclass(frozen=True)
@@ -62,15 +65,26 @@ class ImageEmbedder:
             name: Name of the domain, whose teacher embeds as well where the encoder has it.
             split: What of it is embedded.
         """
-        world, rank = self.accelerator.num_processes, self.accelerator.process_index
         dataset = EvaluationDataset(images, encoder.transform, name, split)
+        return self.embed_all(dataset, partial(encoder.embed, domain=name), name, self.num_workers)
+
+    def embed_all(self, dataset: Any, embed: Embed, name: str, num_workers: int) -> EmbeddedImages:
+        """Embeds all items of a data set.
+
+        Args:
+            dataset: Gives items as `EvaluationDataset` does.
+            embed: Gives the embeddings of a batch of them by kind.
+            name: Name of the domain.
+            num_workers: Processes that read items, for each process.
+        """
+        world, rank = self.accelerator.num_processes, self.accelerator.process_index
         # Every process takes as many, so that they can gather; what is taken twice is cut off at the end.
         rows = np.arange(rank, rank + world * -(-len(dataset) // world), world) % len(dataset)
         loader: WorkerLoader[Any] = WorkerLoader(
             TorchSubset(dataset, rows.tolist()),
             batch_size=self.batch_size,
             sampler=SequentialSampler(rows),
-            num_workers=min(self.num_workers, -(-len(rows) // self.batch_size)),
+            num_workers=min(num_workers, -(-len(rows) // self.batch_size)),
             collate_fn=collate_images,
             pin_memory=self.accelerator.device.type == "cuda",
         )
@@ -79,7 +93,7 @@ class ImageEmbedder:
         for pixels, found in loader:
             broken += found
             with nullcontext() if self.exact else self.accelerator.autocast():
-                embeds = encoder.embed(pixels.to(self.accelerator.device, non_blocking=True), name)
+                embeds = embed(pixels.to(self.accelerator.device, non_blocking=True))
             for kind, values in embeds.items():
                 parts.setdefault(kind, []).append(values.float())
             self.progress(name, len(pixels))

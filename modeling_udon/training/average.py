@@ -8,6 +8,7 @@ from torch.func import functional_call
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from modeling_udon.training.distillation import UdonForDistillation
+from modeling_udon.training.inputs import Student
 
 _STUDENT = ("udon.backbone.", "udon.student_head.")
 
@@ -56,16 +57,10 @@ class StudentAverage:
             Shape `(batch_size, embedding_dim)`, unit norm.
         """
         udon = self._model.udon
-        averages = {name.removeprefix("udon."): value for name, value in self._averages.items()}
         was_training = udon.training
         udon.eval()  # The average draws nothing: its dropout would take the student's random numbers.
-        if self._model.takes_features:
-            prefix = "student_head."
-            own = {name.removeprefix(prefix): value for name, value in averages.items() if name.startswith(prefix)}
-            embeds: torch.Tensor = functional_call(udon.student_head, own, (inputs,))
-        else:
-            options = {"interpolate_pos_encoding": self._model.view_interpolates}
-            embeds = functional_call(udon, averages, (inputs,), options).image_embeds
+        student = Student(udon, self._model.inputs, self._model.view_interpolates)
+        embeds: torch.Tensor = functional_call(student, self._averages, (inputs,))
         udon.train(was_training)
         return embeds
 

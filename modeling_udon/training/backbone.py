@@ -119,7 +119,7 @@ def check_backbone(
     try:
         # A generator of its own: the run's random numbers must not depend on the check.
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            pixels = torch.linspace(-1, 1, 3 * image_size**2, device=device).sin().reshape(1, 3, image_size, image_size)
+            pixels = probe_images(1, image_size, device)
             options = {"interpolate_pos_encoding": interpolate}
             first, second = (udon(pixels, **options).backbone_embeds for _ in range(2))
     except Exception as error:  # Of a size that does not fit, backbones raise nearly every type there is.
@@ -139,6 +139,12 @@ def check_backbone(
             "`model` must have a backbone that gives the same features twice. "
             f"Got {backbone.model_type!r}, whose features are random; take another backbone."
         )
+
+
+def probe_images(number: int, image_size: int, device: torch.device) -> torch.Tensor:
+    """Makes images to try a backbone with, of shape `(number, 3, image_size, image_size)`; nothing is drawn."""
+    values = torch.linspace(-1, 1, number * 3 * image_size**2, device=device).sin()
+    return values.reshape(number, 3, image_size, image_size)
 
 
 def channel_statistics(config: TrainConfig, backbone: PretrainedConfig) -> tuple[ChannelStatistics, str]:

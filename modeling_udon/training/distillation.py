@@ -1,6 +1,7 @@
 """Training model: a `UdonModel` with the prototypes of its classes; returns the loss and its named terms."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -11,6 +12,7 @@ from modeling_udon.modeling_udon import UdonModel
 from modeling_udon.training.adaptive_scale import AdaptiveScales
 from modeling_udon.training.feature_teachers import FeatureTeachers
 from modeling_udon.training.gates import open_gates, running_means
+from modeling_udon.training.inputs import Inputs
 from modeling_udon.training.losses import retention_loss, squared_distance
 from modeling_udon.training.parts import Cosines, DistillationOutput, Embeddings, Peers, RelationalBank, prototypes_of
 from modeling_udon.training.teachers import FrozenTeachers, OldStudent, starting_weights
@@ -37,7 +39,7 @@ class UdonForDistillation(nn.Module):
         old_student: The student that this one starts from and is held to.
         feature_teachers: Frozen models whose features the student follows.
         distill_through_backbone: Whether the distillation terms train the backbone too, or only the student's head.
-        takes_features: Whether the backbone's features come in place of images, and the backbone is not run.
+        inputs: What comes into a step; images where it is `None`.
         peers: The processes of the run, so that the relational term compares the pairs of the whole global batch;
             `None` where there is one process.
     """
@@ -59,7 +61,7 @@ class UdonForDistillation(nn.Module):
         frozen_teachers: FrozenTeachers | None = None,
         old_student: OldStudent | None = None,
         feature_teachers: FeatureTeachers | None = None,
-        takes_features: bool = False,
+        inputs: Inputs | None = None,
         peers: Peers | None = None,
         distill_through_backbone: bool = True,
     ) -> None:
@@ -70,7 +72,7 @@ class UdonForDistillation(nn.Module):
         self.frozen_teachers = frozen_teachers
         self.old_student = old_student
         self.feature_teachers = feature_teachers
-        self.takes_features = takes_features
+        self.inputs = inputs or Inputs()
         self.peers = peers
         self._distill_through_backbone = distill_through_backbone
         self.udon = udon or UdonModel(config)
@@ -105,8 +107,7 @@ class UdonForDistillation(nn.Module):
         """Embeds a batch of one domain by student and teacher, if any.
 
         Args:
-            inputs: Normalised images of shape `(batch_size, num_channels, height, width)`; where `takes_features`,
-                unit-norm features of the backbone of shape `(batch_size, hidden_size)`.
+            inputs: A batch of what `self.inputs` says.
             domain: Name of the domain.
             targets: Features that frozen teachers have of these images, as `FeatureTeachers.targets` gives them.
             view: What teachers see of the same images, of another size, or features of it; `None`: `inputs`.
@@ -120,17 +121,14 @@ class UdonForDistillation(nn.Module):
         opened = self.feature_teachers is not None and self.feature_teachers.is_open
         seen = inputs if view is None else view
         frozen = self.feature_teachers(seen, targets) if self.feature_teachers is not None and opened else ()
-        if self.takes_features:
-            teacher = self.udon.teacher_heads[domain](seen) if taught else None
-            return Embeddings(self.udon.student_head(inputs), inputs, teacher, frozen)
-        output = self.udon(inputs, domain=domain if taught and view is None else None)
-        teacher = output.teacher_embeds
+        embeds = self.inputs(self.udon, inputs, domain if taught and view is None else None)
+        teacher = embeds.teacher
         if self.frozen_teachers is not None:
             teacher = self.frozen_teachers(seen, domain)
         elif taught and view is not None:
             # A second pass of the same backbone: the teacher's own loss trains it by what the teacher sees.
-            teacher = self.udon(view, domain=domain, interpolate_pos_encoding=self.view_interpolates).teacher_embeds
-        return Embeddings(output.image_embeds, output.backbone_embeds, teacher, frozen)
+            teacher = self.inputs(self.udon, view, domain, self.view_interpolates).teacher
+        return replace(embeds, teacher=teacher, frozen=frozen)
 
     def forward(
         self,
@@ -146,7 +144,7 @@ class UdonForDistillation(nn.Module):
         """Computes the loss of a batch.
 
         Args:
-            pixel_values: Images of ONE domain or their features, as `embed` takes them.
+            pixel_values: A batch of ONE domain, as `embed` takes it.
             labels: Their classes in that domain, of shape `(batch_size,)`, int64.
             domain: Name of the domain.
             bank: Embeddings of the global batch that this batch is a block of; `None` if this is the whole share of
@@ -158,7 +156,7 @@ class UdonForDistillation(nn.Module):
             view: As in `embed`.
         """
         embeds = self.embed(pixel_values, domain, targets, view)
-        old = None if self.old_student is None else self.old_student(pixel_values, self.takes_features)
+        old = None if self.old_student is None else self.old_student(pixel_values, self.inputs)
         if sampled_classes is not None:
             labels = torch.searchsorted(sampled_classes, labels)
         # Half precision would round the cosines to steps of 4e-3, a quarter of what one unit of `scale` can move.

@@ -1,9 +1,9 @@
-"""Features of a frozen backbone: computed once for all images of a run, then read from disk.
+"""Features or tokens of a frozen part of a backbone: computed once for all images of a run, then read from disk.
 
 A set of images has one file (`feature_file.py`); that of a domain's training images is of shape
-`(num_views * num_images, hidden_size)`. View 0 is the evaluation's (resized, centre cut out), the others are random as
+`(num_views * num_images, ...)`. View 0 is the evaluation's (resized, centre cut out), the others are random as
 in training, drawn from the seed, the domain and the image; evaluation images have view 0 alone. The file's name is a
-digest of all that decides its contents: backbone, preprocessing, precision, data, and, for random views, seed and
+digest of all that decides its contents: frozen weights, preprocessing, precision, data, and, for random views, seed and
 position of the domain.
 """
 
@@ -19,7 +19,6 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from torch import nn
 from torch.utils.data import Dataset as TorchDataset
 
 from modeling_udon.config import TrainConfig
@@ -35,12 +34,10 @@ from modeling_udon.data.dataset import (
 )
 from modeling_udon.data.domains import Domain, Images, sample_digest
 from modeling_udon.data.loader import WorkerLoader
-from modeling_udon.data.preprocessing import ChannelStatistics
 from modeling_udon.data.sampling import BatchDraw
 from modeling_udon.data.transforms import EvalTransform, ImageTransform, RandomTransform
-from modeling_udon.encoder import Encoder
-from modeling_udon.modeling_udon import UdonModel
-from modeling_udon.training.feature_file import FeatureFile, fill, rows_of
+from modeling_udon.training.feature_file import FeatureFile, fill, lost_rows, rows_of
+from modeling_udon.training.feature_sources import FeatureSource
 
 
 class FeatureDataset(TorchDataset[DomainBatch]):
@@ -48,8 +45,8 @@ class FeatureDataset(TorchDataset[DomainBatch]):
 
     Args:
         domains: The opened domains by name.
-        features: For each domain, features of shape `(num_views * num_images, hidden_size)`, float32; NaN for an image
-            that could not be read.
+        features: For each domain, features of shape `(num_views * num_images, hidden_size)`, or tokens of shape
+            `(num_views * num_images, num_tokens, hidden_size)`; NaN for an image that could not be read.
         seed: Seed of what stands in for those.
         replace_broken: Whether another image stands in for one of those; without, it is an error.
         teacher_features: Features of what teachers see of the same views, of the same shapes, if that is another view.
@@ -76,7 +73,7 @@ class FeatureDataset(TorchDataset[DomainBatch]):
         views = draw.positions // num_images % (len(features) // num_images)
         rows, broken = draw.rows.copy(), []
         values = features[views * num_images + rows]
-        for place in np.flatnonzero(np.isnan(values[:, 0])):
+        for place in lost_rows(values):
             position = int(draw.positions[place])
             image = BrokenImage(draw.domain, "train", int(rows[place]), "", "it has no features", position)
             if not self._replace_broken:
@@ -93,58 +90,9 @@ class FeatureDataset(TorchDataset[DomainBatch]):
 
     def _substitute(self, number: int, view: np.ndarray, position: int, image: BrokenImage) -> int:
         for row in substitutes(self._seed, number, position, len(view)):
-            if not np.isnan(view[row, 0]):
+            if not len(lost_rows(view[[row]])):
                 return int(row)
         raise BrokenImageError(f"{image}; so are all others that were drawn in its place")
-
-
-@dataclass(frozen=True)
-class FeatureSource:
-    """What makes features of pixels.
-
-    Attributes:
-        network: The network, which is in evaluation mode while it makes them.
-        embed: Turns pixels of shape `(batch_size, height, width, 3)`, uint8, into features `(batch_size, dim)`.
-        dim: Width of the features.
-        settings: What decides the features besides images and transforms, as JSON takes it.
-    """
-
-    network: nn.Module
-    embed: Callable[[torch.Tensor], torch.Tensor]
-    dim: int
-    settings: Mapping[str, Any]
-
-
-def backbone_source(model: UdonModel, statistics: ChannelStatistics, interpolate: bool | None = None) -> FeatureSource:
-    """The backbone of a model, whose inputs are normalised by `statistics`.
-
-    Args:
-        model: The model.
-        statistics: Channel statistics of its inputs.
-        interpolate: As in `UdonModel.forward`; it follows from the images' size, which is part of a file's name.
-    """
-    digest = hashlib.sha256()
-    for name, value in sorted(model.backbone.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(value.detach().cpu().contiguous().numpy().tobytes())
-    settings = {
-        "backbone": digest.hexdigest(),
-        "backbone_config": model.config.backbone_config.to_dict(),
-        "pooling": model.config.pooling,
-        "channels": [statistics.mean, statistics.std],
-    }
-
-    def embed(pixels: torch.Tensor) -> torch.Tensor:
-        inputs = statistics.normalize(pixels)
-        features: torch.Tensor = model(inputs, interpolate_pos_encoding=interpolate).backbone_embeds
-        return features
-
-    return FeatureSource(model, embed, model.feature_dim, settings)
-
-
-def encoder_source(encoder: Encoder) -> FeatureSource:
-    """Any encoder, with its own preprocessing."""
-    return FeatureSource(encoder.network, encoder, encoder.dim, {"encoder": encoder.fingerprint})
 
 
 @dataclass(frozen=True)
@@ -187,13 +135,15 @@ class FeatureCache:
             say: Takes lines for the user.
         """
         features = {}
-        settings = self._settings(source, accelerator.mixed_precision)
+        precision = accelerator.mixed_precision
+        settings = self._settings(source, precision)
         was_training = source.network.training
         source.network.eval()
         for name in names:
             domain = domains[name]
-            shape = self.num_views * len(domain.labels), source.dim
-            file = FeatureFile(self._path(domain, list(domains).index(name), settings), shape)
+            shape = self.num_views * len(domain.labels), *source.shape
+            path = self._path(domain, list(domains).index(name), settings)
+            file = FeatureFile(path, shape, source.dtype(precision))
             compute = partial(self._compute, domains, name, source, accelerator, num_workers)
             features[name] = fill(file, compute, accelerator, name, say)
         source.network.train(was_training)
@@ -222,13 +172,13 @@ class FeatureCache:
             exact: Whether to compute in float32, whatever the processes' precision is.
 
         Returns:
-            Shape `(num_images, hidden_size)`, float32; NaN for an image that could not be read.
+            Shape `(num_images, *source.shape)`; NaN for an image that could not be read.
         """
         precision = "no" if exact else accelerator.mixed_precision
         settings = self._settings(source, precision) | {"num_views": 1}
         described = {**settings, "images": sample_digest(images).hexdigest(), "num_images": len(images)}
         path = self.folder / f"{what[0]}-{what[1].replace(' ', '-')}-{_digest(described)}.npy"
-        file = FeatureFile(path, (len(images), source.dim))
+        file = FeatureFile(path, (len(images), *source.shape), source.dtype(precision))
 
         def compute(blocks: Sequence[int]) -> Iterator[tuple[int, np.ndarray]]:
             rows = [list(range(len(images))[rows_of(block)]) for block in blocks]

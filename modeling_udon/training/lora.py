@@ -21,8 +21,13 @@ _ATTENTION = (("q_proj", "v_proj"), ("query", "value"), ("qkv",), ("q", "kv"))
 _BASE, _DOWN, _UP = ".base_layer.", ".lora_A.", ".lora_B."
 
 
-def add_adapters(backbone: nn.Module, lora: LoraConfig) -> None:
+def add_adapters(backbone: nn.Module, lora: LoraConfig, part: nn.Module | None = None) -> None:
     """Freezes a backbone and puts adapters into it that change nothing yet, in place.
+
+    Args:
+        backbone: The backbone.
+        lora: Their shape.
+        part: The part of it that they go into; `None` for all.
 
     Raises:
         ConfigError: If PEFT is missing, or the backbone has no layers of the names.
@@ -33,7 +38,8 @@ def add_adapters(backbone: nn.Module, lora: LoraConfig) -> None:
         raise ConfigError(
             '`model.lora` must find PEFT. Got none installed; pip install "modeling-udon[lora]", or leave it out.'
         ) from error
-    linear = {name.rpartition(".")[2] for name, module in backbone.named_modules() if isinstance(module, nn.Linear)}
+    part = backbone if part is None else part
+    linear = {name.rpartition(".")[2] for name, module in part.named_modules() if isinstance(module, nn.Linear)}
     targets = lora.target_modules or next((names for names in _ATTENTION if linear.issuperset(names)), None)
     if targets is None:
         raise ConfigError(
@@ -43,8 +49,9 @@ def add_adapters(backbone: nn.Module, lora: LoraConfig) -> None:
     config = peft.LoraConfig(
         r=lora.r, lora_alpha=lora.lora_alpha, lora_dropout=lora.lora_dropout, target_modules=list(targets)
     )
+    backbone.requires_grad_(False)
     try:
-        peft.inject_adapter_in_model(config, backbone)
+        peft.inject_adapter_in_model(config, part)
     except ValueError as error:
         reason = " ".join(str(error).split())[:200]
         raise ConfigError(

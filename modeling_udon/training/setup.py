@@ -30,6 +30,7 @@ from modeling_udon.training.distillation import UdonForDistillation
 from modeling_udon.training.domain_weights import make_class_draws, make_weights
 from modeling_udon.training.extension import load_start, old_student, open_start
 from modeling_udon.training.feature_teachers import open_feature_teachers
+from modeling_udon.training.inputs import inputs_of
 from modeling_udon.training.lora import add_adapters
 from modeling_udon.training.memory import describe_memory, estimate_prototypes, free_memory
 from modeling_udon.training.parts import Peers
@@ -171,8 +172,8 @@ def build_model(
         assert config.init is not None, "a start is opened for `init` alone"
         if config.init.retain > 0:
             old = old_student(udon, config.init.retain, config.train.heads_only)
-    if config.train.heads_only:
-        udon.backbone.requires_grad_(False)
+    inputs = inputs_of(config)
+    inputs.freeze(udon)
     statistics = channel_statistics(config, udon.config.backbone_config)[0]
     view_interpolates = _check_teacher_size(udon, config.data)
     model = UdonForDistillation(
@@ -183,7 +184,7 @@ def build_model(
         frozen_teachers=_frozen_teachers(config, domains, statistics),
         old_student=old,
         feature_teachers=open_feature_teachers(config, list(domains), udon, statistics),
-        takes_features=config.train.heads_only,
+        inputs=inputs,
         distill_through_backbone=config.ablation.distill_through_backbone,
         peers=make_peers(accelerator),
     )
@@ -192,7 +193,7 @@ def build_model(
         load_start(model, start, domains)
     if config.model.lora is not None:
         # Last, since a start has the names of a plain backbone.
-        add_adapters(udon.backbone, config.model.lora)
+        add_adapters(udon.backbone, config.model.lora, inputs.adapted(udon.backbone))
     if config.model.centre_features:
         add_centre(model)
     return model

@@ -59,12 +59,13 @@ def _without_gradient(config: TrainConfig, model: UdonForDistillation, accelerat
     domain = next(iter(model.num_classes))
     size = config.data.image_size
     number = _PROBES * model.images_per_label
-    shape = (number, model.udon.feature_dim) if model.takes_features else (number, 3, size, size)
     device = accelerator.device
     # Batch normalisation would count the random images among those that it has seen.
     seen = {name: buffer.clone() for name, buffer in model.named_buffers()}
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        inputs, labels = torch.randn(shape, device=device), torch.zeros(_PROBES, dtype=torch.int64, device=device)
+        labels = torch.zeros(_PROBES, dtype=torch.int64, device=device)
+        with torch.no_grad():
+            inputs = model.inputs.made_of(model.udon, torch.randn(number, 3, size, size, device=device))
         with accelerator.autocast():
             loss = model(inputs, labels, domain).loss
         loss.backward()

@@ -10,6 +10,7 @@ from torch.distributed.tensor import DTensor
 
 from modeling_udon.data.dataset import DomainBatch
 from modeling_udon.training.centring import CentredStep
+from modeling_udon.training.inputs import CachedInputs
 from modeling_udon.training.optimization import average_gradients, learning_rates, set_learning_rates, with_gradients
 from modeling_udon.training.parts import Embeddings, RelationalBank
 from modeling_udon.training.run import Run
@@ -145,7 +146,7 @@ def _parts(run: Run, batch: DomainBatch) -> list[_Part]:
 
 
 def _normalised(run: Run, inputs: torch.Tensor) -> torch.Tensor:
-    return inputs if run.model.takes_features else run.statistics.normalize(inputs)
+    return inputs if isinstance(run.model.inputs, CachedInputs) else run.statistics.normalize(inputs)
 
 
 def _backward(

@@ -17,6 +17,7 @@ from modeling_udon.run_models import open_teachers
 from modeling_udon.run_record import read_run
 from modeling_udon.storage import damage_of, read_json
 from modeling_udon.training.backbone import needs_interpolation
+from modeling_udon.training.inputs import Inputs
 
 
 @dataclass(frozen=True)
@@ -120,18 +121,17 @@ class OldStudent:
         return OldStudent(self.model.to(device), self.weight)  # type: ignore[arg-type]
 
     @torch.no_grad()
-    def __call__(self, inputs: torch.Tensor, of_features: bool) -> torch.Tensor:
+    def __call__(self, batch: torch.Tensor, inputs: Inputs) -> torch.Tensor:
         """Embeds a batch.
 
         Args:
-            inputs: Normalised images of shape `(batch_size, num_channels, height, width)`, or features of the backbone.
-            of_features: Whether `inputs` are features, of shape `(batch_size, hidden_size)`.
+            batch: A batch of `inputs`.
+            inputs: What the new student's steps take.
 
         Returns:
             Embeddings of shape `(batch_size, embedding_dim)`.
         """
-        embeds: torch.Tensor = self.model.student_head(inputs) if of_features else self.model(inputs).image_embeds
-        return embeds
+        return inputs(self.model, batch).student
 
 
 def starting_weights(backbone: nn.Module) -> list[tuple[nn.Parameter, torch.Tensor]]:

@@ -13,6 +13,7 @@ from modeling_udon.training.checkpoint import CheckpointWriter, TrainState
 from modeling_udon.training.collapse import CollapseWatch
 from modeling_udon.training.data_wait import DataWait
 from modeling_udon.training.errors import TrainingError
+from modeling_udon.training.inputs import CachedInputs
 from modeling_udon.training.logging import LossWindow, Reporter, format_validation
 from modeling_udon.training.optimization import learning_rates
 from modeling_udon.training.resuming import check_allowances
@@ -148,8 +149,8 @@ class Trainer:
     def batches(self) -> Iterator[DomainBatch]:
         """Gives this process's share of every step's batch, to the end of the run."""
         dataset = training_data(self.run, self.reporter.say)
-        # Cached features need no decoding, and a worker would only hand them on.
-        num_workers = 0 if self.run.config.train.heads_only else self.run.config.data.num_workers
+        # What is cached needs no decoding, and a worker would only hand it on.
+        num_workers = 0 if isinstance(self.run.model.inputs, CachedInputs) else self.run.config.data.num_workers
         loader: WorkerLoader[DomainBatch] = WorkerLoader(
             dataset,
             batch_size=None,

@@ -1,4 +1,4 @@
-"""Training data of a run: images, or features of a frozen backbone, with what has to be known of them before step 0."""
+"""Training data of a run: images, or what a frozen part of a backbone makes of them, and what step 0 needs of them."""
 
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -16,8 +16,10 @@ from modeling_udon.encoder import Encoder
 from modeling_udon.evaluation.embedder import ImageEmbedder
 from modeling_udon.modeling_udon import UdonModel
 from modeling_udon.training.centring import CENTRE_IMAGES, set_centre
+from modeling_udon.training.feature_sources import backbone_source, encoder_source
 from modeling_udon.training.feature_teachers import START, FeatureTeacher, read_features
-from modeling_udon.training.features import FeatureDataset, backbone_source, encoder_source, make_feature_cache
+from modeling_udon.training.features import FeatureDataset, make_feature_cache
+from modeling_udon.training.inputs import CachedInputs
 from modeling_udon.training.processes import on_main
 from modeling_udon.training.run import Run
 from modeling_udon.training.setup import teacher_transform, training_transform
@@ -25,39 +27,45 @@ from modeling_udon.training.text_teachers import TEXT_PREFIX, text_features
 
 
 def training_data(run: Run, say: Callable[[str], None]) -> MultiDomainDataset | FeatureDataset:
-    """Opens the training images, or the features of a frozen backbone, which are computed where they are missing.
+    """Opens the training images, or the inputs that are cached in their place, computed where they are missing.
 
     Args:
         run: The run.
         say: Takes lines for the user.
     """
-    config, transform = run.config, training_transform(run.config.data)
+    config, transform, inputs = run.config, training_transform(run.config.data), run.model.inputs
     replace_broken = config.data.max_broken_share > 0
     of_teachers = teacher_transform(config.data) if config.has_teacher_view else None
     features: dict[str, np.ndarray] = {}
     teacher_features: dict[str, np.ndarray] = {}
     with run.signals.interruptible():
-        if config.train.heads_only:
-            features = _own_features(run, transform, config.data.image_size, None, say)
+        if isinstance(inputs, CachedInputs):
+            features = _own_inputs(run, inputs, transform, config.data.image_size, None, say)
             if of_teachers is not None:
-                interpolates = run.model.view_interpolates
-                teacher_features = _own_features(run, of_teachers, config.data.teacher_size, interpolates, say)
+                size, interpolates = config.data.teacher_size, run.model.view_interpolates
+                teacher_features = _own_inputs(run, inputs, of_teachers, size, interpolates, say)
         _open_feature_teachers(run, teacher_features or features, say)
         # Later the backbone may have moved, and the checkpoint has the centre.
         if config.model.centre_features and run.step == 0:
             set_centre(run.model, _centre(run, features), trained=config.init is not None)
-    if config.train.heads_only:
+    if isinstance(inputs, CachedInputs):
         return FeatureDataset(run.domains, features, config.seed, replace_broken, teacher_features)
     return MultiDomainDataset(run.domains, transform, config.seed, replace_broken, of_teachers)
 
 
-def _own_features(
-    run: Run, transform: RandomTransform, image_size: int, interpolate: bool | None, say: Callable[[str], None]
+def _own_inputs(
+    run: Run,
+    inputs: CachedInputs,
+    transform: RandomTransform,
+    image_size: int,
+    interpolate: bool | None,
+    say: Callable[[str], None],
 ) -> dict[str, np.ndarray]:
-    """Features of the run's frozen backbone, of the student's view or of the teachers'.
+    """What the run's frozen part makes of the student's view, or of the teachers'.
 
     Args:
         run: The run.
+        inputs: What it makes.
         transform: Makes random views.
         image_size: Side of the images in pixels.
         interpolate: As in `backbone_source`.
@@ -65,7 +73,7 @@ def _own_features(
     """
     config, plain = run.config, EvalTransform(image_size)
     cache = make_feature_cache(config, transform, plain, config.train.feature_views)
-    source = backbone_source(run.model.udon, run.statistics, interpolate)
+    source = backbone_source(run.model.udon, run.statistics, inputs, interpolate)
     return cache.open(run.domains, run.sampler.names, source, run.accelerator, config.data.num_workers, say)
 
 
@@ -74,7 +82,7 @@ def _open_feature_teachers(run: Run, own: Mapping[str, np.ndarray], say: Callabl
 
     Args:
         run: The run.
-        own: Features that teachers see of a backbone that is frozen, of each domain.
+        own: The inputs that teachers see of each domain, where they are cached.
         say: Takes lines for the user.
     """
     config, teachers = run.config, run.model.feature_teachers
@@ -108,7 +116,7 @@ def _centre(run: Run, own: Mapping[str, np.ndarray]) -> torch.Tensor:
 
     Args:
         run: The run, before its first step.
-        own: Features of a backbone that is frozen, of each domain.
+        own: The inputs of each domain, where they are cached.
     """
     transform = EvalTransform(run.config.data.image_size)
     encoder = Encoder.of_student(run.model.udon, run.statistics, transform, run.config.name).backbone()
@@ -121,7 +129,9 @@ def _centre(run: Run, own: Mapping[str, np.ndarray]) -> torch.Tensor:
         # Evenly spaced, since many data sets are sorted by class.
         rows = np.unique(np.linspace(0, len(images) - 1, num=CENTRE_IMAGES, dtype=int))
         if own:
-            features = own[name][rows]
+            inputs = torch.from_numpy(own[name][rows]).to(run.accelerator.device)
+            with torch.no_grad():
+                features = run.model.inputs(run.model.udon, inputs).backbone.cpu().numpy()
         else:
             chosen = Dataset.from_dict(
                 {"image": images[rows.tolist()]["image"]}, Features({"image": Image(decode=False)})

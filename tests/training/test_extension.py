@@ -202,7 +202,7 @@ def test_the_old_student_stays_while_the_new_one_moves(
     for batch, _ in zip(trainer.batches(), range(3), strict=False):
         trainer.count_step(batch, trainer.train_step(batch))
     old = trainer.run.model.old_student
-    torch.testing.assert_close(old(pixels, of_features=False), before)
+    torch.testing.assert_close(old(pixels, trainer.run.model.inputs), before)
     assert (trainer.run.model.udon.eval()(pixels).image_embeds - before).abs().max() > 1e-4
     assert not any(name.startswith("old_student") for name in trainer.run.model.state_dict())
 

@@ -24,6 +24,7 @@ from modeling_udon.hub.sources import Sources, derive_license, find_sources
 from modeling_udon.modeling_udon import UdonModel
 from modeling_udon.training.distillation import UdonForDistillation
 from modeling_udon.training.feature_teachers import FeatureTeacher, FeatureTeachers, standardisation
+from modeling_udon.training.inputs import FEATURES
 from modeling_udon.training.trainer import Trainer
 
 Values = Callable[..., dict[str, Any]]
@@ -43,7 +44,7 @@ def make_model(teachers: list[FeatureTeacher], **objective: Any) -> UdonForDisti
     config = UdonConfig(backbone, embedding_dim=4, teacher_dim=6, domains=DOMAINS if loss.needs_teachers else {})
     opened = FeatureTeachers(teachers, IMAGENET_STANDARD)
     opened.is_open = True
-    parts = {"num_classes": DOMAINS, "feature_teachers": opened, "takes_features": True}
+    parts = {"num_classes": DOMAINS, "feature_teachers": opened, "inputs": FEATURES}
     return UdonForDistillation(config, loss, **parts)
 
 

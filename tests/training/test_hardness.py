@@ -20,6 +20,7 @@ from modeling_udon.config_file import load_config
 from modeling_udon.encoder import Encoder
 from modeling_udon.training.chunked import chunked_classification_loss
 from modeling_udon.training.distillation import UdonForDistillation
+from modeling_udon.training.inputs import FEATURES
 from modeling_udon.training.losses import classification_loss, cosine_logits, scale_for
 
 Values = Callable[..., dict[str, Any]]
@@ -40,7 +41,7 @@ def make_model(dims: tuple[int, ...] = (), **objective: Any) -> UdonForDistillat
     backbone = {"model_type": "vit", "image_size": 8, "patch_size": 4, "hidden_size": 8, "num_hidden_layers": 1}
     backbone |= {"num_attention_heads": 2, "intermediate_size": 16}
     config = UdonConfig(backbone, embedding_dim=4, teacher_dim=6, domains=DOMAINS, matryoshka_dims=dims)
-    return UdonForDistillation(config, LossConfig(**objective), takes_features=True)
+    return UdonForDistillation(config, LossConfig(**objective), inputs=FEATURES)
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ from modeling_udon.config import LossConfig, OptimConfig
 from modeling_udon.configuration_udon import UdonConfig
 from modeling_udon.training import memory
 from modeling_udon.training.distillation import UdonForDistillation
+from modeling_udon.training.inputs import FEATURES
 from modeling_udon.training.memory import describe_memory, estimate_prototypes
 from modeling_udon.training.optimization import IdleHeads, make_optimizer
 from modeling_udon.training.sampled_classes import SampledClasses
@@ -43,7 +44,7 @@ class Setting:
         loss = LossConfig(**objective)
         taught = CLASSES if loss.needs_teachers else {}
         config = UdonConfig(BACKBONE, embedding_dim=DIMS[0], teacher_dim=DIMS[1], domains=taught)
-        parts = {"takes_features": True, "distill_through_backbone": through}
+        parts = {"inputs": FEATURES, "distill_through_backbone": through}
         self.model = UdonForDistillation(config, loss, num_classes=CLASSES, **parts)
         optim = OptimConfig()
         self.optimizer = make_optimizer(self.model, optim)

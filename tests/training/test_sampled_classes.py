@@ -14,6 +14,7 @@ from modeling_udon.config import ConfigError, LossConfig, OptimConfig
 from modeling_udon.config_file import load_config
 from modeling_udon.configuration_udon import UdonConfig
 from modeling_udon.training.distillation import UdonForDistillation
+from modeling_udon.training.inputs import FEATURES
 from modeling_udon.training.losses import (
     classification_loss,
     cosine_logits,
@@ -35,7 +36,7 @@ CLASSES = {"cars": 30, "sop": 12}
 def make_model(**objective):
     torch.manual_seed(0)
     config = UdonConfig(BACKBONE, embedding_dim=4, teacher_dim=6, domains=CLASSES)
-    return UdonForDistillation(config, LossConfig(**objective), takes_features=True)
+    return UdonForDistillation(config, LossConfig(**objective), inputs=FEATURES)
 
 
 def draw_batch(step, domain):

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from modeling_udon.config import LossConfig, OptimConfig
 from modeling_udon.configuration_udon import UdonConfig
 from modeling_udon.training.distillation import UdonForDistillation
+from modeling_udon.training.inputs import FEATURES
 from modeling_udon.training.losses import cosine_logits, logit_distillation_loss
 from modeling_udon.training.optimization import IdleHeads, learning_rates, make_optimizer, set_learning_rates
 from modeling_udon.training.sampled_classes import SampledClasses, draw_from_others
@@ -26,7 +27,7 @@ def make_model(**objective: Any) -> UdonForDistillation:
     loss = LossConfig(classifier="joint", **objective)
     taught = CLASSES if loss.needs_teachers else {}
     config = UdonConfig(BACKBONE, embedding_dim=4, teacher_dim=6, domains=taught)
-    return UdonForDistillation(config, loss, num_classes=CLASSES, takes_features=True)
+    return UdonForDistillation(config, loss, num_classes=CLASSES, inputs=FEATURES)
 
 
 def draw_batch(step: int, domain: str) -> tuple[torch.Tensor, torch.Tensor]:
