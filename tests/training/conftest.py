@@ -1,4 +1,4 @@
-"""A domain with images that cannot be read."""
+"""A domain with images that cannot be read; files of features in small blocks."""
 
 import shutil
 from pathlib import Path
@@ -7,6 +7,8 @@ from typing import NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+
+from modeling_udon.training import feature_file
 
 
 class Spoiled(NamedTuple):
@@ -36,3 +38,9 @@ def _spoil(path: Path, rows: tuple[int, ...]) -> None:
     images[rows[3]] = {"bytes": None, "path": "/nowhere/gone.png"}
     column = pa.array(images, table.schema.field("image").type)
     pq.write_table(table.set_column(table.schema.get_field_index("image"), table.schema.field("image"), column), path)
+
+
+@pytest.fixture
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files of features in blocks of 12 rows, so that tiny domains have several."""
+    monkeypatch.setattr(feature_file, "BLOCK", 12)

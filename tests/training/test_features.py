@@ -31,6 +31,7 @@ Run = Callable[..., Path]
 Open = Callable[[TrainConfig], Trainer]
 Told = pytest.CaptureFixture[str]
 
+pytestmark = pytest.mark.usefixtures("small_blocks")
 HEADS_ONLY = {"train__heads_only": True}
 
 
@@ -43,11 +44,6 @@ def feature_files(folder: Path) -> list[Path]:
     return sorted(
         path for path in folder.glob("*.npy") if not path.name.endswith(".sums.npy") and "query" not in path.name
     )
-
-
-@pytest.fixture(autouse=True)
-def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(feature_file, "BLOCK", 12)
 
 
 @pytest.fixture(scope="module")

@@ -42,6 +42,7 @@ from modeling_udon.training.inputs import TokenInputs
 Values = Callable[..., dict[str, Any]]
 Run = Callable[..., Path]
 
+pytestmark = pytest.mark.usefixtures("small_blocks")
 LAST = {"train__trained_layers": 2, "model__backbone_config__num_hidden_layers": 3}
 SHORT = {"train__num_steps": 2, "eval__baselines": False}
 STEADY = {"model__backbone_config__hidden_dropout_prob": 0.0, "log__every": 1}
@@ -64,11 +65,6 @@ WAYS: dict[str, dict[str, Any]] = {
 
 def last_weights(run: Path, file: str = "model") -> dict[str, torch.Tensor]:
     return load_file(run / "checkpoints" / "step-00000011" / f"{file}.safetensors")
-
-
-@pytest.fixture(autouse=True)
-def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(feature_file, "BLOCK", 12)
 
 
 @pytest.fixture(scope="module")
