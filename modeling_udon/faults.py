@@ -40,7 +40,8 @@ _NO_PATH = (errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP)
 _BROKEN = (errno.EIO, errno.ENOLCK, errno.EMFILE, errno.ESTALE)
 
 # Libraries say these things in words alone.
-_FULL = re.compile(r"No space left on device|os error 28\b|Disk quota exceeded")
+_FULL = re.compile(r"No space left on device|os error 28\b|Disk quota exceeded|database or disk is full")
+_TOO_LARGE = re.compile(r"File too large|os error 27\b")
 _NO_MEMORY = re.compile(r"can't allocate memory|Cannot allocate memory|CUDA out of memory|std::bad_alloc")
 _DEAD_WORKER = re.compile(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) (?:is killed by|exited unexpectedly)")
 _DEAD_POOL = re.compile(r"process in the process pool was terminated abruptly|process pool is not usable")
@@ -67,6 +68,9 @@ def explain(error: Exception, ways: WaysOut = WaysOut()) -> str | None:  # noqa:
     if _FULL.search(text):
         where = f" at {error.filename}" if isinstance(error, OSError) and error.filename else ""
         return f"the disk is full{where}: {ways.disk}; {ways.go_on}"
+    if _TOO_LARGE.search(text):
+        way_out = "write to another file system, or raise the limit"
+        return f"a file would be larger than its file system or `ulimit -f` allows: {way_out}; {ways.go_on}"
     if isinstance(error, OSError) and error.errno in _FORBIDDEN and error.filename:
         hidden = os.path.lexists(error.filename) and not os.access(error.filename, os.R_OK)
         return f"{error.filename} must be {'readable' if hidden else 'writable'} ({error.strerror}): {ways.folder}."

@@ -22,6 +22,7 @@ from datasets import (
     load_dataset_builder,
     load_from_disk,
 )
+from datasets import config as datasets_config
 from datasets import logging as datasets_logging
 from datasets.exceptions import DatasetsError
 from datasets.packaged_modules.folder_based_builder.folder_based_builder import FolderBasedBuilder
@@ -144,6 +145,10 @@ def open_data(spec: DomainSpec, seed: int = 0, labels: Sequence[str] | None = No
 def why_not_opened(error: Exception) -> str:
     """What `datasets` says of data that it cannot open, in one line; on damaged files it raises nearly every type."""
     cause = error.__cause__ if isinstance(error, DatasetsError) and error.__cause__ else error
+    cache = os.path.abspath(datasets_config.HF_DATASETS_CACHE)
+    place = os.path.abspath(cause.filename) if isinstance(cause, OSError) and cause.filename else ""
+    if place and os.path.commonpath([cache, place]) in (cache, place):
+        return f"the cache of data sets, {cache}, must be writable ({cause.strerror}); set HF_HOME to a folder that is"
     reason = " ".join(str(cause).split())
     if "BatchSize must be greater than 0" in reason:
         return "a Parquet file of it has no rows"

@@ -98,7 +98,7 @@ class QdrantStore:
                 self._client.delete_collection(collection.name)
 
     def _guarded(self) -> Any:
-        modules = "qdrant_client", "httpx", "grpc", "portalocker"
+        modules = "qdrant_client", "httpx", "grpc", "portalocker", "sqlite3"
         return said_in_one_line(
             self._place,
             "Qdrant",

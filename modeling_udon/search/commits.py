@@ -4,7 +4,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import faiss
 import numpy as np
 import pyarrow as pa
 
@@ -14,7 +13,7 @@ from modeling_udon.search.faiss_index import empty_like
 from modeling_udon.search.image_index import ImageIndex
 from modeling_udon.search.index import NumberedSource
 from modeling_udon.search.index_folder import Manifest, write_metadata
-from modeling_udon.search.segments import SegmentFiles, is_exact
+from modeling_udon.search.segments import SegmentFiles, is_exact, write_faiss
 from modeling_udon.storage import replaced_file
 
 # From here on a compacted index is noticeably quicker, and one of so many rows is searched in no time either way.
@@ -92,7 +91,7 @@ def write_delta(folder: Path, version: int, rows: Sequence[NumberedSource], inde
     vectors = np.concatenate([block for part in rows for block, _ in part.blocks(columns=False)])
     delta.add(vectors)
     with replaced_file(folder / f"{stem}.faiss") as draft:
-        faiss.write_index(delta, str(draft))
+        write_faiss(delta, draft)
     kept = None
     if not is_exact(delta) and index.segments[0].kept_vectors is not None:
         kept = f"{stem}.npy"

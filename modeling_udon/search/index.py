@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-import faiss
 import numpy as np
 import pyarrow as pa
 
@@ -32,7 +31,7 @@ from modeling_udon.search.index_folder import (
     write_metadata,
 )
 from modeling_udon.search.recall import NUM_RECALL_QUERIES, RowSource, measure_recall, read_rows, vectors_of
-from modeling_udon.search.segments import INTERNAL_FIELDS, PART, PART_ROW, ROW, is_exact
+from modeling_udon.search.segments import INTERNAL_FIELDS, PART, PART_ROW, ROW, is_exact, write_faiss
 from modeling_udon.search.shards import Embeddings, Part, open_embeddings
 from modeling_udon.storage import check_out, locked, replaced_folder, sync
 
@@ -241,7 +240,7 @@ def write_base(
     )
     if keep_vectors and not is_exact(index):
         write_vectors(draft / VECTORS_FILE, rows, about)
-    faiss.write_index(index, str(draft / INDEX_FILE))
+    write_faiss(index, draft / INDEX_FILE)
     effort, recall = measure_recall(index, rows, num_images, target_recall, say, asked)
     size = (draft / INDEX_FILE).stat().st_size
     return _with(about, effort=effort, recall=recall, bytes_per_image=size / num_images)

@@ -132,6 +132,12 @@ def is_exact(index: Any) -> bool:
     return isinstance(flat, faiss.IndexFlat | faiss.IndexIVFFlat)
 
 
+def write_faiss(index: Any, file: Path) -> None:
+    """Writes a FAISS index. Of a full disk, FAISS itself prints a line, and raises no OSError."""
+    with file.open("wb") as opened:
+        faiss.write_index(index, faiss.PyCallbackIOWriter(opened.write))
+
+
 def open_segment(folder: Path, files: SegmentFiles, metadata: pa.Table) -> Segment:
     """Opens a segment whose files are whole, memory-mapped."""
     index = faiss.read_index(str(folder / files.faiss), faiss.IO_FLAG_MMAP_IFC)

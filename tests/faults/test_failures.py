@@ -135,6 +135,7 @@ def test_a_folder_that_cannot_be_written_is_one_line(
         (OSError(errno.EDQUOT, "Disk quota exceeded", "/x"), "the disk is full at /x: free some room, or lower"),
         (PermissionError(errno.EACCES, "Permission denied", "/x"), "/x must be writable (Permission denied)"),
         (OSError(errno.ENAMETOOLONG, "File name too long", "/x"), "/x must be a path that can be there (File name"),
+        (OSError(errno.EFBIG, "File too large", "/x"), "a file would be larger than its file system or `ulimit -f`"),
         (OSError(errno.EIO, "Input/output error", "/x"), "the system failed at /x (Input/output error)"),
         (torch.distributed.DistBackendError("NCCL watchdog"), "another process of this run has ended"),
     ],

@@ -484,3 +484,13 @@ def test_an_archive_is_refused_by_every_verb_with_what_unpacks_it(
         assert done.code == 2 and done.err.count("\n") == 1, done.err
         assert f"must be unpacked. Got the archive '{archive}'; run `mkdir 'my shop' && " in done.err, done.err
         assert "name that folder" in done.err and not (tmp_path / "o").exists()
+
+
+def test_a_cache_of_data_sets_that_cannot_be_written_is_named_with_the_way_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = parquet(tmp_path / "p", image=images(4), label=[0, 0, 1, 1])
+    for place in ("/proc/none/hf/datasets", "/dev/null/datasets"):
+        monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", Path(place))
+        with pytest.raises(ValueError, match=f"the cache of data sets, {place}, must be writable .*; set HF_HOME"):
+            opened(path)

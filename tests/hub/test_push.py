@@ -1,5 +1,6 @@
 """A run's student becomes one commit on the Hub or nothing does, whatever the Hub answers."""
 
+import errno
 import hashlib
 import json
 import re
@@ -267,6 +268,18 @@ def test_a_wrong_token_is_named_by_what_it_lacks_and_never_printed(
         push(run, REPO, say=say, api=HfApi(endpoint=hub.endpoint, token=token))
     assert token not in str(refused.value) + say.text
     assert hub.repositories == {}
+
+
+def test_a_full_disk_is_not_taken_for_a_network_that_fails(
+    run: Path, hub: LoopbackHub, api: HfApi, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*arguments: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "/tmp/x")
+
+    monkeypatch.setattr("modeling_udon.hub.push.stage", full)
+    with pytest.raises(OSError, match="No space left on device") as caught:
+        push(run, REPO, api=api)
+    assert not isinstance(caught.value, PushError) and count_commits(hub) == 0
 
 
 def test_a_busy_hub_is_asked_again(run: Path, hub: LoopbackHub, api: HfApi, say: Told, sleeps: list[float]) -> None:

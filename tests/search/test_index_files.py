@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 import threading
+from pathlib import Path
 
 import faiss
 import numpy as np
@@ -16,6 +17,7 @@ from modeling_udon import storage
 from modeling_udon.search import index as building
 from modeling_udon.search.image_index import ImageIndex
 from modeling_udon.search.index import build_index
+from modeling_udon.search.segments import write_faiss
 from modeling_udon.storage import locked
 
 FILES = ("index.faiss", "metadata.arrow", "index.json")
@@ -266,3 +268,12 @@ def test_the_metadata_of_an_index_is_that_of_its_embeddings(many, tmp_path):
     build_index(many, tmp_path / "i")
     table = pa.ipc.open_file(pa.memory_map(str(tmp_path / "i" / "metadata.arrow"))).read_all()
     assert table["path"].to_pylist() == [f"{n}/{row}.png" for n, size in ((0, 300), (1, 500)) for row in range(size)]
+
+
+def test_a_disk_that_is_full_is_an_error_of_the_system_and_faiss_prints_nothing(capfd):
+    index = faiss.IndexFlatIP(16)
+    index.add(np.ones((20_000, 16), np.float32))
+    with pytest.raises(OSError, match="No space left on device"):
+        write_faiss(index, Path("/dev/full"))
+    del index
+    assert capfd.readouterr() == ("", "")
