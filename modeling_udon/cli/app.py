@@ -1,7 +1,7 @@
 """`udon app`."""
 
 from modeling_udon.cli.models import Page, need_gradio, open_index
-from modeling_udon.cli.options import Natural, Positive
+from modeling_udon.cli.options import Natural, Port
 from modeling_udon.cli.terminal import say
 
 
@@ -9,7 +9,7 @@ def app(
     shown: Page,
     *,
     host: str = "127.0.0.1",
-    port: Positive = 7860,
+    port: Port = 7860,
     share: bool = False,
     requests_per_minute: Natural = 120,
 ) -> None:

@@ -65,6 +65,8 @@ def _four_numbers(text: str) -> tuple[float, float, float, float]:
 Positive = Annotated[int, Value("N", _whole_number(1))]
 Natural = Annotated[int, Value("N", _whole_number(0))]
 Workers = Annotated[int, Value("N", _whole_number(0, _MOST_WORKERS))]
+Decoders = Annotated[int, Value("N", _whole_number(1, _MOST_WORKERS))]
+Port = Annotated[int, Value("N", _whole_number(1, 2**16 - 1))]
 Share = Annotated[float, Value("R", _share)]
 Box = Annotated[tuple[float, float, float, float], Value("L,T,W,H", _four_numbers)]
 Folder = Annotated[str, Value("FOLDER")]

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 
 from modeling_udon.cli.models import open_for_index, open_index, open_model
-from modeling_udon.cli.options import Commit, File, Folder, Name, Natural, Positive
+from modeling_udon.cli.options import Commit, Decoders, File, Folder, Name, Natural, Port, Positive
 from modeling_udon.cli.terminal import say
 
 _NEEDED = ("fastapi", "uvicorn", "prometheus_client")
@@ -18,7 +18,7 @@ def serve(
     trust_remote_code: bool = False,
     name: Name | None = None,
     host: str = "127.0.0.1",
-    port: Positive = 8000,
+    port: Port = 8000,
     token_file: File | None = None,
     token_for_all: bool = False,
     allow_hosts: Sequence[Name] = (),
@@ -30,7 +30,7 @@ def serve(
     max_megapixels: Positive = 50,
     decode_seconds: Positive = 10,
     request_seconds: Positive = 60,
-    num_workers: Positive | None = None,
+    num_workers: Decoders | None = None,
 ) -> None:
     """Serve embeddings and search over HTTP, for clients of OpenAI and for curl.
 
@@ -62,6 +62,8 @@ def serve(
         raise ImportError(f'the service needs {missing[0]}, which is missing: pip install "modeling-udon[serve]"')
     if token_for_all and token_file is None:
         raise ValueError("--token-for-all must come with --token-file, which holds the token")
+    if wrong := next((name for name in allow_hosts if set("/:*@") & set(name)), None):
+        raise ValueError(f"--allow-hosts must be names of hosts alone, such as images.example.org. Got {wrong!r}.")
     from modeling_udon.serving.gate import Access
     from modeling_udon.serving.limits import Limits
     from modeling_udon.serving.server import listen, make_service, read_token, run

@@ -55,6 +55,9 @@ def test_an_option_that_is_empty_is_refused_and_not_the_folder_where_one_stands(
 @pytest.mark.parametrize(
     "words",
     [
+        ("serve", "--model", "m", "--port", "65536"),
+        ("app", "--model", "m", "--index", "i", "--port", "70000"),
+        ("serve", "--model", "m", "--num-workers", "5000"),
         ("search", "q", "--index", "i", "-k", "9" * 20),
         ("search", "q", "--index", "i", "--rerank", "9" * 20),
         ("embed", "p", "--model", "m", "--out", "o", "--shard-size", "9" * 20),

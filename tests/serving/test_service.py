@@ -339,6 +339,8 @@ def test_a_service_that_cannot_start_says_why_in_one_line(searchable, make_searc
         ("--index", searchable.model): "`index` must be a folder that udon index wrote",
         ("--index", other): "`model` must be the one that the index was made with",
         ("--token-file", tmp_path / "short"): "`token_file` must hold one ASCII word of at least 16 characters. Got 3",
+        ("--allow-hosts", "http://example.org/"): "--allow-hosts must be names of hosts alone",
+        ("--allow-hosts", "example.org", "b:80"): "--allow-hosts must be names of hosts alone",
         ("--token-for-all",): "--token-for-all must come with --token-file",
     }
     for words, complaint in cases.items():
