@@ -146,8 +146,11 @@ def why_not_opened(error: Exception) -> str:
     """What `datasets` says of data that it cannot open, in one line; on damaged files it raises nearly every type."""
     cause = error.__cause__ if isinstance(error, DatasetsError) and error.__cause__ else error
     cache = os.path.abspath(datasets_config.HF_DATASETS_CACHE)
-    place = os.path.abspath(cause.filename) if isinstance(cause, OSError) and cause.filename else ""
-    if place and os.path.commonpath([cache, place]) in (cache, place):
+    if (
+        isinstance(cause, OSError)
+        and isinstance(cause.filename, str)
+        and _are_nested(cache, os.path.abspath(cause.filename))
+    ):
         return f"the cache of data sets, {cache}, must be writable ({cause.strerror}); set HF_HOME to a folder that is"
     reason = " ".join(str(cause).split())
     if "BatchSize must be greater than 0" in reason:
@@ -157,6 +160,10 @@ def why_not_opened(error: Exception) -> str:
     if isinstance(cause, UnicodeDecodeError):
         return f"a table of it must be text in UTF-8, and is not ({reason}); save it so"
     return reason[:300] or type(cause).__name__
+
+
+def _are_nested(one: str, other: str) -> bool:
+    return os.path.commonpath([one, other]) in (one, other)
 
 
 def is_plain_number(text: str) -> bool:

@@ -135,7 +135,7 @@ def is_exact(index: Any) -> bool:
 def write_faiss(index: Any, file: Path) -> None:
     """Writes a FAISS index. Of a full disk, FAISS itself prints a line, and raises no OSError."""
     with file.open("wb") as opened:
-        faiss.write_index(index, faiss.PyCallbackIOWriter(opened.write))
+        faiss.write_index(index, faiss.PyCallbackIOWriter(opened.write))  # type: ignore[attr-defined]
 
 
 def open_segment(folder: Path, files: SegmentFiles, metadata: pa.Table) -> Segment:
