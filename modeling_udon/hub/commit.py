@@ -1,6 +1,7 @@
 """Commits on the Hub: files become one commit with its tag, or nothing does, whatever the Hub answers."""
 
 import hashlib
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -25,6 +26,9 @@ RETRIED = (429, 500, 502, 503, 504)
 MAX_TRIES = 5
 FIRST_WAIT = 1.0
 MAX_WAIT = 30.0
+
+# Of `git check-ref-format`, what a name must not have.
+_NO_REF = re.compile(r"[\x00-\x20\x7f~^:?*\[\\]|\.\.|//|@\{|^[-/.]|/\.|(/|\.|\.lock)$")
 
 Result = TypeVar("Result")
 Say = Callable[[str], None]
@@ -58,6 +62,12 @@ class Target:
 
     def __post_init__(self) -> None:
         check_repo(self.repo)
+        for option, name in (("--tag", self.tag), ("--revision", self.revision)):
+            if name is not None and _NO_REF.search(name):
+                raise ValueError(
+                    f"`{option}` must be a name as git takes it: no blanks, no `..`, none of ~^:?*[\\, and no end in "
+                    f"`/`, `.` or `.lock`. Got {name!r}; choose another one."
+                )
         if self.create_pr and (self.tag is not None or self.revision is not None):
             raise ValueError(
                 "`--create-pr` must go without `--tag` and `--revision`: a pull request is made against the main "

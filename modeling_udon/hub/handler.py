@@ -130,6 +130,8 @@ def _read_bytes(item: Any) -> bytes:
 def _convert(image: Image.Image, content: bytes = b"") -> Image.Image:
     if image.width * image.height > MAX_PIXELS:
         raise ValueError(f"an image must have at most {MAX_PIXELS:,} pixels. Got {image.width} x {image.height}.")
+    if not image.width * image.height:
+        raise ValueError(f"an image must have pixels. Got {image.width} x {image.height}.")
     if image.mode == "F":
         raise ValueError("an image must hold whole numbers. Got floats.")
     try:

@@ -157,6 +157,7 @@ def bomb() -> bytes:
         pytest.param(text(encode(Image.new("1", (8000, 7000)))), "at most 50,000,000 pixels", id="large"),
         pytest.param(text(encode(draw(1).convert("F"), "TIFF")), "whole numbers", id="floats"),
         pytest.param(None, "Got NoneType", id="nothing"),
+        pytest.param(Image.new("RGB", (0, 5)), "must have pixels. Got 0 x 5", id="without pixels"),
         pytest.param({"url": "x"}, "Got the keys ['url']", id="dict without an image"),
         pytest.param([["nested"]], "Got list", id="nested"),
     ],
