@@ -71,6 +71,14 @@ class Clock:
         setattr(owner, name, run)
 
 
+def end_as_launchers_do(hurt: Any) -> None:
+    """Gives processes half a minute to end by themselves, as torchrun and accelerate do once one of theirs has died."""
+    deadline = time.monotonic() + 30
+    for process in hurt.processes:
+        process.join(max(0.0, deadline - time.monotonic()))
+    hurt.send(signal.SIGKILL)
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("num_processes", [1, 2])
 def test_fifty_kills_at_random_moments_lose_nothing(
@@ -113,13 +121,17 @@ def test_fifty_kills_at_random_moments_lose_nothing(
         )
         hurt.processes[victim].join()
         died = time.monotonic()
+        stage = STAGES[stages[victim].value]
+        if stage == "start":
+            # Who waits for a process that has not been heard of cannot tell a dead one from a slow one; launchers can.
+            end_as_launchers_do(hurt)
         codes = hurt.wait()
         assert time.monotonic() - died < 60, "the other process hangs"
-        stage = STAGES[stages[victim].value]
         killed["ended before" if codes[victim] == 0 else f"in: {stage}"] += 1
         assert codes.pop(victim) in (0, 128 + signal.SIGKILL), hurt.said()
         # It may have been through with everything.
-        assert set(codes) <= {0, 1} and hurt.said().count(SILENT) == codes.count(1), hurt.said()
+        ended = {0, 1, 128 + signal.SIGKILL} if stage == "start" else {0, 1}
+        assert set(codes) <= ended and hurt.said().count(SILENT) == codes.count(1), hurt.said()
         assert "Traceback" not in hurt.said(), hurt.said()
         resumed = start(config, "--resume", num_processes=num_processes)
         assert resumed.wait() == [0] * num_processes, (moment, resumed.said())
