@@ -387,3 +387,18 @@ def test_a_weight_that_learns_and_makes_tokens_is_found(monkeypatch: pytest.Monk
     monkeypatch.setattr(TokenInputs, "frozen_names", lambda self, backbone: [])
     with pytest.raises(ConfigError, match="of one list of layers, each fed by the one before it alone. Got 'vit'"):
         TokenInputs(1, KINDS["vit"].image_size).freeze(udon)
+
+
+def test_last_layers_go_on_from_a_run_and_are_held_to_its_student(
+    make_values: Values, run_train: Run, tmp_path: Path
+) -> None:
+    run = run_train(make_values(tmp_path, **LAST, **SHORT, **STEADY))
+    values = make_values(tmp_path, **LAST, **SHORT, **STEADY, name="next", init={"run": str(run), "retain": 1.0})
+    values["optim"]["frozen_fraction"] = 0
+    again = run_train(values)
+    (first, *_) = (json.loads(line) for line in (again / "metrics.jsonl").read_text().splitlines() if "loss" in line)
+    assert first["losses"]["retention"] == pytest.approx(0, abs=1e-6), "the old student sees the same tokens"
+    ours, theirs = (load_file(folder / "checkpoints" / "best" / "model.safetensors") for folder in (again, run))
+    assert {name for name in ours if "backbone" in name and torch.equal(ours[name], theirs[name])} == {
+        name for name in ours if is_frozen(name)
+    }
