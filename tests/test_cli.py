@@ -82,7 +82,7 @@ def test_a_parser_is_what_the_signature_and_the_docstring_say() -> None:
     arguments = parser.parse_args(["index", "a", "b", "--out", "c", "--recall", "0.5"])
     expected = {"embeddings": ["a", "b"], "out": "c", "kind": None, "recall": 0.5, "force": False}
     expected |= {"add": False, "update": False, "remove": [], "remove_list": None, "remove_where": None}
-    expected |= {"compact": False, "no_vectors": False, "wait": 0}
+    expected |= {"compact": False, "no_vectors": False, "wait": 0, "recall_queries": None}
     assert {key: value for key, value in vars(arguments).items() if not key.startswith("verb")} == expected
 
 
