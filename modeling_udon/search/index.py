@@ -154,10 +154,8 @@ def read_asked(folder: str | os.PathLike[str], indexed: str, about: Mapping[str,
     Raises:
         ValueError: If the folder holds no embeddings of the index's model.
     """
-    asked = open_embeddings(Path(folder))
-    same_model([(indexed, about), (str(asked.folder), asked.about)])
-    if not asked.num_rows:
-        raise ValueError(f"`recall_queries` must hold at least one embedding. Got {str(asked.folder)!r} with none.")
+    asked = open_embeddings(Path(folder), argument="recall_queries")
+    same_model([(indexed, about), (str(asked.folder), asked.about)], argument="recall_queries")
     return read_rows([asked], sample_rows(asked.num_rows, NUM_RECALL_QUERIES))
 
 
@@ -263,11 +261,12 @@ def write_vectors(file: Path, rows: Sequence[RowSource], about: IndexAbout) -> N
     sync(file)
 
 
-def same_model(found: Sequence[tuple[str, Mapping[str, Any]]]) -> None:
+def same_model(found: Sequence[tuple[str, Mapping[str, Any]]], argument: str = "embeddings") -> None:
     """Refuses embeddings of several models.
 
     Args:
         found: For each folder its name and what it says of itself.
+        argument: What the user calls them.
 
     Raises:
         ValueError: If they are not of one model.
@@ -276,7 +275,7 @@ def same_model(found: Sequence[tuple[str, Mapping[str, Any]]]) -> None:
     for other, about in found[1:]:
         if about["fingerprint"] != first["fingerprint"]:
             raise ValueError(
-                f"`embeddings` must all be by one model. Got {folder!r} by {first['model']} "
+                f"`{argument}` must all be by one model. Got {folder!r} by {first['model']} "
                 f"({first['fingerprint']}) and {other!r} by {about['model']} ({about['fingerprint']})."
             )
 

@@ -227,24 +227,28 @@ def is_embedding_folder(folder: Path) -> bool:
     return (folder / WORK_FOLDER / MANIFEST_FILE).is_file()
 
 
-def open_embeddings(folder: Path) -> Embeddings:
+def open_embeddings(folder: Path, argument: str = "embeddings") -> Embeddings:
     """Opens what `udon embed` wrote.
+
+    Args:
+        folder: The folder.
+        argument: What the user calls it.
 
     Raises:
         ValueError: If the folder is none of its, is not finished, or holds no embedding.
     """
     if not is_embedding_folder(folder):
-        raise ValueError(f"`embeddings` must be folders that udon embed wrote. Got {str(folder)!r}.")
+        raise ValueError(f"`{argument}` must be folders that udon embed wrote. Got {str(folder)!r}.")
     shards = read_manifest(folder)
     if missing := shards.missing():
         raise ValueError(
-            f"`embeddings` must be finished. Got {str(folder)!r}, which lacks {len(missing)} of {shards.num_shards} "
+            f"`{argument}` must be finished. Got {str(folder)!r}, which lacks {len(missing)} of {shards.num_shards} "
             "shards; run its udon embed again to go on."
         )
     parts, schemas, about = opened_parts(shards)
     num_rows = sum(part.num_live for part in parts)
     if num_rows == 0:
-        raise ValueError(f"`embeddings` must hold at least one. Got {str(folder)!r} with none.")
+        raise ValueError(f"`{argument}` must hold at least one. Got {str(folder)!r} with none.")
     plain = [schema.remove_metadata().remove(schema.get_field_index("embedding")) for schema in schemas]
     return Embeddings(folder, parts, about, num_rows, unified(plain))
 

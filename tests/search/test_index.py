@@ -186,7 +186,9 @@ def test_an_index_is_replaced_only_when_forced_and_only_as_a_whole(embeddings, t
         (("{e}", "--kind", "annoy"), "invalid choice: 'annoy'"),
         (("{e}", "--recall", "1.5"), "must be a number above 0 and at most 1. Got '1.5'"),
         (("{e}", "--force", "--out", "{e}"), "or one that udon index wrote"),
-        (("{e}", "--recall-queries", "{other}"), "`embeddings` must all be by one model"),
+        (("{e}", "--recall-queries", "{other}"), "`recall_queries` must all be by one model"),
+        (("{e}", "--recall-queries", "{none}"), "`recall_queries` must be folders that udon embed wrote"),
+        (("{e}", "--recall-queries", "{unfinished}"), "`recall_queries` must be finished"),
         (("{e}", "--add", "--recall-queries", "{e}"), "`--recall-queries` must be left out where `--add` is given"),
     ],
 )
