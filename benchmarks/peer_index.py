@@ -174,10 +174,13 @@ def measure(sizes: Sizes) -> tuple[list[Row], list[Skipped]]:
                 skipped.append(missing)
             else:
                 built[name] = make(vectors, queries[:TUNED_ON], Path(folder), kind)
+                # At a million rows the next one takes minutes.
+                print(f"{work}, {name}: built in {built[name].seconds:.1f} s", flush=True)
         rows = []
         for only in (False, True):
             title = f"{work}, a tenth of the rows allowed" if only else work
             efforts = {name: _effort(found, queries, exact[only], only) for name, found in built.items()}
+            print(f"{title}: efforts and recall {efforts}", flush=True)
             ways = {
                 name: lambda name=name, only=only, efforts=efforts: built[name].search(queries, efforts[name][0], only)  # type: ignore[misc]
                 for name in built
