@@ -323,6 +323,14 @@ def test_a_page_whose_files_do_not_fit_together_says_so(visit, exported, site, b
         file.write_bytes(whole)
 
 
+def test_a_page_opened_as_a_file_says_that_it_must_be_served(exported, browser):
+    tab = browser.new_page()
+    tab.goto((exported / "index.html").as_uri())
+    tab.wait_for_selector("#unstarted", state="visible")
+    assert "must come from a web server: run python -m http.server" in tab.inner_text("#unstarted")
+    tab.close()
+
+
 def test_pasted_dropped_and_filmed_pictures_are_searched_for(visit, searchable, model):
     tab = visit()
     picture = searchable.pictures / "tools" / "1.png"

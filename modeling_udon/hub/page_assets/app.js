@@ -50,6 +50,7 @@ function WorkerCalls() {
 }
 
 async function begin() {
+  at("unstarted").remove();
   if (await serveFromHere()) return;
   page = await (await fetch("page.json")).json();
   describePage();
