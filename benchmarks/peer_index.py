@@ -19,7 +19,7 @@ from modeling_udon.search.shards import ShardFolder, write_manifest
 from modeling_udon.search.vectors import embedding_table
 
 DIM, K, LEAST_RECALL = 64, 10, 0.95
-EFFORTS = (8, 16, 32, 64, 128, 256, 512)
+EFFORTS = (8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 # Queries that efforts are found with.
 TUNED_ON = 200
 # Every tenth row is of the domain that is searched for.

@@ -3,7 +3,7 @@
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -34,7 +34,8 @@ from modeling_udon.search.segments import INTERNAL_FIELDS, PART, PART_ROW
 from modeling_udon.search.shards import Embeddings
 from modeling_udon.storage import locked, replaced_folder
 
-# A delta takes earlier ones into itself that are at most so many times its size: their number grows with the logarithm.
+# A delta takes the last one into itself, and so on, while that is at most so many times its size by then: each of those
+# that stay is more than so many times the next, so that their number grows with the logarithm.
 _TAKEN_IN = 2
 # Off the unit sphere by more than float16 rounds, a score would be no cosine.
 _NORM_TOLERANCE = 1e-2
@@ -232,10 +233,15 @@ class Catalogue:
 
     @contextmanager
     def _changing(self) -> Iterator[ImageIndex]:
-        """Keeps other writers out; gives the newest snapshot."""
+        """Keeps other writers out; gives the newest snapshot. What a commit that fails has written is removed."""
         read_manifest(self.folder)
         with locked(self.folder, argument="index", wait=self._wait):
-            yield self.index
+            try:
+                yield self.index
+            except Exception:
+                with suppress(OSError, ValueError):
+                    clean(self.folder, read_manifest(self.folder))
+                raise
 
     def _commit(
         self,
@@ -249,9 +255,9 @@ class Catalogue:
         version = index.version + 1
         num_added = sum(rows.num_rows for rows in added)
         deleted = np.union1d(index.opened.deleted, removed)
-        segments, taken = list(index.segments), []
-        while num_added and len(segments) > 1 and segments[-1].num_rows <= _TAKEN_IN * num_added:
-            taken.append(segments.pop())
+        segments, size = list(index.segments), num_added
+        while size and len(segments) > 1 and segments[-1].num_rows <= _TAKEN_IN * size:
+            size += segments.pop().num_rows
         kept = sum(segment.num_rows for segment in segments)
         places = kept + np.flatnonzero(~np.isin(index.rows[kept:], deleted))
         rows = [*([PlacedRows(index, places)] if len(places) else []), *added]
@@ -264,8 +270,9 @@ class Catalogue:
             name = f"deleted-{version:05d}.npy"
             write_deleted(self.folder, name, deleted)
         num_images = sum(each.num_rows for each in files) - len(deleted)
-        size = sum((self.folder / each.faiss).stat().st_size for each in files)
-        about = replace(index.about, num_images=num_images, sources=sources, bytes_per_image=size / max(num_images, 1))
+        num_bytes = sum((self.folder / each.faiss).stat().st_size for each in files)
+        per_image = num_bytes / max(num_images, 1)
+        about = replace(index.about, num_images=num_images, sources=sources, bytes_per_image=per_image)
         manifest = Manifest(about, version, index.manifest.next_row + num_added, parts, files, name)
         write_manifest(self.folder, manifest, index.manifest.files)
         clean(self.folder, manifest)

@@ -84,7 +84,7 @@ def way_to_be_quick(index: AnyIndex, least: int = 0) -> str | None:
 
 
 def write_delta(folder: Path, version: int, rows: Sequence[NumberedSource], index: ImageIndex) -> SegmentFiles:
-    """Writes rows as a segment: exact where they are few, else as the base's lists are."""
+    """Writes rows as a segment: exact where they are few, else as the base is."""
     num_rows = sum(part.num_rows for part in rows)
     delta = empty_like(index.segments[0].index, num_rows)
     stem = f"delta-{version:05d}"

@@ -19,8 +19,9 @@ import torch
 
 # Candidates beyond those asked for: that many rows may tie at the last place before a second search is needed.
 NUM_SPARE_CANDIDATES = 8
-# The same for candidates by products in bfloat16, whose rounding moves scores by about 0.003.
-NUM_SPARE_HALVES = 40
+# The same for candidates by products in bfloat16, whose rounding moves scores by about 0.003; and one more for each five
+# asked for, since neighbours farther down lie closer together.
+NUM_SPARE_HALVES, ASKED_PER_SPARE = 16, 5
 # Rows of the index and queries whose bfloat16 products are held at a time, rows that stay in the processor's cache, and
 # how many are compared by their best first, twice over.
 HALF_BLOCK, HALF_QUERIES, HALF_CACHED, HALF_GROUP = 2**17, 128, 2**13, 8
@@ -111,8 +112,13 @@ def _is_quick_in_halves(num_queries: int, num_index: int, k: int) -> bool:
     """Whether the processor multiplies in bfloat16, and there is enough to search."""
     groups = min(num_index, HALF_BLOCK) // HALF_GROUP**2
     return (
-        num_queries >= HALF_QUERIES and groups >= 4 * (k + NUM_SPARE_HALVES) and torch.cpu._is_avx512_bf16_supported()
+        num_queries >= HALF_QUERIES and groups >= 4 * _num_half_candidates(k) and torch.cpu._is_avx512_bf16_supported()
     )
+
+
+def _num_half_candidates(k: int) -> int:
+    """How many are proposed for `k` neighbours, the query itself among them."""
+    return k + 1 + NUM_SPARE_HALVES + k // ASKED_PER_SPARE
 
 
 @torch.inference_mode()
@@ -144,7 +150,7 @@ def _search_in_halves(
         chunk = slice(start, start + HALF_QUERIES)
         exact = torch.from_numpy(np.array(queries[chunk]))
         rounded = exact.bfloat16()
-        found = _half_candidates(rounded, half, k + 1 + NUM_SPARE_HALVES, products)
+        found = _half_candidates(rounded, half, _num_half_candidates(k), products)
         proposed, candidates = (values.numpy() for values in found)
         exact_scores = _score(queries[chunk], index, candidates)
         scores[chunk], ids[chunk] = _rank(exact_scores, candidates, own_rows[chunk], k)

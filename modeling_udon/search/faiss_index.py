@@ -71,9 +71,12 @@ def empty_index(kind: str, dim: int, num_images: int) -> Any:
 
 
 def empty_like(index: Any, num_images: int) -> Any:
-    """An index for rows that are added to another: exact where they are few, else with the other's lists and codes."""
-    if isinstance(index, faiss.IndexIVF) and num_images > _FEW_ADDED:
-        return _empty_part(index)
+    """An index for rows that are added to another: exact where they are few, else with its lists and codes or a graph."""
+    if num_images > _FEW_ADDED:
+        if isinstance(index, faiss.IndexIVF):
+            return _empty_part(index)
+        if isinstance(index, faiss.IndexHNSW):
+            return empty_index("hnsw", index.d, num_images)
     return faiss.IndexFlat(index.d, faiss.METRIC_INNER_PRODUCT)
 
 

@@ -1,10 +1,12 @@
 """An index that lives: after any changes, every answer is that of an exact search over what is left."""
 
+import errno
 import os
 import random
 import signal
 import threading
 import time
+from itertools import pairwise
 
 import faiss
 import numpy as np
@@ -249,6 +251,37 @@ def test_a_writer_killed_at_any_step_leaves_a_whole_index_that_can_be_changed_ag
     Catalogue(tmp_path / "i").compact()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["e", "i"]
     assert sorted(path.name for path in (tmp_path / "i").iterdir()) == ["index.faiss", "index.json", "metadata.arrow"]
+
+
+def test_the_segments_of_equal_commits_grow_with_the_logarithm_of_their_number(tmp_path):
+    mirror = make(tmp_path, num=30)
+    catalogue = Catalogue(tmp_path / "i")
+    for turn in range(40):
+        vectors, ids = unit_vectors(turn + 1, 3), [f"n{turn}-{row}" for row in range(3)]
+        mirror.add(catalogue.add(vectors, rows_table(ids, [0] * 3)).rows, vectors, ids, [0] * 3)
+        # Each delta is more than twice as large as the next.
+        sizes = [segment.num_rows for segment in catalogue.index.segments[1:]]
+        assert sum(sizes) == 3 * (turn + 1)
+        assert all(large > 2 * small for large, small in pairwise(sizes))
+    check(catalogue.index, mirror)
+
+
+def test_what_a_commit_wrote_before_the_disk_was_full_is_removed(tmp_path, monkeypatch):
+    make(tmp_path, num=40)
+    Catalogue(tmp_path / "i").remove(ids=["id1"])
+    before = sorted(path.name for path in (tmp_path / "i").iterdir())
+
+    def fail(*arguments):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(changing, "write_manifest", fail)
+    for change_it in (
+        lambda: Catalogue(tmp_path / "i").remove(ids=["id2"]),
+        lambda: Catalogue(tmp_path / "i").add(unit_vectors(9, 3), rows_table(["a", "b", "c"], [0] * 3)),
+    ):
+        with pytest.raises(OSError, match="No space left"):
+            change_it()
+        assert sorted(path.name for path in (tmp_path / "i").iterdir()) == before
 
 
 def kill_at_random(tmp_path, num_kills):
