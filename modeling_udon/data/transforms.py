@@ -163,15 +163,22 @@ class Letterbox:
 
 def _resize_and_crop(image: np.ndarray, side: int, size: int, top: int, left: int, mirrored: bool) -> np.ndarray:
     """Resizes to a square of `side` and cuts a square of `size` out of it."""
-    # A side that has its length already is cut before, which gives the same pixels and spares some of the resize.
-    height, width = side, side
+    scales = side / image.shape[0], side / image.shape[1]
+    # What the crop does not need is cut off before, which gives the same pixels and spares some of the resize: of a side
+    # that has its length already both ends, of another one only the far end, so that the grid of pixels stays.
     if image.shape[0] == side:
-        image, top, height = image[top : top + size], 0, size
+        image, top = image[top:], 0
     if image.shape[1] == side:
-        image, left, width = image[:, left : left + size], 0, size
-    resized = cv2.resize(image, (width, height), interpolation=cv2.INTER_LINEAR)
+        image, left = image[:, left:], 0
+    height, width = (_num_needed(first + size, scale) for first, scale in zip((top, left), scales, strict=True))
+    resized = cv2.resize(image[:height, :width], None, fx=scales[1], fy=scales[0], interpolation=cv2.INTER_LINEAR)
     crop = resized[top : top + size, left : left + size]
     return cv2.flip(crop, 1) if mirrored else crop
+
+
+def _num_needed(number: int, scale: float) -> int:
+    """How many pixels the first ones of a bilinear resize are made of."""
+    return math.floor((number - 0.5) / scale - 0.5) + 2
 
 
 def cut_box(image: np.ndarray, box: Sequence[float]) -> np.ndarray:

@@ -387,6 +387,17 @@ def test_what_the_crop_leaves_out_changes_nothing_when_it_is_cut_before_the_resi
         np.testing.assert_array_equal(result, square[top : top + 24, left : left + 24])
 
 
+@given(st.tuples(st.integers(1, 400), st.integers(1, 400)), st.integers(1, 300), st.integers(0, 40), st.integers(0, 99))
+@settings(max_examples=300, deadline=None)
+def test_the_crop_has_the_pixels_of_the_whole_resize_at_any_size(size, image_size, room, seed):
+    image, side = np.random.default_rng(seed).integers(0, 256, (*size, 3), dtype=np.uint8), image_size + room
+    square = cv2.resize(image, (side, side), interpolation=cv2.INTER_LINEAR)
+    draws = np.random.default_rng(seed)
+    top, left = draws.integers(room + 1), draws.integers(room + 1)
+    result = TrainTransform(image_size, resize_size=side, flip=False)(image, np.random.default_rng(seed))
+    np.testing.assert_array_equal(result, square[top : top + image_size, left : left + image_size])
+
+
 @pytest.mark.parametrize("size", [(50, 31), (56, 56)])
 def test_a_teachers_crop_is_the_students_with_more_pixels(size):
     image, student = picture(*size), TrainTransform(24, resize_size=28)
