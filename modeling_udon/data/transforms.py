@@ -164,8 +164,8 @@ class Letterbox:
 def _resize_and_crop(image: np.ndarray, side: int, size: int, top: int, left: int, mirrored: bool) -> np.ndarray:
     """Resizes to a square of `side` and cuts a square of `size` out of it."""
     scales = side / image.shape[0], side / image.shape[1]
-    # What the crop does not need is cut off before, which gives the same pixels and spares some of the resize: of a side
-    # that has its length already both ends, of another one only the far end, so that the grid of pixels stays.
+    # What the crop does not need is cut off before, which gives the same pixels and spares some of the work: both ends
+    # of a side that has its length already, the far end of another one, whose grid of pixels begins at the near end.
     if image.shape[0] == side:
         image, top = image[top:], 0
     if image.shape[1] == side:

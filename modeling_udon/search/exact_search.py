@@ -19,8 +19,8 @@ import torch
 
 # Candidates beyond those asked for: that many rows may tie at the last place before a second search is needed.
 NUM_SPARE_CANDIDATES = 8
-# The same for candidates by products in bfloat16, whose rounding moves scores by about 0.003; and one more for each five
-# asked for, since neighbours farther down lie closer together.
+# The same for candidates by products in bfloat16, whose rounding moves scores by about 0.003, and how many neighbours
+# asked for bring one more: those farther down lie closer together.
 NUM_SPARE_HALVES, ASKED_PER_SPARE = 16, 5
 # Rows of the index and queries whose bfloat16 products are held at a time, rows that stay in the processor's cache, and
 # how many are compared by their best first, twice over.

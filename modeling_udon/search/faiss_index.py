@@ -71,7 +71,7 @@ def empty_index(kind: str, dim: int, num_images: int) -> Any:
 
 
 def empty_like(index: Any, num_images: int) -> Any:
-    """An index for rows that are added to another: exact where they are few, else with its lists and codes or a graph."""
+    """An index for rows that are added to another: exact where they are few, else with its lists or a graph."""
     if num_images > _FEW_ADDED:
         if isinstance(index, faiss.IndexIVF):
             return _empty_part(index)
