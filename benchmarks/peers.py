@@ -33,6 +33,7 @@ PACKAGES = ["torch", "transformers", "datasets", "faiss-cpu", "openvino", "sente
 PACKAGES += [
     "pytorch-metric-learning",
     "open-metric-learning",
+    "mteb",
     "torchmetrics",
     "usearch",
     "hnswlib",

@@ -15,6 +15,8 @@ NUM_RECALL_QUERIES = 500
 _NUM_TIES = 50
 _TIE = 1e-6
 _LEAST_GAIN = 0.002
+# The effort is at most a part of this size of it above one that is too little.
+_FINEST = 8
 
 
 class RowSource(Protocol):
@@ -69,7 +71,7 @@ def measure_recall(
     say: Callable[[str], None],
     asked: np.ndarray | None,
 ) -> tuple[int, float | None]:
-    """Doubles the effort until the target is reached or it no longer helps.
+    """Doubles the effort until the target is reached or it no longer helps; then finds the least that reaches it.
 
     Args:
         index: An index of FAISS.
@@ -93,15 +95,27 @@ def measure_recall(
     exact_scores, exact_rows = exact_neighbours(opened, queries, own_rows, min(k + _NUM_TIES, num_images - 1))
     right = np.where(exact_scores >= exact_scores[:, k - 1 : k] - _TIE, exact_rows, -2)
     efforts, most = efforts_of(index)
-    best_effort, best_recall = 0, -1.0
-    for effort in efforts:
+
+    def measured(effort: int) -> float:
         found = search_others(index, queries, own_rows, k, effort or None)[1]
         recall = float(np.mean([np.isin(line, good).sum() / k for line, good in zip(found, right, strict=True)]))
         what = f" looking at {effort} of {most}" if effort else ""
         say(f"recall@{k} against exact search{what}: {100 * recall:.1f} % ({asked_what})")
+        return recall
+
+    too_little, best_effort, best_recall = 0, 0, -1.0
+    for effort in efforts:
+        recall = measured(effort)
         if recall < best_recall + _LEAST_GAIN:
             break
-        best_effort, best_recall = effort, recall
+        too_little, best_effort, best_recall = best_effort, effort, recall
         if recall >= target:
             break
+    while too_little and best_recall >= target and best_effort - too_little > max(best_effort // _FINEST, 1):
+        effort = (too_little + best_effort) // 2
+        recall = measured(effort)
+        if recall >= target:
+            best_effort, best_recall = effort, recall
+        else:
+            too_little = effort
     return best_effort, best_recall

@@ -1,6 +1,7 @@
 """`udon index` through its command, and each kind of index against a loop over all pairs."""
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -99,6 +100,16 @@ def test_the_effort_grows_until_the_recall_is_reached(embeddings, tmp_path):
     low = build_index([embeddings], tmp_path / "a", kind="ivf", target_recall=0.3)
     high = build_index([embeddings], tmp_path / "b", kind="ivf", target_recall=1.0)
     assert low.recall >= 0.3 and high.recall == 1 and low.effort < high.effort
+
+
+def test_an_effort_that_is_an_eighth_less_does_not_reach_the_recall(tmp_path):
+    said, folder = [], write_embeddings(tmp_path / "e", unit_vectors(5, 4_000), shard_size=4_000)
+    about = build_index([folder], tmp_path / "i", kind="ivf", target_recall=0.97, say=said.append)
+    tried = dict(re.findall(r"looking at (\d+) of \d+ lists: (\d+\.\d) %", " ".join(said)))
+    recalls = {int(effort): float(recall) for effort, recall in tried.items()}
+    assert about.effort == min(effort for effort, recall in recalls.items() if recall >= 97) > 8
+    too_little = max(effort for effort, recall in recalls.items() if recall < 97)
+    assert about.effort - about.effort // 8 <= too_little < about.effort
 
 
 def test_recall_is_measured_with_the_queries_that_users_will_ask(tmp_path, udon):
