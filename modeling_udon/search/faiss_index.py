@@ -1,5 +1,6 @@
 """FAISS indexes: the kinds that `udon index` builds, and how each is searched."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -154,8 +155,8 @@ class RowFilter:
         rows: Them, ascending, int64.
         selector: The same as FAISS takes it.
         lists: The inverted lists that hold some of them, for an index with lists.
-        vectors: Their vectors, of shape `(num_rows, dim)`, for an index that holds these without lists; `None` where
-            they are too many to copy.
+        vectors: Their vectors, of shape `(num_rows, dim)`, for an index that holds these, without lists or with so much
+            effort that all would be looked at; `None` where they are too many to copy.
     """
 
     rows: np.ndarray
@@ -181,12 +182,13 @@ class _FilteredLists:
     index: Any
 
 
-def make_filter(index: Any, allowed: np.ndarray) -> RowFilter:
+def make_filter(index: Any, allowed: np.ndarray, effort: int = 0) -> RowFilter:
     """Makes a filter of an index.
 
     Args:
         index: The index.
         allowed: Of shape `(num_images,)`: whether a search may find a row.
+        effort: That of the searches to come; 0 for an exhaustive one.
     """
     selector = faiss.IDSelectorBitmap(np.packbits(allowed, bitorder="little"))  # type: ignore[arg-type, call-arg]
     rows = np.flatnonzero(allowed)
@@ -196,22 +198,38 @@ def make_filter(index: Any, allowed: np.ndarray) -> RowFilter:
         flat = faiss.downcast_index(index.storage) if isinstance(index, faiss.IndexHNSW) else index
         is_copied = is_copied and isinstance(flat, faiss.IndexFlat)
         return RowFilter(rows, selector, vectors=flat.reconstruct_batch(rows) if is_copied else None)
+    if is_copied and isinstance(index, faiss.IndexIVFFlat) and _cost(index, effort) >= len(rows):
+        vectors = np.empty((len(rows), index.d), np.float32)
+        for _, ids, codes in _filtered_lists(index, allowed):
+            vectors[np.searchsorted(rows, ids)] = codes.view(np.float32)
+        return RowFilter(rows, selector, vectors=vectors)
     part = _empty_part(index) if is_copied else None
     counts = np.zeros(index.nlist, dtype=np.int64)
+    for number, ids, codes in _filtered_lists(index, allowed):
+        counts[number] = len(ids)
+        if part is not None:
+            part.invlists.add_entries(number, len(ids), faiss.swig_ptr(ids), faiss.swig_ptr(codes))
+    numbers = np.flatnonzero(counts)
+    centroids = index.quantizer.reconstruct_n(0, index.nlist)[numbers]
+    return RowFilter(rows, selector, _FilteredLists(numbers, counts[numbers], centroids, part))
+
+
+def _filtered_lists(index: Any, allowed: np.ndarray) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+    """Number, allowed rows and their codes of each inverted list that holds any."""
     lists: Any = index.invlists
     for number in range(index.nlist):
         size = lists.list_size(number)
         if size:
             ids = faiss.rev_swig_ptr(lists.get_ids(number), size)
             kept = np.flatnonzero(allowed[ids])
-            counts[number] = len(kept)
-            if part is not None and len(kept):
+            if len(kept):
                 codes = faiss.rev_swig_ptr(lists.get_codes(number), size * index.code_size).reshape(size, -1)
-                entries = np.ascontiguousarray(ids[kept]), np.ascontiguousarray(codes[kept])
-                part.invlists.add_entries(number, len(kept), *map(faiss.swig_ptr, entries))
-    numbers = np.flatnonzero(counts)
-    centroids = index.quantizer.reconstruct_n(0, index.nlist)[numbers]
-    return RowFilter(rows, selector, _FilteredLists(numbers, counts[numbers], centroids, part))
+                yield number, np.ascontiguousarray(ids[kept]), np.ascontiguousarray(codes[kept])
+
+
+def _cost(index: Any, effort: int) -> int:
+    """What a search among the rows of a filter may cost, in rows."""
+    return 3 * (effort or index.nlist) * (index.ntotal // index.nlist + _LIST_COST)
 
 
 def search_filtered(
@@ -230,8 +248,7 @@ def search_filtered(
         chosen: The filter.
     """
     if chosen.lists is not None:
-        cost = 3 * (effort or index.nlist) * (index.ntotal // index.nlist + _LIST_COST)
-        return _search_lists(index, queries, k, cost, chosen, chosen.lists)
+        return _search_lists(index, queries, k, _cost(index, effort), chosen, chosen.lists)
     if chosen.vectors is not None:
         scores, places = faiss.knn(queries, chosen.vectors, k, faiss.METRIC_INNER_PRODUCT)
         return scores, chosen.rows[places]

@@ -286,6 +286,7 @@ class ImageIndex:
                         None if allowed is None else allowed[start : start + segment.num_rows],
                         np.flatnonzero(~self.is_live[start : start + segment.num_rows]),
                         allowed is not None,
+                        self.about.effort,
                     )
                     for segment, start in zip(self.segments, self._starts, strict=False)
                 ]

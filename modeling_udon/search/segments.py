@@ -77,13 +77,14 @@ class Segment:
         """Whether the vectors can be had as they were embedded."""
         return self.kept_vectors is not None or is_exact(self.index)
 
-    def choose(self, allowed: np.ndarray | None, removed: np.ndarray, is_filter: bool) -> Chosen:
+    def choose(self, allowed: np.ndarray | None, removed: np.ndarray, is_filter: bool, effort: int) -> Chosen:
         """Makes a filter.
 
         Args:
             allowed: Of shape `(num_rows,)`: which rows may be found; `None` for all.
             removed: Positions of removed rows.
             is_filter: Whether the allowed rows were chosen, and are not only what removals have left.
+            effort: That of the searches to come.
         """
         if allowed is None and not len(removed):
             return Chosen(self.num_rows)
@@ -93,7 +94,7 @@ class Segment:
         if num_rows == 0:
             return Chosen(0)
         if is_filter or num_rows < (1 - _MOST_REMOVED) * self.num_rows:
-            made = make_filter(self.index, mask)
+            made = make_filter(self.index, mask, effort)
             return Chosen(num_rows, made.selector, made)
         bits = np.packbits(mask, bitorder="little")
         return Chosen(num_rows, faiss.IDSelectorBitmap(bits))  # type: ignore[arg-type, call-arg]

@@ -252,6 +252,17 @@ def test_a_filter_looks_at_few_rows_and_finds_as_much_as_a_search_without(large,
     assert all(set(line.tolist()) == set(np.flatnonzero(domains == "tenth").tolist()) for line in everything)
 
 
+def test_a_filter_of_fewer_rows_than_the_effort_looks_at_is_searched_exactly(large):
+    folder, vectors, domains = large
+    build_index([folder / "e"], folder / "thorough", kind="ivf", target_recall=0.999, force=True)
+    index, queries = ImageIndex(folder / "thorough"), clustered(2, 100)
+    faiss.cvar.indexIVF_stats.reset()
+    allowed = np.flatnonzero(domains == "tenth")
+    best = allowed[np.argsort(-(queries @ vectors[allowed].T), axis=1)[:, :10]]
+    np.testing.assert_array_equal(np.sort(index.search(queries, 10, "tenth")[1]), np.sort(best))
+    assert faiss.cvar.indexIVF_stats.nlist == 0
+
+
 def test_no_more_filters_are_kept_than_a_few(tmp_path):
     names = [f"d{row % 9}" for row in range(90)]
     folder = write_embeddings(tmp_path / "e", unit_vectors(0, 90), domain=names)
