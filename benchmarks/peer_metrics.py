@@ -19,6 +19,7 @@ from peer_runs import Row, Sizes, Skipped, as_text, clustered, needs, processor_
 sys.path.append(os.environ.get("UDON_PEERS_SITE", ""))
 # Scores of all pairs, one element each, are all that torchmetrics takes.
 MOST_PAIRS_ROWS = 2_000
+# Scores that mteb holds at a time: 2 GiB, and as much for their order.
 SCORES_HELD = 2**29
 # A way that takes that many times ours is measured once.
 SLOW = 5
@@ -130,7 +131,6 @@ def text_benchmark(vectors: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     )
     where = {"task_metadata": about, "hf_split": "test", "hf_subset": "default"}
     evaluator = RetrievalEvaluator(rows, rows, top_k=21, timer=TimingStack(), **where)
-    # It holds the scores of all queries with a part of the corpus, twice.
     search = SearchEncoderWrapper(Known(vectors), corpus_chunk_size=max(SCORES_HELD // len(vectors), 1))
     found = evaluator(search, encode_kwargs={"batch_size": 1024, "show_progress_bar": False})
     members = {label: names[labels == label].tolist() for label in np.unique(labels)}

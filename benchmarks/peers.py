@@ -15,7 +15,7 @@ import platform
 import sys
 import time
 import warnings
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 # Before the libraries are imported.
@@ -26,7 +26,7 @@ os.environ |= {
     "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]),
 }
 
-from peer_runs import FULL, QUICK, TINY, Row, Skipped, table, versions
+from peer_runs import FULL, QUICK, TINY, Row, Sizes, Skipped, table, versions
 
 PARTS = ("start", "embed", "train", "metrics", "index", "loader")
 PACKAGES = ["torch", "transformers", "datasets", "faiss-cpu", "openvino", "sentence-transformers"]
@@ -62,8 +62,12 @@ def main() -> None:
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
     sizes = TINY if arguments.tiny else QUICK if arguments.quick else FULL
-    given = {name: int(value) for name, _, value in (text.partition("=") for text in arguments.sizes)}
-    sizes = replace(sizes, **given)
+    given = {name: value for name, _, value in (text.partition("=") for text in arguments.sizes)}
+    known = [field.name for field in fields(Sizes)]
+    for name, value in given.items():
+        if name not in known or not value.isdecimal():
+            parser.error(f"--sizes must be a name of {', '.join(known)}, = and a number. Got {name}={value}.")
+    sizes = replace(sizes, **{name: int(value) for name, value in given.items()})
     rows: list[Row] = []
     skipped: list[Skipped] = []
     for part in arguments.only:

@@ -174,7 +174,7 @@ Drop a picture and see the nearest images of an index. The page embeds and searc
 [UDON](https://arxiv.org/abs/2406.08332) embeddings; no picture leaves it. On your own machine, in this folder:
 
 ```bash
-python -m http.server
+python -m http.server --bind 127.0.0.1   # then http://127.0.0.1:8000/
 ```
 
 The page's code is licensed under Apache-2.0, the runtime in `runtime/` under the licence that lies in it.

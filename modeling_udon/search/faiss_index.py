@@ -182,7 +182,7 @@ class _FilteredLists:
     index: Any
 
 
-def make_filter(index: Any, allowed: np.ndarray, effort: int = 0) -> RowFilter:
+def make_filter(index: Any, allowed: np.ndarray, effort: int) -> RowFilter:
     """Makes a filter of an index.
 
     Args:
